@@ -1,0 +1,176 @@
+"""Attention between positions in memory linear in their number, and its matrix where somebody asks for it.
+
+torch's fused attention never forms the N×N matrix, neither forward nor backward, but only where queries, keys
+and values have equal head sizes and contiguous last dimensions; else it silently takes the quadratic path.
+The functions here see to both. Not linear: double backward, which the fused kernels do not have.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attninject.blocks.base import Block, static_shape
+from attninject.blocks.gate import at_least_float32
+from attninject.errors import TooFewChannelsError
+
+
+def rows(t: Tensor) -> Tensor:
+    """(B, d, *S) → (B, N, d), one contiguous row per position."""
+    return t.flatten(2).transpose(1, 2).contiguous()
+
+
+def unrows(t: Tensor, like: Tensor) -> Tensor:
+    """(B, N, d) → (B, d, *S), the positions of `like`: (B, C, *S)."""
+    return t.transpose(1, 2).reshape(like.shape[0], -1, *like.shape[2:])
+
+
+def split_heads(t: Tensor, heads: int) -> Tensor:
+    """(B, N, heads · d) → (B, heads, N, d)."""
+    return t.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(t: Tensor) -> Tensor:
+    """(B, heads, N, d) → (B, N, heads · d)."""
+    return t.transpose(1, 2).flatten(2)
+
+
+def head_width(block: str, channels: int, heads: int) -> int:
+    """channels / heads, which must be a whole number."""
+    if channels % heads:
+        fits = ", ".join(str(h) for h in range(1, min(channels, 64) + 1) if channels % h == 0)
+        raise TooFewChannelsError(
+            f"block {block!r}: {channels} channels cannot be split into {heads} heads of equal size; "
+            f"choose num_heads among {fits}"
+        )
+    return channels // heads
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(scale · q kᵀ) v, fused. q: (B, h, N, d), k: (B, h, M, d), v: (B, h, M, e) → (B, h, N, e).
+
+    The narrower of d and e is filled up with zeros, which change neither a logit nor another column.
+    `mask`: boolean, broadcastable to (B, h, N, M); True where a key takes part.
+    """
+    q, k = bounded(q, scale), bounded(k, scale)
+    width = static_shape(v)[3]
+    missing = width - static_shape(q)[3]
+    if missing > 0:
+        q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
+    elif missing < 0:
+        v = F.pad(v, (0, -missing))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y.narrow(3, 0, width) if missing < 0 else y
+
+
+def bounded(t: Tensor, scale: float) -> Tensor:
+    """Queries or keys (…, d) of half precision, each number cut so that no logit exceeds 2²⁴.
+
+    The fused backward recomputes the logits in float32. Beyond 2²⁴ their rounding errors reach the range of
+    exp, and a probability of infinity times a zero gradient is NaN. Such logits make a softmax a mere argmax,
+    and float16 reaches them: its inputs of 10⁴ give 10⁸ · d.
+    """
+    if t.dtype not in (torch.float16, torch.bfloat16):
+        return t
+    limit = 2**12 / (static_shape(t)[-1] * scale) ** 0.5
+    return t.clamp(-limit, limit)
+
+
+def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(scale · q kᵀ): q: (…, N, d), k: (…, M, d) → (…, N, M), float32 or wider. Quadratic memory."""
+    q, k = bounded(q, scale), bounded(k, scale)
+    with full_precision(q):
+        logits = scale * (at_least_float32(q) @ at_least_float32(k).transpose(-1, -2))
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        return torch.softmax(logits, -1)
+
+
+def full_precision(t: Tensor) -> AbstractContextManager[object]:
+    """Autocast switched off on t's device; nothing where it is off, which keeps exported graphs flat."""
+    kind = t.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def saturated(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in `dtype`; what is too large for it becomes its largest number instead of infinity."""
+    if dtype not in (torch.float16, torch.bfloat16) or t.dtype == dtype:
+        return t.to(dtype)
+    limit = torch.finfo(dtype).max
+    return t.clamp(-limit, limit).to(dtype)
+
+
+def wide(layer: nn.Linear, t: Tensor) -> Tensor:
+    """A linear layer in float32, whatever its weights' dtype: t: (B, N, e), float32 or wider → (B, N, d)."""
+    with full_precision(t):
+        return layer(t) if layer.weight.dtype == t.dtype else _linear(layer, t)
+
+
+def project(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, t: Tensor, like: Tensor) -> Tensor:
+    """A 1×1 convolution in float32, whatever its weights' dtype: t: (B, N, d), float32 → (B, C, *S).
+
+    For rows that half precision might not hold; the result is saturated to the dtype of `like`.
+    """
+    with full_precision(t):
+        same = layer.weight.dtype == t.dtype
+        y = layer(unrows(t, like)) if same else unrows(_linear(layer, t), like)
+    return saturated(y, like.dtype)
+
+
+def _linear(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, t: Tensor) -> Tensor:
+    weight, bias = layer.weight.flatten(1).to(t.dtype), layer.bias
+    return F.linear(t, weight, None if bias is None else bias.to(t.dtype))
+
+
+def relu_of_sums(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """Σ_j relu(a_i + b_j) g_j: a: (B, N), b: (B, M), g: (B, M, d) → (B, N, d).
+
+    In O(N log N) and linear memory. Pair (i, j) counts where b_j > −a_i, so with b in falling order the j of
+    each i are a prefix, whose sums of g_j and b_j g_j are read off cumulative sums: a_i Σ g_j + Σ b_j g_j.
+    The gradient follows by itself, because within a small step no pair changes sides. b is centred first: a
+    large common part of a and b would cancel between the two sums and take the digits with it.
+    """
+    center = b.detach().mean(1, keepdim=True)
+    a, b = a + center, b - center
+    b, order = b.sort(dim=1, descending=True)
+    g = g.gather(1, order.unsqueeze(2).expand_as(g))
+    count = torch.searchsorted(-b.detach(), a.detach().contiguous())  # of j with b_j > −a_i
+    index = count.unsqueeze(2).expand(-1, -1, g.shape[2])
+
+    def of_prefix(t: Tensor) -> Tensor:
+        return F.pad(t.cumsum(1), (0, 0, 1, 0)).gather(1, index)
+
+    return a.unsqueeze(2) * of_prefix(g) + of_prefix(b.unsqueeze(2) * g)
+
+
+def exporting() -> bool:
+    """Whether torch.export is at work; where torch cannot tell it from compiling, whether that is."""
+    known = getattr(torch.compiler, "isexporting", torch.compiler.is_compiling)
+    return bool(known())
+
+
+class Additive(Block):
+    """A block that adds what it gathers from other positions: x + branch(x).
+
+    Under `residual=False` it is the branch alone, which only blending can start as the identity.
+    """
+
+    def needs_blend(self) -> bool:
+        """Without a residual no layer's zero gives x."""
+        return not self.args.get("residual", True)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → what is added, the same shape."""
+        raise NotImplementedError
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        y = self.branch(x).to(x.dtype)
+        if self.args.get("residual", True):
+            return x + y
+        return torch.empty_like(x).copy_(y)  # in the memory format of x

@@ -1,0 +1,195 @@
+"""The base class of the library's own blocks, and a row of the table that lists them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attninject.blocks import options
+from attninject.blocks.gate import blend, new_alpha, scale
+from attninject.errors import BlockError, TooFewChannelsError
+
+INITS = ("identity", "paper", "blend")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One row of a family's table.
+
+    `dims`: how many spatial dimensions it can work on. `spatial`: the geometry of positions matters, so a
+    token sequence needs its grid; a block without it may run on any sequence with `dims=1`.
+    """
+
+    name: str
+    cls: type[nn.Module]
+    family: str
+    dims: tuple[int, ...]
+    spatial: bool
+    paper: str
+    equation: str
+    summary: str
+
+
+class Block(nn.Module):
+    """A shape-keeping attention block: `cls(channels, *, dims=2, init="identity", <options>)`.
+
+    A subclass declares `options`, passes every option to `super().__init__`, builds its layers, ends with
+    `self.initialise()`, and defines `transform` and `attention`. Its own `forward` is `transform`, blended
+    with the input where `init` is `blend` (or where `identity` can be had no other way: `needs_blend`).
+    """
+
+    options: ClassVar[options.Options] = {}
+    supported_dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    alpha: nn.Parameter | None
+
+    def __init__(self, channels: int, dims: int, init: str, **args: Any) -> None:
+        self._check(channels, dims, init, args)
+        super().__init__()
+        self.channels, self.dims, self.args = int(channels), int(dims), dict(args)
+        self.init = "blend" if init == "identity" and self.needs_blend() else init
+        self.register_parameter("alpha", new_alpha() if self.init == "blend" else None)
+
+    @classmethod
+    def _check(cls, channels: int, dims: int, init: str, args: Mapping[str, Any]) -> None:
+        name = cls.__name__
+        found = [text for _, text in options.faults(name, cls.options, args)]
+        if not options.OneOf(*cls.supported_dims).accepts(dims):
+            expected = " or ".join(map(str, cls.supported_dims))
+            found.append(f"block {name!r}: dims (spatial dimensions): expected {expected}, found {dims!r}")
+        if not options.OneOf(*INITS).accepts(init):
+            near = options.nearest(init, INITS) if isinstance(init, str) else ""
+            found.append(f"block {name!r}: init: expected one of {', '.join(INITS)}, found {init!r}{near}")
+        if found:
+            raise BlockError("\n".join(found))
+        if not options.Int(min=1).accepts(channels):
+            raise TooFewChannelsError(
+                f"block {name!r}: channels: expected a whole number >= 1, found {channels!r}"
+            )
+
+    def needs_blend(self) -> bool:
+        """Whether, with `self.args`, neither a gate nor a zero layer can make this block the identity."""
+        return False
+
+    @property
+    def identity(self) -> bool:
+        """Whether gates take their identity form: not under `paper`, nor where blending does the work."""
+        return self.init == "identity"
+
+    def initialise(self) -> None:
+        """Set the weights that `init` asks for; the last line of a constructor."""
+        {"identity": self.init_identity, "paper": self.init_paper, "blend": self.init_blend}[self.init]()
+
+    def init_identity(self) -> None:
+        """Zero the last layer or layers; the others keep torch's initialisation."""
+
+    def init_paper(self) -> None:
+        """The published initialisation, where it is not torch's."""
+
+    def init_blend(self) -> None:
+        """The published one without its zero layers: behind α = 0 they would never get a gradient in time."""
+        self.init_paper()
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The block's formula: x: (B, C, *S) → the same shape and dtype."""
+        raise NotImplementedError
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """The gates or rows that `transform` would apply to x, before any blending; nothing is kept."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape and dtype."""
+        y = self.transform(x)
+        return y if self.alpha is None else blend(x, y, self.alpha)
+
+    def extra_repr(self) -> str:
+        """Channels, and whatever differs from the defaults."""
+        defaults = inspect.signature(type(self)).parameters
+        given = {"dims": self.dims, "init": self.init, **self.args}
+        changed = {k: v for k, v in given.items() if k in defaults and defaults[k].default != v}
+        return ", ".join([str(self.channels), *(f"{k}={v!r}" for k, v in changed.items())])
+
+
+class GateBlock(Block):
+    """A block that multiplies its input by one factor: x · factor(x)."""
+
+    def factor(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → what multiplies it, broadcastable to x, float32 or wider."""
+        raise NotImplementedError
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · factor."""
+        return scale(x, self.factor(x))
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `gate`: the factor, broadcastable to x."""
+        return {"gate": self.factor(x).to(x.dtype)}
+
+
+def hidden_width(channels: int, reduction: float, divisor: int = 1) -> int:
+    """Width of a bottleneck: channels / reduction (or · reduction, if a fraction), at least 1.
+
+    With `divisor` above 1, the nearest multiple of it and at least one (timm's SE rounds so, with 8).
+
+    >>> hidden_width(256, 16), hidden_width(3, 16), hidden_width(64, 0.25), hidden_width(64, 16, divisor=8)
+    (16, 1, 16, 8)
+    """
+    width = channels * reduction if reduction < 1 else channels / reduction
+    if divisor > 1:
+        return max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return max(1, math.floor(width + 1e-9))  # 0.29 · 100 is 28.999999999999996
+
+
+CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+"""Spatial dimensions → convolution."""
+
+BATCH_NORM: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
+"""Spatial dimensions → batch norm; call it through `gate.normalize`."""
+
+
+def positions(x: Tensor) -> tuple[int, ...]:
+    """The axes of x: (B, C, *S) that are spatial."""
+    return tuple(range(2, x.ndim))
+
+
+def pool(x: Tensor, kind: str) -> Tensor:
+    """Global `avg` or `max`: (B, C, *S) → (B, C, 1, …); reductions, which export everywhere."""
+    reduce = x.mean if kind == "avg" else x.amax
+    return reduce(positions(x), keepdim=True)
+
+
+def column(z: Tensor, x: Tensor) -> Tensor:
+    """z: (B, C) → (B, C, 1, …), to stand beside x: (B, C, *S)."""
+    return z.reshape(*z.shape, *(1,) * (x.ndim - 2))
+
+
+def static_shape(x: Tensor) -> tuple[int, ...]:
+    """x.shape as plain integers, also under torch.jit.trace, which fixes whatever they decide."""
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return tuple(int(n) for n in x.shape)
+    return tuple(x.shape)
+
+
+def he_init(*layers: nn.Conv1d | nn.Conv2d | nn.Conv3d, mode: str = "fan_in") -> None:
+    """Normal weights of variance 2 / fan, zero biases."""
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")  # type: ignore[arg-type]
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,247 @@
+"""Blocks that attend to channels and to positions."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, pool
+from attninject.blocks.channel import ChannelAttention
+from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
+from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+from attninject.blocks.spatial import SpatialAttention
+
+
+class CBAM(Block):
+    """Convolutional block attention: y = x · Mc(x), then y · Ms(y).
+
+    arXiv:1807.06521, eq. 1 (Mc: eq. 2, `ChannelAttention`; Ms: eq. 3, `SpatialAttention`).
+    Options: `reduction`, `pool`, `bias` (of the two FC layers), `divisor` for the channel half;
+    `kernel_size`, `norm`, `concat` for the spatial half; `gate` for both; `order` channel_first |
+    spatial_first | parallel (one gate g(zc + zs) from the sum of both halves' logits, paper section 5.1);
+    `residual`: x + CBAM(x).
+
+    Deviations: those of the halves (biases, norm and [max, mean] follow the released code). Under
+    `init="identity"` a residual's 1 is dropped and the gates are doubled, as everywhere, so `residual` only
+    changes `paper` and `blend`. timm's `CbamModule` is `bias=False, concat="mean_max", init="paper"`, with
+    keys `spatial.conv.conv` and `spatial.conv.bn` for our `spatial.conv` and `spatial.norm`.
+    """
+
+    options: ClassVar[Options] = {
+        "reduction": Reduction(),
+        "kernel_size": OneOf(3, 5, 7),
+        "pool": OneOf("avg", "max", "both"),
+        "order": OneOf("channel_first", "spatial_first", "parallel"),
+        "bias": Bool(),
+        "norm": Bool(),
+        "residual": Bool(),
+        "divisor": Int(min=1),
+        "concat": OneOf("max_mean", "mean_max"),
+        "gate": OneOf(*GATES),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        reduction: float = 16,
+        kernel_size: int = 7,
+        pool: str = "both",
+        order: str = "channel_first",
+        bias: bool = True,
+        norm: bool = True,
+        residual: bool = False,
+        divisor: int = 1,
+        concat: str = "max_mean",
+        gate: str = "sigmoid",
+    ) -> None:
+        shared = {"divisor": divisor, "concat": concat, "gate": gate}
+        super().__init__(
+            channels, dims, init,
+            reduction=reduction, kernel_size=kernel_size, pool=pool, order=order,
+            bias=bias, norm=norm, residual=residual, **shared,
+        )  # fmt: skip
+        self.order, self.skip = order, residual and not self.identity
+        inner = "identity" if self.identity else "paper"
+        self.channel = ChannelAttention(
+            channels, dims=dims, init=inner,
+            reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate,
+        )  # fmt: skip
+        self.spatial = SpatialAttention(
+            channels, dims=dims, init=inner,
+            kernel_size=kernel_size, norm=norm, concat=concat, gate=gate,
+        )  # fmt: skip
+        self.gate = Gate(gate, identity=self.identity, skip=self.skip) if order == "parallel" else None
+        self.initialise()
+
+    def init_blend(self) -> None:
+        """As published (the halves have done it themselves), but the spatial norm's scale at 1."""
+        self.spatial.init_blend()
+
+    def joint(self, x: Tensor) -> Tensor | None:
+        """The parallel form's one gate, (B, C, *S), a residual's 1 included; None for the other orders."""
+        if self.gate is None:
+            return None
+        return self.gate(self.channel.logits(x) + self.spatial.logits(x))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        gate = self.joint(x)
+        if gate is not None:
+            return scale(x, gate)
+        halves = (
+            (self.channel, self.spatial) if self.order == "channel_first" else (self.spatial, self.channel)
+        )
+        y = halves[1](halves[0](x))
+        return x + y if self.skip else y
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S); `gate`: (B, C, *S) if parallel.
+
+        A residual is added outside `channel` · `spatial`, but is part of `gate`.
+        """
+        gate = self.joint(x)
+        if gate is not None:
+            return {"gate": gate.to(x.dtype)}
+        if self.order == "channel_first":
+            channel = self.channel.attention(x)["gate"]
+            return {"channel": channel, "spatial": self.spatial.attention(x * channel)["gate"]}
+        spatial = self.spatial.attention(x)["gate"]
+        return {"channel": self.channel.attention(x * spatial)["gate"], "spatial": spatial}
+
+
+class ConvNormReLU(nn.Module):
+    """relu(BN(conv(x))), size kept; any batch ≥ 1 in train mode (`gate.normalize`)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        dims: int,
+        bias: bool,
+        dilation: int = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel // 2)
+        self.conv = CONV[dims](
+            inputs, outputs, kernel, padding=padding, dilation=dilation, groups=groups, bias=bias
+        )
+        self.norm = BATCH_NORM[dims](outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, inputs, *S) → (B, outputs, *S)."""
+        return F.relu(normalize(self.norm, self.conv(x)))
+
+
+class BAM(Block):
+    """Bottleneck attention: x · (1 + σ(c · s)), c: (B, C, 1, …) from the mean of x, s: (B, 1, *S).
+
+    arXiv:1807.06514, eq. 1-4. c = FC(relu(BN(FC(mean)))); s = conv1(relu(BN(conv3(…relu(BN(conv1(x)))))))
+    with `num_layers` dilated 3×3 convolutions in the middle. Options: `reduction` and `divisor` of both
+    bottlenecks, `dilation`, `num_layers`, `bias` of all layers, `mode` product (released code) | sum (paper).
+
+    Deviations: the paper adds, σ(c + s), the released code multiplies: `mode="product"` follows the code.
+    Norms sit where the code has them, inside both branches, where the paper writes one at each end.
+    Under `init="identity"` the factor is 2σ(·); of the product only the spatial branch's last layer is zero
+    (with both at zero no gradient would reach either), of the sum both branches' last layers.
+    """
+
+    options: ClassVar[Options] = {
+        "reduction": Reduction(),
+        "dilation": Int(min=1),
+        "num_layers": Int(min=0),
+        "mode": OneOf("product", "sum"),
+        "bias": Bool(),
+        "divisor": Int(min=1),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        reduction: float = 16,
+        dilation: int = 4,
+        num_layers: int = 2,
+        mode: str = "product",
+        bias: bool = True,
+        divisor: int = 1,
+    ) -> None:
+        super().__init__(
+            channels, dims, init,
+            reduction=reduction, dilation=dilation, num_layers=num_layers, mode=mode, bias=bias,
+            divisor=divisor,
+        )  # fmt: skip
+        hidden = hidden_width(channels, reduction, divisor)
+        conv = CONV[dims]
+        self.mode = mode
+        self.channel = nn.Sequential(
+            ConvNormReLU(channels, hidden, 1, dims, bias), conv(hidden, channels, 1, bias=bias)
+        )
+        self.spatial = nn.Sequential(
+            ConvNormReLU(channels, hidden, 1, dims, bias),
+            *(ConvNormReLU(hidden, hidden, 3, dims, bias, dilation) for _ in range(num_layers)),
+            conv(hidden, 1, 1, bias=bias),
+        )
+        self.gate = Gate("sigmoid", identity=self.identity, skip=True)
+        self.initialise()
+
+    def init_identity(self) -> None:
+        """Zero the spatial branch's last layer; in the sum the channel branch's too."""
+        zero(self.spatial[-1])
+        if self.mode == "sum":
+            zero(self.channel[-1])
+
+    def init_paper(self) -> None:
+        """The released code's: He by fan-out for the convolutions, torch's for the FC layers, zero biases."""
+        for layer in self.spatial.modules():
+            if isinstance(layer, CONV[self.dims]):
+                he_init(layer, mode="fan_out")
+        for layer in self.channel.modules():
+            if isinstance(layer, CONV[self.dims]) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → what multiplies it, (B, C, *S), float32 or wider."""
+        c = at_least_float32(self.channel(pool(x, "avg")))
+        s = at_least_float32(self.spatial(x))
+        return self.gate(c * s if self.mode == "product" else c + s)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · factor."""
+        return scale(x, self.factor(x))
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `gate`: (B, C, *S), the 1 of 1 + σ included."""
+        return {"gate": self.factor(x).to(x.dtype)}
+
+
+BLOCKS = (
+    BlockSpec(
+        name="cbam",
+        cls=CBAM,
+        family="both",
+        dims=(1, 2, 3),
+        spatial=True,
+        paper="arXiv:1807.06521",
+        equation="1-3",
+        summary="convolutional block attention: channels, then positions",
+    ),
+    BlockSpec(
+        name="bam",
+        cls=BAM,
+        family="both",
+        dims=(1, 2, 3),
+        spatial=True,
+        paper="arXiv:1807.06514",
+        equation="1-4",
+        summary="bottleneck attention: channel and dilated spatial branch side by side",
+    ),
+)

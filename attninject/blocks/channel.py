@@ -1,0 +1,167 @@
+"""Channel attention: one gate per channel, from globally pooled descriptors."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attninject.blocks.base import CONV, Block, BlockSpec, he_init, hidden_width, pool
+from attninject.blocks.gate import GATES, Gate, at_least_float32, scale, zero
+from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+
+
+class ChannelMLP(Block):
+    """Shared by SE and CBAM's channel attention: descriptor → C / r → C logits → one gate per channel."""
+
+    def build(self, *, reduction: float, bias: bool, divisor: int, gate: str) -> None:
+        """Make the layers, as 1×1 convolutions under timm's names, so that weights interchange."""
+        hidden = hidden_width(self.channels, reduction, divisor)
+        conv = CONV[self.dims]
+        self.fc1 = conv(self.channels, hidden, 1, bias=bias)
+        self.fc2 = conv(hidden, self.channels, 1, bias=bias)
+        self.gate = Gate(gate, identity=self.identity)
+
+    def mlp(self, descriptor: Tensor) -> Tensor:
+        """(B, C, 1, …) → logits of the same shape, float32 or wider."""
+        return at_least_float32(self.fc2(F.relu(self.fc1(descriptor))))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → gate logits (B, C, 1, …)."""
+        raise NotImplementedError
+
+    def init_identity(self) -> None:
+        """Zero the second layer: z = 0."""
+        zero(self.fc2)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · gate."""
+        return scale(x, self.gate(self.logits(x)))
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `gate`: (B, C, 1, …)."""
+        return {"gate": self.gate(self.logits(x)).to(x.dtype)}
+
+
+class SE(ChannelMLP):
+    """Squeeze-and-Excitation: x · g(W₂ relu(W₁ s + b₁) + b₂), s = mean of x over positions.
+
+    arXiv:1709.01507, eq. 2 (squeeze), 3 (excitation), 4 (scale); `gate` and `squeeze` are its ablations.
+    Options: `reduction` (a number ≥ 1, or a fraction of the channels), `bias` of both layers, `divisor` of
+    the hidden width, `squeeze` avg | max | both (their mean), `gate` sigmoid | tanh | relu | hard_sigmoid.
+
+    Deviations: none from the paper. timm's `SEModule` is `divisor=8, init="paper"`: same keys, same output;
+    its `add_maxpool` is `squeeze="both"`.
+    """
+
+    options: ClassVar[Options] = {
+        "reduction": Reduction(),
+        "bias": Bool(),
+        "divisor": Int(min=1),
+        "squeeze": OneOf("avg", "max", "both"),
+        "gate": OneOf(*GATES),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        reduction: float = 16,
+        bias: bool = True,
+        divisor: int = 1,
+        squeeze: str = "avg",
+        gate: str = "sigmoid",
+    ) -> None:
+        super().__init__(
+            channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, squeeze=squeeze, gate=gate
+        )
+        self.squeeze = squeeze
+        self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
+        self.initialise()
+
+    def init_paper(self) -> None:
+        """He initialisation (the paper follows arXiv:1502.01852), zero biases."""
+        he_init(self.fc1, self.fc2)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → gate logits (B, C, 1, …)."""
+        if self.squeeze == "both":
+            return self.mlp(0.5 * pool(x, "avg") + 0.5 * pool(x, "max"))
+        return self.mlp(pool(x, self.squeeze))
+
+
+class ChannelAttention(ChannelMLP):
+    """CBAM's channel attention: x · g(MLP(mean of x) + MLP(max of x)), one MLP for both descriptors.
+
+    arXiv:1807.06521, eq. 2: MLP(s) = W₁ relu(W₀ s). Options: `reduction`, `divisor`, `gate` as for SE; `pool`
+    avg | max | both, the descriptors that are used; `bias` of both layers.
+
+    Deviations: the paper's formula has no biases, the released code has: `bias=True` follows the code. timm's
+    `ChannelAttn` is `bias=False, init="paper"`, same keys; it rounds the hidden width where C / r is no whole
+    number, we cut it.
+    """
+
+    options: ClassVar[Options] = {
+        "reduction": Reduction(),
+        "pool": OneOf("avg", "max", "both"),
+        "bias": Bool(),
+        "divisor": Int(min=1),
+        "gate": OneOf(*GATES),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        reduction: float = 16,
+        pool: str = "both",
+        bias: bool = True,
+        divisor: int = 1,
+        gate: str = "sigmoid",
+    ) -> None:
+        super().__init__(
+            channels, dims, init, reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate
+        )
+        self.pools = ("avg", "max") if pool == "both" else (pool,)
+        self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
+        self.initialise()
+
+    def init_paper(self) -> None:
+        """The released code's: torch's weights, zero biases."""
+        for layer in (self.fc1, self.fc2):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → gate logits (B, C, 1, …)."""
+        first, *others = (self.mlp(pool(x, kind)) for kind in self.pools)
+        return first + others[0] if others else first
+
+
+BLOCKS = (
+    BlockSpec(
+        name="se",
+        cls=SE,
+        family="channel",
+        dims=(1, 2, 3),
+        spatial=False,
+        paper="arXiv:1709.01507",
+        equation="2-4",
+        summary="squeeze-and-excitation: a gate per channel from the mean",
+    ),
+    BlockSpec(
+        name="channel_attention",
+        cls=ChannelAttention,
+        family="channel",
+        dims=(1, 2, 3),
+        spatial=False,
+        paper="arXiv:1807.06521",
+        equation="2",
+        summary="CBAM's channel half: a gate per channel from mean and max",
+    ),
+)

@@ -1,0 +1,167 @@
+"""Global attention through a few descriptors: double attention and external attention."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attninject.blocks.attend import Additive, full_precision, rows, unrows, wide
+from attninject.blocks.base import BATCH_NORM, CONV, BlockSpec, hidden_width
+from attninject.blocks.gate import at_least_float32, normalize, zero
+from attninject.blocks.options import Bool, Int, Options, Reduction
+
+
+class DoubleAttention(Additive):
+    """Double attention (A²): x + W Z, z_i = Σ_j (Σ_k A_k softmax_k(B)_jk) softmax_j(V_i)_j.
+
+    arXiv:1810.11579, eq. 3-6: n global descriptors are gathered, each a mean of A over the positions k with
+    weights softmax_k(B_jk); every position i then takes a mixture of them with weights softmax_j(V_ji).
+    A, B, V, W are 1×1 convolutions. Options: `reduction` (the widths m of A and n of B and V, both
+    C / reduction), `divisor` of them, `bias`, `residual`.
+
+    Time and memory are linear in the positions. Both softmaxes run in float32.
+
+    Deviations: none; the paper's m and n may differ, in its networks both are C / 4.
+    """
+
+    options: ClassVar[Options] = {
+        "reduction": Reduction(),
+        "bias": Bool(),
+        "divisor": Int(min=1),
+        "residual": Bool(),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        reduction: float = 4,
+        bias: bool = True,
+        divisor: int = 1,
+        residual: bool = True,
+    ) -> None:
+        super().__init__(
+            channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, residual=residual
+        )
+        width, conv = hidden_width(channels, reduction, divisor), CONV[dims]
+        self.features = conv(channels, width, 1, bias=bias)
+        self.gather = conv(channels, width, 1, bias=bias)
+        self.distribute = conv(channels, width, 1, bias=bias)
+        self.out = conv(width, channels, 1, bias=bias)
+        self.initialise()
+
+    def init_identity(self) -> None:
+        """Zero W."""
+        zero(self.out)
+
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, C, *S) → softmax(B) over positions and softmax(V) over descriptors: (B, n, N), float32."""
+        b, v = (at_least_float32(layer(x).flatten(2)) for layer in (self.gather, self.distribute))
+        return torch.softmax(b, 2), torch.softmax(v, 1)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the distributed descriptors, the same shape."""
+        gathering, distributing = self.weights(x)
+        a = self.features(x).flatten(2)
+        descriptors = a @ gathering.to(a.dtype).transpose(1, 2)  # (B, m, n)
+        z = descriptors @ distributing.to(descriptors.dtype)
+        return self.out(z.unflatten(2, x.shape[2:]))
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `gather`: (B, n, *S), sums to 1 over positions; `distribute`: the same over n."""
+        gathering, distributing = (t.unflatten(2, x.shape[2:]).to(x.dtype) for t in self.weights(x))
+        return {"gather": gathering, "distribute": distributing}
+
+
+class ExternalAttention(Additive):
+    """External attention: x + BN(W₂ A M_v), A the doubly normalised W₁x M_kᵀ, M_k and M_v learnt memories.
+
+    arXiv:2105.02358, eq. 5-6 and 7-9: per memory slot a softmax over positions, then per position division
+    by the sum over slots. Options: `memory` (the number of slots S), `norm` behind W₂, `residual`.
+
+    Time and memory are linear in the positions. Both normalisations are done in float32, as one softmax over
+    slots of a log-softmax over positions, which is the same and cannot divide by zero.
+
+    Deviations: the released code adds 10⁻⁹ to that sum, applies a relu to the result (which no identity
+    survives), starts M_v as M_kᵀ, and has W₂ without bias (here W₂ has one exactly where no norm follows).
+    The multi-head form for transformers is not here.
+    """
+
+    options: ClassVar[Options] = {"memory": Int(min=1), "norm": Bool(), "residual": Bool()}
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        memory: int = 64,
+        norm: bool = True,
+        residual: bool = True,
+    ) -> None:
+        super().__init__(channels, dims, init, memory=memory, norm=norm, residual=residual)
+        conv = CONV[dims]
+        self.query = conv(channels, channels, 1)
+        self.keys = nn.Linear(channels, memory, bias=False)
+        self.values = nn.Linear(memory, channels, bias=False)
+        self.out = conv(channels, channels, 1, bias=not norm)
+        self.norm = BATCH_NORM[dims](channels) if norm else None
+        self.initialise()
+
+    def init_identity(self) -> None:
+        """Zero the norm's scale and shift, or W₂ where there is no norm."""
+        zero(self.out if self.norm is None else self.norm)
+
+    def init_paper(self) -> None:
+        """The released code's: normal weights, of variance 2 / fan out for convolutions, M_v as M_kᵀ."""
+        for layer in (self.query, self.out):
+            nn.init.normal_(layer.weight, std=(2 / self.channels) ** 0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.keys.weight, std=(2 / self.keys.out_features) ** 0.5)
+        with torch.no_grad():
+            self.values.weight.copy_(self.keys.weight.T)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → A: (B, N, S), float32 or wider; each position's S weights sum to 1."""
+        z = wide(self.keys, at_least_float32(rows(self.query(x))))
+        with full_precision(z):
+            return torch.softmax(torch.log_softmax(z, 1), 2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → what the memory gives, the same shape."""
+        t = self.values(self.weights(x).to(self.values.weight.dtype))
+        y = self.out(unrows(t, x))
+        return y if self.norm is None else normalize(self.norm, y)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `rows`: (B, N, S), the weights of each position over the memory's slots."""
+        return {"rows": self.weights(x).to(x.dtype)}
+
+
+BLOCKS = (
+    BlockSpec(
+        name="a2",
+        cls=DoubleAttention,
+        family="global",
+        dims=(1, 2, 3),
+        spatial=False,
+        paper="arXiv:1810.11579",
+        equation="3-6",
+        summary="double attention: gather global descriptors, hand them out again",
+    ),
+    BlockSpec(
+        name="external",
+        cls=ExternalAttention,
+        family="global",
+        dims=(1, 2, 3),
+        spatial=False,
+        paper="arXiv:2105.02358",
+        equation="5-9",
+        summary="external attention: every position reads a small learnt memory",
+    ),
+)

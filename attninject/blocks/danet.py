@@ -1,0 +1,195 @@
+"""Dual attention: between positions, between channels, and both at once."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attninject.blocks.attend import Additive, attend, attention_rows, full_precision, rows, unrows
+from attninject.blocks.base import CONV, Block, BlockSpec, hidden_width
+from attninject.blocks.gate import at_least_float32
+from attninject.blocks.options import Bool, Int, Options, Reduction
+
+
+class Weighted(Additive):
+    """Shared by both halves: x + γ · gathered(x), γ a learnt number that starts at zero, as published."""
+
+    gamma: nn.Parameter
+
+    def init_identity(self) -> None:
+        """Set γ to 0."""
+        nn.init.zeros_(self.gamma)
+
+    def init_paper(self) -> None:
+        """The same: the published block starts as the identity."""
+        self.init_identity()
+
+    def init_blend(self) -> None:
+        """Set γ to 1."""
+        nn.init.ones_(self.gamma)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the weighted sums, the same shape."""
+        raise NotImplementedError
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → γ · gathered(x)."""
+        return (self.gamma * self.gathered(x)).to(x.dtype)
+
+
+class PositionAttention(Weighted):
+    """DANet's position attention: x + γ Σ_j softmax_j(B_iᵀ C_j) D_j, B, C, D 1×1 convolutions of x.
+
+    arXiv:1809.02983, eq. 1-2. Options: `reduction` (the width of B and C; D has C channels), `divisor` of
+    that width, `bias`. Keys of B, C, D: `query`, `key`, `value`.
+
+    Memory is linear in the positions, in training too; not linear: `attention(x)` and double backward.
+    Deviations: none from the paper, whose formula has no 1/√d, or the released code.
+    """
+
+    options: ClassVar[Options] = {"reduction": Reduction(), "bias": Bool(), "divisor": Int(min=1)}
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        reduction: float = 8,
+        bias: bool = True,
+        divisor: int = 1,
+    ) -> None:
+        super().__init__(channels, dims, init, reduction=reduction, bias=bias, divisor=divisor)
+        width, conv = hidden_width(channels, reduction, divisor), CONV[dims]
+        self.query = conv(channels, width, 1, bias=bias)
+        self.key = conv(channels, width, 1, bias=bias)
+        self.value = conv(channels, channels, 1, bias=bias)
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.initialise()
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the attended D, the same shape."""
+        q, k, v = (rows(layer(x)).unsqueeze(1) for layer in (self.query, self.key, self.value))
+        return unrows(attend(q, k, v, 1.0).squeeze(1), x)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `rows`: (B, N, N), the weights that position i gives to each j; they sum to 1."""
+        return {"rows": attention_rows(rows(self.query(x)), rows(self.key(x)), 1.0).to(x.dtype)}
+
+
+class ChannelAffinity(Weighted):
+    """DANet's channel attention: x + γ softmax(−X Xᵀ) X, X = x with its positions in a row: (C, N).
+
+    arXiv:1809.02983, eq. 3-4. Options: `invert` (the minus).
+
+    Deviations: the paper writes softmax(X Xᵀ). The released code takes the softmax of max(E) − E, E = X Xᵀ,
+    which equals softmax(−E), as a softmax does not see a shift: channels attend to those *least* like them.
+    `invert=True`, the default, is the code, `invert=False` the paper. E and its softmax are float32.
+    """
+
+    options: ClassVar[Options] = {"invert": Bool()}
+
+    def __init__(self, channels: int, *, dims: int = 2, init: str = "identity", invert: bool = True) -> None:
+        super().__init__(channels, dims, init, invert=invert)
+        self.invert = invert
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.initialise()
+
+    def weights(self, flat: Tensor) -> Tensor:
+        """flat: (B, C, N), float32 or wider → (B, C, C); each row sums to 1."""
+        energy = flat @ flat.transpose(1, 2)
+        return torch.softmax(-energy if self.invert else energy, 2)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → mixtures of channels, the same shape, float32 or wider."""
+        flat = at_least_float32(x).flatten(2)
+        with full_precision(x):
+            return (self.weights(flat) @ flat).unflatten(2, x.shape[2:])
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `rows`: (B, C, C), the weights that channel i gives to each j; they sum to 1."""
+        with full_precision(x):
+            return {"rows": self.weights(at_least_float32(x).flatten(2)).to(x.dtype)}
+
+
+class DANet(Block):
+    """DANet's dual attention: x + γ_p P(x) + γ_c Q(x), P between positions, Q between channels.
+
+    arXiv:1809.02983, section 3.4: the sum of both modules' outputs. Options: `reduction`, `bias`, `divisor`
+    of `PositionAttention`, `invert` of `ChannelAffinity`.
+
+    Deviations: each published module adds x of its own and stands between convolutions of a segmentation
+    head, which then sums them: that would be 2x. Here x is added once and the convolutions are left out.
+    """
+
+    options: ClassVar[Options] = {**PositionAttention.options, **ChannelAffinity.options}
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        reduction: float = 8,
+        bias: bool = True,
+        divisor: int = 1,
+        invert: bool = True,
+    ) -> None:
+        super().__init__(channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, invert=invert)
+        self.position = PositionAttention(
+            channels, dims=dims, init="paper", reduction=reduction, bias=bias, divisor=divisor
+        )
+        self.channel = ChannelAffinity(channels, dims=dims, init="paper", invert=invert)
+        self.initialise()
+
+    def init_blend(self) -> None:
+        """Set both γ to 1; under the other inits both halves have zeroed theirs."""
+        self.position.init_blend()
+        self.channel.init_blend()
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        return x + (self.position.branch(x) + self.channel.branch(x))
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `position`: (B, N, N) and `channel`: (B, C, C), the rows of both halves."""
+        return {
+            "position": self.position.attention(x)["rows"],
+            "channel": self.channel.attention(x)["rows"],
+        }
+
+
+BLOCKS = (
+    BlockSpec(
+        name="danet_pam",
+        cls=PositionAttention,
+        family="spatial",
+        dims=(1, 2, 3),
+        spatial=False,
+        paper="arXiv:1809.02983",
+        equation="1-2",
+        summary="DANet's attention between positions, in linear memory",
+    ),
+    BlockSpec(
+        name="danet_cam",
+        cls=ChannelAffinity,
+        family="channel",
+        dims=(1, 2, 3),
+        spatial=False,
+        paper="arXiv:1809.02983",
+        equation="3-4",
+        summary="DANet's attention between channels, one learnt number",
+    ),
+    BlockSpec(
+        name="danet",
+        cls=DANet,
+        family="both",
+        dims=(1, 2, 3),
+        spatial=False,
+        paper="arXiv:1809.02983",
+        equation="1-4",
+        summary="dual attention: between positions and between channels, summed",
+    ),
+)

@@ -1,0 +1,142 @@
+"""Identity gates and the few other pieces that every block shares.
+
+**Gates.** A block scales its input by g(z), where z comes from a last layer. A fresh layer with the
+published g halves the signal (σ(0) = 0.5), which wrecks a pretrained net. Under `init="identity"` the last
+layer is zero and g is replaced by a function of the same family that is exactly 1 at 0:
+
+| kind | published g(z) | identity g(z) |
+|---|---|---|
+| sigmoid | σ(z) | 2σ(z) |
+| hard_sigmoid | h(z) = clip(z/6 + 1/2, 0, 1) | 2h(z) |
+| tanh | tanh(z) | 1 + tanh(z) |
+| relu | max(0, z) | max(0, 1 + z) |
+
+Where the published factor is 1 + g(z) (BAM, residual CBAM), identity drops the 1 and keeps the doubled g.
+The factor is 1.0 in every floating-point format, and x · 1.0 is x, bit for bit. The gradient at z = 0 is not
+zero, so the last layer learns from the first step and everything before it from the second.
+
+**Precision.** Gates are evaluated in float32 at least, whatever autocast made of the layers, and are rounded
+once, to the dtype of the input they multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+GATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "sigmoid": (torch.sigmoid, lambda z: 2 * torch.sigmoid(z)),
+    "hard_sigmoid": (F.hardsigmoid, lambda z: 2 * F.hardsigmoid(z)),
+    "tanh": (torch.tanh, lambda z: 1 + torch.tanh(z)),
+    "relu": (F.relu, lambda z: F.relu(1 + z)),
+}
+"""Kind → (published function, its identity form: exactly 1 at 0)."""
+
+
+def at_least_float32(z: Tensor) -> Tensor:
+    """The same values in float32 where the dtype is narrower; float32 and float64 pass through."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+class Gate(nn.Module):
+    """g(z), published or in its identity form; no parameters.
+
+    `kind` is a key of `GATES`. `identity` picks the form that is 1 at z = 0. `skip`: the published factor is
+    1 + g(z); its identity form is the same as without the skip.
+    """
+
+    def __init__(self, kind: str = "sigmoid", *, identity: bool = True, skip: bool = False) -> None:
+        super().__init__()
+        self.kind, self.identity, self.skip = kind, identity, skip
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: any shape → the factor, same shape, float32 or wider."""
+        published, identity = GATES[self.kind]
+        z = at_least_float32(z)
+        if self.identity:
+            return identity(z)
+        return 1 + published(z) if self.skip else published(z)
+
+    def extra_repr(self) -> str:
+        """The formula that this gate computes."""
+        return f"{self.kind}, identity={self.identity}" + (", skip=True" if self.skip else "")
+
+
+def scale(x: Tensor, gate: Tensor) -> Tensor:
+    """x · gate in x's dtype: `x: (B, C, *S)`, `gate` broadcastable to it."""
+    return x * gate.to(x.dtype)
+
+
+def scale_groups(x: Tensor, gate: Tensor) -> Tensor:
+    """x · gate where each of G groups of channels has its own: x: (B, C, *S), `gate`: (B, G, *S)."""
+    return scale(x.unflatten(1, (gate.shape[1], -1)), gate.unsqueeze(2)).flatten(1, 2)
+
+
+def blend(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """x + α(y − x) in x's dtype; exactly x at α = 0 while y − x is finite."""
+    return x + (alpha * (y - x)).to(x.dtype)
+
+
+def new_alpha() -> nn.Parameter:
+    """The zero that `blend` starts from: one element, not a 0-d tensor, which FSDP2 refuses to shard."""
+    return nn.Parameter(torch.zeros(1))
+
+
+class Blend(nn.Module):
+    """x + α(f(x) − x) around any shape-keeping module f, α = 0 at init: the identity, but for α.
+
+    Exact while f(x) and f(x) − x are finite. At α = 0 only α learns; f follows from the second step.
+    `attention(x)` is f's own, where f has one.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.alpha = new_alpha()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape and dtype."""
+        return blend(x, self.block(x), self.alpha)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """What the inner block would apply before blending; empty where it cannot tell."""
+        of = getattr(self.block, "attention", None)
+        return dict(of(x)) if callable(of) else {}
+
+
+def zero(*layers: nn.Module | None) -> None:
+    """Set weight and bias of each layer to 0 (None is passed over): its output is 0 whatever comes in."""
+    with torch.no_grad():
+        for layer in layers:
+            for p in () if layer is None else layer.parameters(recurse=False):
+                p.zero_()
+
+
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(x)`, also where a batch norm in train mode has one value per channel.
+
+    Batch statistics of a single value do not exist (torch raises). For such a call the running statistics
+    are used and left unchanged, as in eval mode. Blocks call their norms through this function rather than
+    through a subclass, because SyncBN conversion and norm freezing replace the module and would lose it. A
+    SyncBatchNorm that really synchronises sees the other ranks' values and must take part in the exchange, so
+    it is called in every case.
+    """
+    if not isinstance(norm, _BatchNorm) or not norm.training or torch.jit.is_tracing():
+        return norm(x)
+    if x.shape[0] * x.shape[2:].numel() != 1 or norm.running_mean is None or _synchronises(norm):
+        return norm(x)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def _synchronises(norm: nn.Module) -> bool:
+    dist = torch.distributed
+    return (
+        isinstance(norm, nn.SyncBatchNorm)
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size(norm.process_group) > 1
+    )

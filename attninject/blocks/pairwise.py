@@ -1,0 +1,202 @@
+"""Non-local blocks: every position looks at every other, in memory linear in their number."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attninject.blocks.attend import (
+    attend,
+    attention_rows,
+    exporting,
+    full_precision,
+    project,
+    relu_of_sums,
+    rows,
+    unrows,
+)
+from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, hidden_width, static_shape
+from attninject.blocks.gate import at_least_float32, normalize, zero
+from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+
+SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
+NONLOCAL_MODES = (*SOFTMAX_MODES, "dot_product", "concatenation")
+
+
+class NonLocal(Block):
+    """Non-local block: x + BN(W y), y_i = Σ_j f(x_i, x_j) g(x_j) / C(x).
+
+    arXiv:1711.07971, eq. 1, 6 (the residual form) and the four f of its eq. 2-5 by `mode`:
+
+    | mode | f(x_i, x_j) | C(x) |
+    |---|---|---|
+    | embedded_gaussian | exp(θ(x_i)ᵀ φ(x_j)), the default | Σ_j f |
+    | gaussian | exp(x_iᵀ x_j), without θ and φ | Σ_j f |
+    | dot_product | θ(x_i)ᵀ φ(x_j) | number of j |
+    | concatenation | relu(w_aᵀ θ(x_i) + w_bᵀ φ(x_j)), w = [w_a; w_b] | number of j |
+
+    θ, φ, g, W are 1×1 convolutions through a bottleneck of C / `reduction`. Options besides: `sub_sample`
+    (max-pool φ and g by 2 over positions, in 3D by 1×2×2, as in section 3.3; a side of one position stays),
+    `norm` behind W, `scale` (the logit, or f itself where there is no exp, times d^-1/2, d the width of the
+    vectors compared), `bias` of the convolutions, `divisor` of the bottleneck.
+
+    Memory is linear in the positions, in training too, in every mode: the Gaussian forms use torch's fused
+    attention, the dot product is summed as θ (φᵀ g), the concatenation over sorted prefix sums in
+    O(N log N). Not linear: `attention(x)`, which returns the matrix; double backward of the Gaussian forms;
+    an exported concatenation form, since ONNX cannot search a sorted list.
+
+    Deviations: with sub-sampling, "number of j" counts the pooled positions that are summed (the paper
+    writes N). The last two modes' sums are unbounded: they and W are computed in float32, and cut to the
+    largest number of a narrower input dtype. The released Caffe2 code divides the logits by √d
+    (`scale=True`), pools x in front of φ and g, and has the norm that is the default here. timm's
+    `NonLocalAttn` is `reduction=8, divisor=8, init="paper"` with keys `t`, `p`, `g`, `z`, `norm` for our
+    `theta`, `phi`, `g`, `out`, `norm`, under `use_scale=False`; its scale is C^-1/2 where ours is d^-1/2.
+    """
+
+    options: ClassVar[Options] = {
+        "mode": OneOf(*NONLOCAL_MODES),
+        "reduction": Reduction(),
+        "sub_sample": Bool(),
+        "norm": Bool(),
+        "scale": Bool(),
+        "bias": Bool(),
+        "divisor": Int(min=1),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        mode: str = "embedded_gaussian",
+        reduction: float = 2,
+        sub_sample: bool = False,
+        norm: bool = True,
+        scale: bool = False,
+        bias: bool = True,
+        divisor: int = 1,
+    ) -> None:
+        super().__init__(
+            channels, dims, init,
+            mode=mode, reduction=reduction, sub_sample=sub_sample, norm=norm, scale=scale, bias=bias,
+            divisor=divisor,
+        )  # fmt: skip
+        width = hidden_width(channels, reduction, divisor)
+        conv, embedded = CONV[dims], mode != "gaussian"
+        self.mode, self.sub_sample = mode, sub_sample
+        self.scale = (width if embedded else channels) ** -0.5 if scale else 1.0
+        self.theta = conv(channels, width, 1, bias=bias) if embedded else None
+        self.phi = conv(channels, width, 1, bias=bias) if embedded else None
+        self.g = conv(channels, width, 1, bias=bias)
+        self.concat = nn.Linear(2 * width, 1, bias=False) if mode == "concatenation" else None
+        self.out = conv(width, channels, 1, bias=bias)
+        self.norm = BATCH_NORM[dims](channels) if norm else None
+        self.initialise()
+
+    def init_identity(self) -> None:
+        """Zero the norm's scale and shift, or W where there is no norm."""
+        zero(self.out if self.norm is None else self.norm)
+
+    def init_paper(self) -> None:
+        """The released code's: normal weights of deviation 0.01, zero biases; and the zero of section 4.1."""
+        self.init_blend()
+        self.init_identity()
+
+    def init_blend(self) -> None:
+        """The same, W's norm or W itself not at zero."""
+        for layer in (self.theta, self.phi, self.g, self.concat, self.out):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, *S) of N positions → θ (B, N, d), φ (B, M, d) and g (B, M, e), M ≤ N.
+
+        d and e are the bottleneck's width, but for the Gaussian mode, where θ and φ are x.
+        """
+        theta = x if self.theta is None else self.theta(x)
+        phi = x if self.phi is None else self.phi(x)
+        g = self.g(x)
+        if self.sub_sample:
+            phi, g = halve(phi), halve(g)
+        return rows(theta), rows(phi), rows(g)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        theta, phi, g = self.embed(x)
+        if self.mode in SOFTMAX_MODES:
+            q, k, v = (t.unsqueeze(1) for t in (theta, phi, g))  # one head: (B, 1, N, d)
+            y = self.out(unrows(attend(q, k, v, self.scale).squeeze(1), x))
+        else:
+            y = project(self.out, self.unbounded(theta, phi, g), x)
+            if self.norm is not None and self.training and self.out.weight.dtype == torch.float16:
+                y = y.clamp(-255, 255)  # whose squares, the norm's statistics, float16 can hold
+        if self.norm is not None:
+            y = normalize(self.norm, y)
+        return x + y.to(x.dtype)
+
+    def unbounded(self, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+        """Rows of the embeddings → y: (B, N, e) of the modes without softmax, float32 or wider."""
+        theta, phi, g = (at_least_float32(t) for t in (theta, phi, g))
+        factor = self.scale / phi.shape[1]
+        with full_precision(theta):
+            if self.mode == "dot_product":
+                return theta @ (phi.transpose(1, 2) @ (factor * g))
+            a, b = self.halves(theta, phi)
+            if exporting():
+                return F.relu(a.unsqueeze(2) + b.unsqueeze(1)) @ (factor * g)
+            return relu_of_sums(a, b, factor * g)
+
+    def halves(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """The two summands of the concatenation form: w_aᵀ θ (B, N) and w_bᵀ φ (B, M)."""
+        assert self.concat is not None
+        first, second = self.concat.weight.to(theta.dtype).squeeze(0).chunk(2)
+        return (theta * first).sum(2), (phi * second).sum(2)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `rows`: (B, N, M), f / C(x): the weight of each j for i.
+
+        Under a softmax they sum to 1; without one they stay float32, which half precision might not hold.
+        """
+        theta, phi, _ = (at_least_float32(t) for t in self.embed(x))
+        if self.mode in SOFTMAX_MODES:
+            return {"rows": attention_rows(theta, phi, self.scale).to(x.dtype)}
+        with full_precision(x):
+            if self.mode == "dot_product":
+                f = theta @ phi.transpose(1, 2)
+            else:
+                a, b = self.halves(theta, phi)
+                f = F.relu(a.unsqueeze(2) + b.unsqueeze(1))
+        return {"rows": f * (self.scale / phi.shape[1])}
+
+
+def halve(x: Tensor) -> Tensor:
+    """Max-pool by 2 over the last two spatial axes (one in 1D): an odd last position goes, a lone one stays.
+
+    A reduction over reshaped axes, not a pooling call, whose backward is not deterministic everywhere.
+    """
+    shape = static_shape(x)
+    for axis in range(max(2, x.ndim - 2), x.ndim):
+        pairs = shape[axis] // 2
+        if pairs:
+            x = x.narrow(axis, 0, 2 * pairs).unflatten(axis, (pairs, 2)).amax(axis + 1)
+    return x
+
+
+BLOCKS = (
+    BlockSpec(
+        name="nonlocal",
+        cls=NonLocal,
+        family="global",
+        dims=(1, 2, 3),
+        spatial=True,
+        paper="arXiv:1711.07971",
+        equation="1-6",
+        summary="non-local block: attention between all positions, in linear memory",
+    ),
+)

@@ -1,0 +1,280 @@
+"""The registry: every block by name, checked and built. Names map to classes here and nowhere else.
+
+Built-in blocks come from the tables of the family files. Third-party classes join by `register_block`, from
+Python only: nothing in a recipe is ever imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from attninject.blocks import (
+    both,
+    channel,
+    compact,
+    danet,
+    descriptors,
+    directional,
+    foreign,
+    mask,
+    pairwise,
+    positional,
+    sca,
+    selective,
+    sequence,
+    spatial,
+    warp,
+    windows,
+)
+from attninject.blocks.base import INITS, Block, BlockSpec
+from attninject.blocks.gate import Blend
+from attninject.blocks.options import RESERVED, Int, OneOf, faults, nearest, unknown
+from attninject.errors import BlockError, TooFewChannelsError, UnknownBlockError
+
+__all__ = [
+    "BlockSpec",
+    "block_table",
+    "check_args",
+    "create_block",
+    "get",
+    "is_identity",
+    "list_blocks",
+    "refused",
+    "register_block",
+    "resolve",
+]
+
+_FAMILIES = (
+    channel,
+    spatial,
+    both,
+    pairwise,
+    sequence,
+    sca,
+    danet,
+    compact,
+    windows,
+    descriptors,
+    selective,
+    mask,
+    warp,
+    directional,
+    positional,
+)
+_BUILT_IN: dict[str, BlockSpec] = {spec.name: spec for family in _FAMILIES for spec in family.BLOCKS}
+_TIMM: dict[str, foreign.TimmSpec] = {spec.name: spec for spec in foreign.BLOCKS}
+_REGISTERED: dict[str, BlockSpec] = {}
+
+M = TypeVar("M", bound=type[nn.Module])
+
+
+def list_blocks() -> list[str]:
+    """The names of all blocks, built in, timm's and registered, sorted."""
+    return sorted({*_BUILT_IN, *_TIMM, *_REGISTERED})
+
+
+def block_table() -> list[BlockSpec]:
+    """The rows of all blocks, sorted by name; timm's and the registered ones come last."""
+    tables = (_BUILT_IN, _TIMM, _REGISTERED)
+    return [table[name] for table in tables for name in sorted(table)]
+
+
+def get(name: str) -> BlockSpec:
+    """The table row of a block; `UnknownBlockError` with the nearest names where there is none."""
+    spec = _find(name) if isinstance(name, str) else None
+    if spec is None:
+        if refused(name):
+            raise UnknownBlockError(f"{name!r} cannot be a block: {foreign.REFUSED[name]}")
+        near = nearest(name, list_blocks()) if isinstance(name, str) else ""
+        raise UnknownBlockError(
+            f"no block is called {name!r}{near} (there are: {', '.join(list_blocks())}; "
+            "others join by attninject.register_block)"
+        )
+    return spec
+
+
+def refused(name: Any) -> bool:
+    """Whether the name is one of timm's that is no block, for a reason that `get` gives."""
+    return isinstance(name, str) and name in foreign.REFUSED
+
+
+def _find(name: str) -> BlockSpec | None:
+    return _BUILT_IN.get(name) or _TIMM.get(name) or _REGISTERED.get(name)
+
+
+def resolve(block: str | type[nn.Module]) -> BlockSpec:
+    """The table row of a name or of a class; a class that nobody registered gets one made for it.
+
+    Such a class may say what it supports by class attributes `supported_dims` (default `(2,)`) and `spatial`
+    (default True).
+    """
+    if isinstance(block, str):
+        return get(block)
+    if not (isinstance(block, type) and issubclass(block, nn.Module)):
+        raise BlockError(f"a block is a name or a class derived from torch.nn.Module, found {block!r}")
+    for spec in (*_BUILT_IN.values(), *_REGISTERED.values()):
+        if spec.cls is block:
+            return spec
+    return _foreign_spec(block.__name__.lower(), block)
+
+
+def _foreign_spec(name: str, cls: type[nn.Module]) -> BlockSpec:
+    dims = tuple(getattr(cls, "supported_dims", (2,)))
+    spatial = bool(getattr(cls, "spatial", True))
+    summary = (inspect.getdoc(cls) or "").split("\n")[0] if cls.__doc__ else ""
+    return BlockSpec(name, cls, "registered", dims, spatial, "", "", summary)
+
+
+# --- third-party blocks -----------------------------------------------------------------------
+
+
+def register_block(name: str) -> Callable[[M], M]:
+    """Class decorator: recipes may from now on call this class `name`.
+
+    The class is built as `cls(channels, **args)`; `dims` and `init` are passed where its signature has them.
+    A built-in name or one held by another class is refused; the same class again is fine.
+    """
+    _check_name(name)
+
+    def register(cls: M) -> M:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise BlockError(f"register_block({name!r}) decorates a torch.nn.Module class, found {cls!r}")
+        held = _REGISTERED.get(name)
+        if held is not None and _qualified(held.cls) != _qualified(cls):
+            raise BlockError(f"the block name {name!r} is taken by {_qualified(held.cls)}")
+        _REGISTERED[name] = _foreign_spec(name, cls)
+        return cls
+
+    return register
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"([A-Za-z][A-Za-z0-9_]*/)?[A-Za-z][A-Za-z0-9_]*", name):
+        raise BlockError(
+            f"a block's name is a word of letters, digits and _, with at most one 'prefix/' before it, "
+            f"found {name!r}"
+        )
+    if name in _BUILT_IN:
+        raise BlockError(f"{name!r} is a built-in block and cannot be replaced; register under another name")
+    if name.startswith("timm/"):
+        raise BlockError(f"{name!r}: the prefix 'timm/' is kept for timm's own blocks")
+    if hasattr(nn.Module, name.rpartition("/")[2]):
+        raise BlockError(f"{name!r} is an attribute of every torch module and cannot name a child")
+
+
+# --- checking and building --------------------------------------------------------------------
+
+
+def check_args(name: str | type[nn.Module], args: Mapping[str, Any]) -> list[tuple[str | None, str]]:
+    """Everything wrong with a block's arguments, without building it: (argument or None, sentence) pairs."""
+    spec = resolve(name)
+    if issubclass(spec.cls, Block):
+        return faults(spec.name, spec.cls.options, args)
+    return _foreign_faults(spec, args)
+
+
+def _foreign_faults(spec: BlockSpec, args: Mapping[str, Any]) -> list[tuple[str | None, str]]:
+    if isinstance(spec, foreign.TimmSpec):
+        return faults(spec.name, spec.options, args)
+    parameters = _parameters(spec.cls)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    behind_channels = list(parameters.items())[1:]  # the first is the channels, whatever it is called
+    named = {n: p for n, p in behind_channels if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    known = [n for n in named if n not in RESERVED]
+    found: list[tuple[str | None, str]] = [
+        (n, unknown(spec.name, n, known))
+        for n in args
+        if not isinstance(n, str) or n in RESERVED or (n not in known and not takes_any)
+    ]
+    for n in known:
+        if named[n].default is inspect.Parameter.empty and n not in args:
+            found.append((None, f"block {spec.name!r} needs the argument {n!r}"))
+    return found
+
+
+def _parameters(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(cls).parameters)
+
+
+def create_block(
+    block: str | type[nn.Module],
+    channels: int,
+    *,
+    init: str = "identity",
+    dims: int = 2,
+    **args: Any,
+) -> nn.Module:
+    """Build a block for inputs of shape (B, channels, *S) with `dims` spatial dimensions.
+
+    `init`: `identity` (the model's function is unchanged), `paper` (the published gate and initialisation),
+    `blend` (x + α(f(x) − x), α = 0). A foreign class is used as it is under `identity` (given `init` where it
+    takes one; whether it keeps the function is for `is_identity` to say) and `paper`, wrapped under `blend`.
+    For timm's modules `identity` means `blend`.
+    """
+    spec = resolve(block)
+    if issubclass(spec.cls, Block):
+        _refuse([text for _, text in check_args(spec.cls, args)])
+        return spec.cls(channels, dims=dims, init=init, **args)  # type: ignore[call-arg, arg-type]
+    return _create_foreign(spec, channels, init, dims, args)
+
+
+def _create_foreign(
+    spec: BlockSpec, channels: int, init: str, dims: int, args: Mapping[str, Any]
+) -> nn.Module:
+    found = [text for _, text in _foreign_faults(spec, args)]
+    if not OneOf(*INITS).accepts(init):
+        found.append(f"block {spec.name!r}: init: expected one of {', '.join(INITS)}, found {init!r}")
+    if dims not in spec.dims:
+        expected = " or ".join(map(str, spec.dims))
+        found.append(f"block {spec.name!r}: dims (spatial dimensions): expected {expected}, found {dims!r}")
+    _refuse(found)
+    if not Int(min=1).accepts(channels):
+        raise TooFewChannelsError(
+            f"block {spec.name!r}: channels: expected a whole number >= 1, found {channels!r}"
+        )
+    if isinstance(spec, foreign.TimmSpec):
+        return spec.build(channels, init, args)
+    parameters = _parameters(spec.cls)
+    passed: dict[str, Any] = {"dims": dims} if "dims" in parameters else {}
+    if "init" in parameters:
+        passed["init"] = "paper" if init == "blend" else init
+    module = spec.cls(channels, **passed, **args)
+    return Blend(module) if init == "blend" else module
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        raise BlockError("\n".join(found))
+
+
+def is_identity(
+    block: nn.Module, channels: int, dims: int = 2, *, shape: tuple[int, ...] | None = None
+) -> bool:
+    """Whether the block returns a random input bit for bit, in eval and in train mode.
+
+    `shape`: (B, C, *S) of the input, by default two samples of 8 positions a side. A copy is run, so buffers
+    and modes stay as they are; the random generators' states are put back. What the block raises is raised.
+    """
+    probe = copy.deepcopy(block)
+    like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+    size = shape or (2, channels, *(8,) * dims)
+    devices = [like.device] if like.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        x = torch.randn(size, dtype=torch.float32).to(device=like.device, dtype=like.dtype)
+        return all(_returns_same(probe.train(mode), x) for mode in (False, True))
+
+
+def _returns_same(block: nn.Module, x: torch.Tensor) -> bool:
+    y = block(x.clone())
+    return isinstance(y, torch.Tensor) and y.dtype == x.dtype and torch.equal(y, x)

@@ -1,0 +1,128 @@
+"""SCA-CNN's attention: channel-wise, then spatial, conditioned on the features themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attninject.blocks.base import CONV, Block, BlockSpec, column, hidden_width, pool
+from attninject.blocks.gate import GATES, Gate, at_least_float32, scale, zero
+from attninject.blocks.options import Int, OneOf, Options, Reduction
+
+
+class SCA(Block):
+    """Spatial and channel-wise attention: y = x · β(x), then y · α(y).
+
+    arXiv:1611.05594, eq. 4-7. With s the mean of x over positions, h the condition, k = C / `reduction`:
+
+        β = g(W'ᵀ tanh(w_c s_i + b_c + W_hc h) + b')      per channel i,  w_c, b_c, W' vectors of k
+        α = g(Wᵀ tanh(W_s x_j + b_s + W_hs h) + b)        per position j
+
+    h is s itself, the mean of the map that the half sees. Options: `reduction`, `divisor` of k, `order`
+    channel_first | spatial_first, `gate` softmax (over channels, and over positions) or one of sigmoid,
+    hard_sigmoid, tanh, relu.
+
+    Deviations: in the paper, on image captioning, h is the state of the LSTM that asks; a backbone has none.
+    Under `init="identity"` a softmax over K numbers is multiplied by K, formed so that it is exactly 1 where
+    all logits are equal: exp(z) over the mean of exp(z).
+    """
+
+    options: ClassVar[Options] = {
+        "reduction": Reduction(),
+        "divisor": Int(min=1),
+        "order": OneOf("channel_first", "spatial_first"),
+        "gate": OneOf("softmax", *GATES),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        reduction: float = 4,
+        divisor: int = 1,
+        order: str = "channel_first",
+        gate: str = "softmax",
+    ) -> None:
+        super().__init__(channels, dims, init, reduction=reduction, divisor=divisor, order=order, gate=gate)
+        width, conv = hidden_width(channels, reduction, divisor), CONV[dims]
+        self.order = order
+        self.channel_value = nn.Linear(1, width)
+        self.channel_context = nn.Linear(channels, width, bias=False)
+        self.channel_score = nn.Linear(width, 1)
+        self.spatial_value = conv(channels, width, 1)
+        self.spatial_context = nn.Linear(channels, width, bias=False)
+        self.spatial_score = conv(width, 1, 1)
+        self.gate = None if gate == "softmax" else Gate(gate, identity=self.identity)
+        self.initialise()
+
+    def init_identity(self) -> None:
+        """Zero both scores: all logits are 0."""
+        zero(self.channel_score, self.spatial_score)
+
+    def factors(self, z: Tensor) -> Tensor:
+        """Logits z: (B, 1, *S) or (B, C, 1, …) → the factors, float32 or wider."""
+        z = at_least_float32(z)
+        return self.gate(z) if self.gate is not None else distribution(z, self.identity)
+
+    def channel(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → β: (B, C, 1, …)."""
+        s = pool(x, "avg").flatten(1)
+        hidden = torch.tanh(self.channel_value(s.unsqueeze(2)) + self.channel_context(s).unsqueeze(1))
+        return self.factors(column(self.channel_score(hidden).squeeze(2), x))
+
+    def spatial(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → α: (B, 1, *S)."""
+        context = self.spatial_context(pool(x, "avg").flatten(1))
+        hidden = torch.tanh(self.spatial_value(x) + column(context, x))
+        return self.factors(self.spatial_score(hidden))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        for half in self.halves():
+            x = scale(x, half(x))
+        return x
+
+    def halves(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """Both halves in the order chosen."""
+        return (self.channel, self.spatial) if self.order == "channel_first" else (self.spatial, self.channel)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S), the second for x · the first."""
+        first, second = self.halves()
+        earlier = first(x).to(x.dtype)
+        later = second(x * earlier).to(x.dtype)
+        if self.order == "channel_first":
+            return {"channel": earlier, "spatial": later}
+        return {"channel": later, "spatial": earlier}
+
+
+def distribution(z: Tensor, identity: bool) -> Tensor:
+    """Softmax over all but the batch; in its identity form times the count, exactly 1 where all z are equal.
+
+    K · softmax(0) is not exactly 1 for every K, as 1/K is rounded. A sum of K ones is exactly K, and so is
+    the quotient here. (Divided, not averaged: some devices average by multiplying with a rounded 1/K.)
+    """
+    flat = z.flatten(1)
+    if not identity:
+        return torch.softmax(flat, 1).reshape(z.shape)
+    e = torch.exp(flat - flat.amax(1, keepdim=True))
+    return (e / (e.sum(1, keepdim=True) / flat.shape[1])).reshape(z.shape)
+
+
+BLOCKS = (
+    BlockSpec(
+        name="sca",
+        cls=SCA,
+        family="both",
+        dims=(1, 2, 3),
+        spatial=False,
+        paper="arXiv:1611.05594",
+        equation="4-7",
+        summary="SCA-CNN: channel-wise, then spatial attention, conditioned on the features themselves",
+    ),
+)

@@ -1,0 +1,101 @@
+"""Spatial attention: one gate per position, from descriptors pooled over the channels."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, he_init
+from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
+from attninject.blocks.options import Bool, OneOf, Options
+
+
+class SpatialAttention(Block):
+    """CBAM's spatial attention: x · g(BN(conv k×k([max of x; mean of x]))), pooled over the channels.
+
+    arXiv:1807.06521, eq. 3. Options: `kernel_size` 3 | 5 | 7, `bias` of the convolution, `norm` (the batch
+    norm behind it), `concat` max_mean | mean_max (the order of its two input channels), `gate` as for SE.
+
+    Deviations: the paper's formula has no norm, the released code has: `norm=True` follows the code, and so
+    does the order [max, mean] (the paper writes [mean, max], and so does timm's `SpatialAttn`, which is
+    `concat="mean_max", init="paper"` with keys `conv.conv`, `conv.bn` for our `conv`, `norm`). The norm's
+    momentum is torch's 0.1, not the released 0.01: a short fine-tuning run must reach the statistics.
+    """
+
+    options: ClassVar[Options] = {
+        "kernel_size": OneOf(3, 5, 7),
+        "bias": Bool(),
+        "norm": Bool(),
+        "concat": OneOf("max_mean", "mean_max"),
+        "gate": OneOf(*GATES),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        kernel_size: int = 7,
+        bias: bool = False,
+        norm: bool = True,
+        concat: str = "max_mean",
+        gate: str = "sigmoid",
+    ) -> None:
+        super().__init__(
+            channels, dims, init, kernel_size=kernel_size, bias=bias, norm=norm, concat=concat, gate=gate
+        )
+        self.concat = concat
+        self.conv = CONV[dims](2, 1, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.norm = BATCH_NORM[dims](1) if norm else None
+        self.gate = Gate(gate, identity=self.identity)
+        self.initialise()
+
+    def init_identity(self) -> None:
+        """Zero the norm's scale and shift, or the convolution where there is no norm: z = 0.
+
+        Not the convolution in front of a norm: its output would be constant, and 1/√(0 + ε) in the norm's
+        backward would multiply the first gradient by 300.
+        """
+        zero(self.conv if self.norm is None else self.norm)
+
+    def init_paper(self) -> None:
+        """The released code's: He by fan-out, and a norm that starts at scale 0, so every gate at g(0)."""
+        self.init_blend()
+        zero(self.norm)
+
+    def init_blend(self) -> None:
+        """The same with the norm's scale at 1."""
+        he_init(self.conv, mode="fan_out")
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → gate logits (B, 1, *S), float32 or wider."""
+        pooled = [x.amax(1, keepdim=True), x.mean(1, keepdim=True)]
+        z = self.conv(torch.cat(pooled if self.concat == "max_mean" else pooled[::-1], 1))
+        return at_least_float32(z if self.norm is None else normalize(self.norm, z))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · gate."""
+        return scale(x, self.gate(self.logits(x)))
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `gate`: (B, 1, *S)."""
+        return {"gate": self.gate(self.logits(x)).to(x.dtype)}
+
+
+BLOCKS = (
+    BlockSpec(
+        name="spatial_attention",
+        cls=SpatialAttention,
+        family="spatial",
+        dims=(1, 2, 3),
+        spatial=True,
+        paper="arXiv:1807.06521",
+        equation="3",
+        summary="CBAM's spatial half: a gate per position from mean and max",
+    ),
+)

@@ -1,0 +1,189 @@
+"""Blocks that move values: the spatial transformer."""
+
+from __future__ import annotations
+
+import itertools
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attninject.blocks.base import CONV, Block, BlockSpec, hidden_width, static_shape
+from attninject.blocks.gate import at_least_float32, zero
+from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class SpatialTransformer(Block):
+    """Spatial transformer: the output at p is x, linearly interpolated, at A p̂ + t, θ = (A, t) from x itself.
+
+    arXiv:1506.02025, eq. 1 (affine), 2 (attention: one scale and a translation), 5 (bilinear sampling).
+    Coordinates p̂ run from −1 to 1 between the outer edges of the map on every axis, so that a side of one
+    position is defined (torch's `align_corners=False`). Outside, x is 0 (`padding="zeros"`, eq. 5) or its
+    nearest value (`border`). Works in one, two and three dimensions: eq. 5 is a product over the axes.
+
+    The localisation net gives the *offset* from the identity: a convolution to C / `reduction` and relu, the
+    means over positions of these features f and of f · p̂ on each axis (so that it can tell where something
+    is, at any size), a layer to as many as there are means, relu, and a last layer to θ − (I, 0). Each
+    output position reads x at its own place plus an offset in pixels; at offset 0 the interpolation weights
+    are 1 and 0 with no rounding in between, so identity is exact at every size and in every dtype.
+    Options: `mode` affine | attention, `padding` zeros | border, `kernel_size` of the convolution
+    1 | 3 | 5 | 7, `reduction`, `bias`, `divisor`.
+
+    `init="paper"` is the identity too, as published: the last layer starts at zero weights and at the
+    identity transform.
+
+    Deviations: the paper leaves the localisation net open; its own ones flatten maps of a fixed size.
+    """
+
+    options: ClassVar[Options] = {
+        "mode": OneOf("affine", "attention"),
+        "padding": OneOf("zeros", "border"),
+        "kernel_size": OneOf(1, 3, 5, 7),
+        "reduction": Reduction(),
+        "bias": Bool(),
+        "divisor": Int(min=1),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        mode: str = "affine",
+        padding: str = "zeros",
+        kernel_size: int = 3,
+        reduction: float = 16,
+        bias: bool = True,
+        divisor: int = 1,
+    ) -> None:
+        super().__init__(
+            channels, dims, init,
+            mode=mode, padding=padding, kernel_size=kernel_size, reduction=reduction, bias=bias,
+            divisor=divisor,
+        )  # fmt: skip
+        self.mode, self.padding = mode, padding
+        hidden = hidden_width(channels, reduction, divisor)
+        means = hidden * (1 + dims)
+        self.conv = CONV[dims](channels, hidden, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.fc1 = nn.Linear(means, means, bias=bias)
+        self.fc2 = nn.Linear(means, dims * (dims + 1) if mode == "affine" else 1 + dims, bias=bias)
+        self.initialise()
+
+    def init_identity(self) -> None:
+        """Zero the last layer: no offset anywhere."""
+        zero(self.fc2)
+
+    def init_paper(self) -> None:
+        """Section 4: the last layer predicts the identity transform; zero biases."""
+        self.init_blend()
+        zero(self.fc2)
+
+    def init_blend(self) -> None:
+        """The same, the last layer not at zero."""
+        for layer in (self.conv, self.fc1, self.fc2):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def theta(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the transform minus the identity, (B, dims, dims + 1), float32 or wider.
+
+        A row per axis in the order of S, columns for the axes in the same order and the translation.
+        """
+        f = F.relu(self.conv(x))
+        means = [f] + [f * p for p in centres(static_shape(f)[2:], f)]
+        z = torch.cat([m.mean(tuple(range(2, x.ndim))) for m in means], 1)
+        z = at_least_float32(self.fc2(F.relu(self.fc1(z.to(f.dtype)))))
+        if self.mode == "affine":
+            return z.unflatten(1, (self.dims, self.dims + 1))
+        scaled = z[:, :1, None] * torch.eye(self.dims, dtype=z.dtype, device=z.device)
+        return torch.cat([scaled, z[:, 1:, None]], 2)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        return sample(x, offsets(self.theta(x), static_shape(x)[2:]), border=self.padding == "border")
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `offset`: (B, dims, *S), in pixels, float32 or wider: where each position looks."""
+        return {"offset": offsets(self.theta(x), static_shape(x)[2:])}
+
+
+def centres(size: tuple[int, ...], like: Tensor) -> list[Tensor]:
+    """p̂ along each axis of a map, from −1 + 1/n to 1 − 1/n, shaped to broadcast against (B, C, *size)."""
+    made = []
+    for axis, n in enumerate(size):
+        p = torch.arange(n, device=like.device, dtype=at_least_float32(like[:0]).dtype)
+        made.append(((2 * p + 1) / n - 1).to(like.dtype).view(-1, *[1] * (len(size) - 1 - axis)))
+    return made
+
+
+def offsets(theta: Tensor, size: tuple[int, ...]) -> Tensor:
+    """θ − (I, 0): (B, dims, dims + 1) → pixels to move from each position of a map: (B, dims, *size)."""
+    places = centres(size, theta)
+    moved = []
+    for row, n in zip(theta.unbind(1), size, strict=True):
+        *linear, total = row.view(*row.shape, *[1] * len(size)).unbind(1)
+        for weight, place in zip(linear, places, strict=True):
+            total = total + weight * place
+        moved.append(total * (n / 2))
+    return torch.stack(moved, 1)
+
+
+def sample(x: Tensor, offset: Tensor, *, border: bool) -> Tensor:
+    """x: (B, C, *S) interpolated at p + offset, (B, dims, *S) in pixels, for each position p: same shape.
+
+    The corners are found from the offset alone, floor and remainder, and p is added in whole numbers: a
+    coordinate p + 0 that went through floating point could miss p by a rounding.
+    """
+    size = static_shape(x)[2:]
+    corners = [_corners(move, n, axis, len(size), border) for axis, (move, n) in
+               enumerate(zip(offset.unbind(1), size, strict=True))]  # fmt: skip
+    flat = x.flatten(2)
+    parts = []
+    for (at, weight), *others in itertools.product(*corners):
+        for n, (index, w) in zip(size[1:], others, strict=True):
+            at, weight = at * n + index, weight * w
+        found = flat.gather(2, at.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1)).view(x.shape)
+        parts.append(found * weight.unsqueeze(1).to(x.dtype))
+    y, *rest = parts
+    for part in rest:
+        y = y + part
+    return _laid_out_like(x, y)
+
+
+def _corners(move: Tensor, n: int, axis: int, dims: int, border: bool) -> list[tuple[Tensor, Tensor]]:
+    """Both neighbours along one axis: (index, weight) pairs, (B, *S) each. The weight outside is 0."""
+    move = move.clamp(-(n + 1), n + 1)  # further is as far outside, and must not overflow a whole number
+    floor = move.floor()
+    here = torch.arange(n, device=move.device).view(-1, *[1] * (dims - 1 - axis))
+    pairs = []
+    for step, weight in ((0, 1 - (move - floor)), (1, move - floor)):
+        index = here + floor.long() + step
+        inside = weight if border else weight * ((index >= 0) & (index < n))
+        pairs.append((index.clamp(0, n - 1), inside))
+    return pairs
+
+
+def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
+    """y in the memory format of x."""
+    last = LAYOUTS.get(x.ndim)
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return y
+    return y.contiguous(memory_format=last)
+
+
+BLOCKS = (
+    BlockSpec(
+        name="stn",
+        cls=SpatialTransformer,
+        family="spatial",
+        dims=(1, 2, 3),
+        spatial=True,
+        paper="arXiv:1506.02025",
+        equation="1, 2, 5",
+        summary="spatial transformer: the map sampled through an affine transform that it predicts itself",
+    ),
+)

@@ -1,0 +1,328 @@
+"""Attention of Twins: within windows, and from every position to a sub-sampled map."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attninject.blocks.attend import (
+    Additive,
+    attend,
+    attention_rows,
+    exporting,
+    head_width,
+    merge_heads,
+    rows,
+    split_heads,
+    unrows,
+)
+from attninject.blocks.base import CONV, Block, BlockSpec, static_shape
+from attninject.blocks.gate import zero
+from attninject.blocks.options import Bool, Int, Options
+
+
+class TwinsAttention(Additive):
+    """Shared by both halves: normalise, attend with heads, mix, add."""
+
+    proj: nn.Linear
+    pre_norm: nn.LayerNorm | None
+
+    def build(self, name: str, num_heads: int, norm: bool) -> None:
+        """Make what both have: the norm in front and the output layer."""
+        self.num_heads = num_heads
+        self.scale = head_width(name, self.channels, num_heads) ** -0.5
+        self.pre_norm = nn.LayerNorm(self.channels) if norm else None
+        self.proj = nn.Linear(self.channels, self.channels)
+
+    def init_identity(self) -> None:
+        """Zero the output layer."""
+        zero(self.proj)
+
+    def init_paper(self) -> None:
+        """The released code's: linear weights of deviation 0.02, convolutions He by fan-out, zero biases."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            elif isinstance(layer, CONV[self.dims]):
+                deviation = math.sqrt(2 / layer.weight[0, 0].numel() / layer.out_channels)
+                nn.init.normal_(layer.weight, std=deviation)
+            else:
+                continue
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → (B, *S, C), normalised; in the dtype of x, which a norm under autocast leaves."""
+        t = x.movedim(1, -1)
+        return t if self.pre_norm is None else self.pre_norm(t).to(x.dtype)
+
+    def heads(self, t: Tensor) -> Tensor:
+        """(B, N, C) → (B, h, N, d)."""
+        return split_heads(t, self.num_heads)
+
+
+class TwinsLSA(TwinsAttention):
+    """Locally-grouped self-attention: x + W [heads of softmax(Q Kᵀ / √d) V within each window].
+
+    arXiv:2104.13840, section 3.2, eq. 4 (first line): x + LSA(LayerNorm(x)). Windows of `window_size` a side
+    tile the map from its first corner. Options: `window_size`, `num_heads` (must divide C), `norm` (the
+    LayerNorm), `residual`, `bias` of queries, keys and values.
+
+    Where the window does not divide a side, the last ones hold fewer positions: they are filled up, and the
+    filling is masked, so no position gives weight to anything outside the map. Memory is linear in the
+    positions.
+
+    Deviations: the released code (and timm's `LocallyGroupedAttn`, which is `residual=False, norm=False,
+    init="paper"`, key by key) lets the filling take part in the softmax, so the two agree where the window
+    divides the map. The paper's block goes on with an MLP, which is no attention.
+    """
+
+    options: ClassVar[Options] = {
+        "window_size": Int(min=1),
+        "num_heads": Int(min=1),
+        "norm": Bool(),
+        "residual": Bool(),
+        "bias": Bool(),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        window_size: int = 7,
+        num_heads: int = 8,
+        norm: bool = True,
+        residual: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            channels, dims, init,
+            window_size=window_size, num_heads=num_heads, norm=norm, residual=residual, bias=bias,
+        )  # fmt: skip
+        self.build("twins_lsa", num_heads, norm)
+        self.window_size = window_size
+        self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
+        self.initialise()
+
+    def windows(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """x: (B, C, *S) → queries, keys, values: (B · W, h, L, d), L positions in each of W windows; a mask.
+
+        The mask is (B · W, 1, 1, L), True inside the map; None where the windows fit.
+        """
+        t = self.channels_last(x)
+        qkv = self.qkv(partition(t, self.window_size)).chunk(3, 2)
+        inside = None
+        if exporting() or any(n % self.window_size for n in static_shape(x)[2:]):
+            ones = torch.ones_like(t[:1, ..., :1], dtype=torch.bool).expand(t.shape[0], *t.shape[1:-1], 1)
+            inside = partition(ones, self.window_size).transpose(1, 2).unsqueeze(1)
+        return [self.heads(part) for part in qkv], inside
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the attended values, the same shape."""
+        (q, k, v), inside = self.windows(x)
+        return self.mix(attend(q, k, v, self.scale, inside), x)
+
+    def mix(self, heads: Tensor, x: Tensor) -> Tensor:
+        """Windows' heads (B · W, h, L, d) → W of them at their places in x: (B, C, *S)."""
+        return assemble(self.proj(merge_heads(heads)), x, self.window_size)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `rows`: (B, W, h, L, L), per window and head; 0 outside the map."""
+        (q, k, _), inside = self.windows(x)
+        weights = attention_rows(q, k, self.scale, inside)
+        return {"rows": weights.unflatten(0, (x.shape[0], -1)).to(x.dtype)}
+
+
+class TwinsGSA(TwinsAttention):
+    """Global sub-sampled attention: x + W [heads of softmax(Q Kᵀ / √d) V], K and V from a coarser map.
+
+    arXiv:2104.13840, section 3.2, eq. 4 (third line): x + GSA(LayerNorm(x)); keys and values are linear in
+    LayerNorm(convolution of kernel and stride `sr_ratio`). Options: `sr_ratio` (1: none, plain multi-head
+    attention), `num_heads` (must divide C), `norm` (the LayerNorm in front), `residual`, `bias` of queries,
+    keys and values.
+
+    Where `sr_ratio` does not divide a side, zeros fill the last cell, so every position is summarised and
+    any size ≥ 1 works. Memory is linear in the positions.
+
+    Deviations: the released code drops the positions of a last, incomplete cell. timm's
+    `GlobalSubSampleAttn` is `residual=False, norm=False, init="paper"`, key by key. The paper's block goes
+    on with an MLP, which is no attention.
+    """
+
+    options: ClassVar[Options] = {
+        "sr_ratio": Int(min=1),
+        "num_heads": Int(min=1),
+        "norm": Bool(),
+        "residual": Bool(),
+        "bias": Bool(),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        sr_ratio: int = 4,
+        num_heads: int = 8,
+        norm: bool = True,
+        residual: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            channels, dims, init,
+            sr_ratio=sr_ratio, num_heads=num_heads, norm=norm, residual=residual, bias=bias,
+        )  # fmt: skip
+        self.build("twins_gsa", num_heads, norm)
+        self.sr_ratio = sr_ratio
+        self.q = nn.Linear(channels, channels, bias=bias)
+        self.kv = nn.Linear(channels, 2 * channels, bias=bias)
+        self.sr = CONV[dims](channels, channels, sr_ratio, stride=sr_ratio) if sr_ratio > 1 else None
+        self.norm = nn.LayerNorm(channels) if sr_ratio > 1 else None
+        self.initialise()
+
+    def match(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, *S) → queries (B, h, N, d), keys and values (B, h, M, d)."""
+        t = self.channels_last(x)
+        coarse = t.flatten(1, -2)
+        q = self.heads(self.q(coarse))
+        if self.sr is not None and self.norm is not None:
+            coarse = self.norm(rows(self.sr(filled(t, self.sr_ratio).movedim(-1, 1))))
+        k, v = self.kv(coarse).chunk(2, 2)
+        return q, self.heads(k), self.heads(v)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the attended values, the same shape."""
+        return unrows(self.proj(merge_heads(attend(*self.match(x), self.scale))), x)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `rows`: (B, h, N, M), per head, over the M cells; they sum to 1."""
+        q, k, _ = self.match(x)
+        return {"rows": attention_rows(q, k, self.scale).to(x.dtype)}
+
+
+class Twins(Block):
+    """Twins-SVT's pair: y = x + LSA(LayerNorm(x)), then y + GSA(LayerNorm(y)).
+
+    arXiv:2104.13840, eq. 4, first and third line. Options: those of `TwinsLSA` and `TwinsGSA`, the shared
+    ones for both halves.
+
+    Deviations: those of the halves; the paper has an MLP behind each.
+    """
+
+    options: ClassVar[Options] = {**TwinsLSA.options, **TwinsGSA.options}
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        window_size: int = 7,
+        sr_ratio: int = 4,
+        num_heads: int = 8,
+        norm: bool = True,
+        residual: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            channels, dims, init,
+            window_size=window_size, sr_ratio=sr_ratio, num_heads=num_heads, norm=norm, residual=residual,
+            bias=bias,
+        )  # fmt: skip
+        inner = "identity" if self.identity else "paper"
+        self.lsa = TwinsLSA(
+            channels, dims=dims, init=inner,
+            window_size=window_size, num_heads=num_heads, norm=norm, residual=residual, bias=bias,
+        )  # fmt: skip
+        self.gsa = TwinsGSA(
+            channels, dims=dims, init=inner,
+            sr_ratio=sr_ratio, num_heads=num_heads, norm=norm, residual=residual, bias=bias,
+        )  # fmt: skip
+        self.initialise()
+
+    def needs_blend(self) -> bool:
+        """Without residuals no layer's zero gives x."""
+        return not self.args["residual"]
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        return self.gsa(self.lsa(x))
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `local` and `global`: each half's rows, the second's for the first's output."""
+        return {
+            "local": self.lsa.attention(x)["rows"],
+            "global": self.gsa.attention(self.lsa(x))["rows"],
+        }
+
+
+def filled(t: Tensor, side: int) -> Tensor:
+    """(B, *S, C) → zeros behind the end of each axis of S up to a multiple of `side`."""
+    missing = [-n % side for n in static_shape(t)[1:-1]]
+    if not exporting() and not any(missing):
+        return t
+    return F.pad(t, [0, 0, *(p for n in reversed(missing) for p in (0, n))])
+
+
+def partition(t: Tensor, side: int) -> Tensor:
+    """(B, *S, C) → (B · W, L, C): W windows of L = side^dims positions, the last ones filled with zeros."""
+    t = filled(t, side)
+    dims = t.ndim - 2
+    for axis in range(dims):
+        t = t.unflatten(1 + 2 * axis, (-1, side))
+    order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
+    return t.permute(order).flatten(1 + dims, -2).flatten(0, dims)
+
+
+def assemble(t: Tensor, x: Tensor, side: int) -> Tensor:
+    """Undo `partition`: (B · W, L, C) → (B, C, *S), the shape of x, the filling cut off."""
+    size = static_shape(x)[2:]
+    counts = [-(-n // side) for n in size]
+    t = t.reshape(-1, *counts, *[side] * len(size), t.shape[2])
+    dims = len(size)
+    order = [0, 2 * dims + 1, *(i for axis in range(dims) for i in (1 + axis, 1 + dims + axis))]
+    t = t.permute(order)
+    for axis, n in enumerate(size):
+        t = t.flatten(2 + axis, 3 + axis).narrow(2 + axis, 0, n)
+    return t
+
+
+BLOCKS = (
+    BlockSpec(
+        name="twins_lsa",
+        cls=TwinsLSA,
+        family="global",
+        dims=(1, 2, 3),
+        spatial=True,
+        paper="arXiv:2104.13840",
+        equation="4",
+        summary="Twins' local half: multi-head attention within windows of any map size",
+    ),
+    BlockSpec(
+        name="twins_gsa",
+        cls=TwinsGSA,
+        family="global",
+        dims=(1, 2, 3),
+        spatial=True,
+        paper="arXiv:2104.13840",
+        equation="4",
+        summary="Twins' global half: attention from every position to a sub-sampled map",
+    ),
+    BlockSpec(
+        name="twins",
+        cls=Twins,
+        family="global",
+        dims=(1, 2, 3),
+        spatial=True,
+        paper="arXiv:2104.13840",
+        equation="4",
+        summary="Twins' pair: windows, then the sub-sampled map",
+    ),
+)

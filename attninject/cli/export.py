@@ -1,0 +1,76 @@
+"""Write a trained model as ONNX, torch.export or a state dict, and print how far the copy is from it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from attninject.cli.common import add_json, print_json, word
+
+HELP = "write a trained model as ONNX, torch.export or a state dict"
+SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FILE, its base, and the target."""
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="a run's folder, or a delta file with --model"
+    )
+    parser.add_argument(
+        "--to", required=True, type=word(SUFFIX, "target"), metavar="TO", help=", ".join(SUFFIX)
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: beside FILE")
+    parser.add_argument("--like", type=word(("timm",), "naming"), metavar="timm",
+                        help="with state_dict: as timm's own attention network loads it")  # fmt: skip
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="side of the images (default: the run's, or the model's)"
+    )
+    base = parser.add_argument_group("the base of a delta file, where FILE is no run's folder")
+    base.add_argument("--model", help="torchvision/resnet50, timm/convnext_tiny, …")
+    base.add_argument("--weights", default="none", help="none, default, a tag, or a local file")
+    base.add_argument("--num-classes", type=int, metavar="N", help="size of the head")
+    base.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random weights (default 0)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, export, compare."""
+    if args.model is None and not args.file.is_dir():
+        args.parser.error(f"{args.file} is no run's folder: give --model, the base of the delta file")
+    from attninject.training.exporting import export
+
+    model, name, size = _from_run(args) if args.model is None else _from_delta(args)
+    output = (
+        args.output or (args.file if args.file.is_dir() else args.file.parent) / f"exported{SUFFIX[args.to]}"
+    )
+    found = export(model, output, args.to, size=args.size or size, like=args.like, name=name)
+    if args.json:
+        rows = [{"shape": list(p.shape), "difference": p.difference, "scale": p.scale} for p in found]
+        print_json({"file": str(output), "bytes": output.stat().st_size, "parity": rows})
+        return
+    print(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+    for parity in found:
+        print(f"  {parity}")
+
+
+def _from_run(args: argparse.Namespace) -> tuple[Any, str, int]:
+    from attninject.training import read_experiment, trained
+    from attninject.training.data import look_of
+
+    model = trained(args.file)
+    experiment = read_experiment(args.file / "experiment.json")
+    return model, experiment.model, look_of(model, experiment.data).size
+
+
+def _from_delta(args: argparse.Namespace) -> tuple[Any, str, int]:
+    import torch
+
+    from attninject import delta, models
+    from attninject.training.data import look_of
+    from attninject.training.experiment import Data
+
+    torch.manual_seed(args.seed)
+    more = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    model = delta.load(models.build(args.model, args.weights, **more), args.file)
+    return model, args.model, look_of(model, Data("imagefolder")).size

@@ -1,0 +1,419 @@
+"""Delta files: the blocks, where they sit, and every tensor that training may have changed.
+
+A delta is one safetensors file; nothing in it is ever imported, evaluated or fetched. Its metadata
+(JSON) holds the rules as they were resolved, site by site, and a fingerprint of the base model: the
+keys, shapes and dtypes of all its tensors, and a hash of the value of each tensor that is *not* in the
+file. `load` compares all of that before it touches the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attninject import __version__, api, edits
+from attninject.blocks import registry
+from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
+
+FORMAT = 1
+METADATA_KEY = "attninject"
+MAX_METADATA_BYTES = 64 * 2**20
+
+DTYPES = {  # safetensors' codes in torch's words
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
+    "I32": "int32", "U64": "uint64", "I64": "int64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+}  # fmt: skip
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = None) -> None:
+    """Write the injected blocks and every tensor that training may have changed to one file.
+
+    In the file: the blocks' parameters and buffers; every base parameter that requires grad, or was
+    trained between the injection and its freezing; every base buffer except those of norms that `freeze`
+    holds in eval; the rules as resolved; a fingerprint of the base. `base` is the base model's name, for
+    messages. The file appears whole or not at all.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    model = api.unwrapped(model)
+    sites = _recorded(model)
+    if not sites:
+        raise DeltaError("the model has no injected blocks, so there is nothing to save: inject first")
+    state = _tensors(model)
+    chosen = _chosen(model, state)
+    prefixes = [site["qualified"] for site in sites]
+    record = {
+        "format": FORMAT,
+        "versions": _versions(),
+        "base": base or _timm_name(model),
+        "sites": sites,
+        "fingerprint": {
+            "tensors": {key: _signature(t) for key, t in state.items() if not _under(key, prefixes)},
+            "values": {key: _digest(t) for key, t in state.items() if key not in chosen},
+        },
+    }
+    text = json.dumps(record, default=dict)  # frozen mappings among the arguments
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors writes files for the owner only
+        save_file(_detached(state, chosen), temporary, metadata={METADATA_KEY: text})
+        temporary.chmod(mode)
+        os.replace(temporary, target)
+    except (SafetensorError, OSError) as error:
+        raise DeltaError(f"{target} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(
+    base_model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict_base: bool = True,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """Inject a delta file's blocks into its base model and load its tensors; returns the same model.
+
+    Everything is checked first: a damaged file, a base that is not the one that the file was made
+    from, or a block that is not registered raises, and the model is as it was.
+
+    Args:
+        base_model: without blocks; its own checkpoint loaded.
+        path: a file of `save`.
+        strict_base: False lets other values and dtypes of the base pass (what is in the file must fit).
+        example_inputs: see `plan`; needed where the injection needed them.
+
+    Raises:
+        DeltaError: with what differs.
+    """
+    file_path = Path(path)
+    with _opened(file_path) as file:
+        record = _record(file, file_path)
+        signatures = {key: _slice_signature(file, key) for key in file.keys()}  # noqa: SIM118
+        _check_base(base_model, record, signatures, file_path, strict_base)
+        plan = _plan(base_model, record, signatures, file_path, example_inputs)
+        tensors = {key: file.get_tensor(key) for key in signatures}
+    api.inject(base_model, plan)
+    try:
+        _check_blocks(base_model, record, signatures, file_path, strict_base)
+    except BaseException:
+        api.eject(base_model)
+        raise
+    targets = _tensors(base_model)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            targets[key].copy_(value)  # in place: the tensor object and its memory format stay
+    return base_model
+
+
+# --- what goes into a file ----------------------------------------------------------------------
+
+
+def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
+    """Keys that the file holds: blocks, and whatever training may have changed since injection."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    blocks = list(api.injected(model))
+    kept = edits.kept_by_freeze(model)
+
+    def may_differ(key: str) -> bool:
+        if key in kept:
+            return False
+        parameter = parameters.get(key)
+        if parameter is None or parameter.requires_grad:
+            return True
+        holder = model.get_submodule(key.rpartition(".")[0])
+        frozen = holder.__dict__.get(edits.FROZEN, {}).get(key.rpartition(".")[2], False)
+        return frozen or edits.changed_since_injection(parameter, unknown=False)
+
+    return {key for key in state if _under(key, blocks) or may_differ(key)}
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict's tensors; extra state that is no tensor belongs to the base alone."""
+    return {key: t for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+
+
+def _detached(state: Mapping[str, torch.Tensor], chosen: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Contiguous copies on the CPU, none of which share memory, as safetensors demands."""
+    result: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key in sorted(chosen):
+        flat = state[key].detach().cpu().contiguous()
+        pointer = flat.untyped_storage().data_ptr()
+        whole = flat.untyped_storage().nbytes() == flat.numel() * flat.element_size()
+        result[key] = flat if whole and pointer not in seen else flat.clone()
+        seen.add(pointer)
+    return result
+
+
+def _under(key: str, modules: Iterable[str]) -> bool:
+    return any(key.startswith(f"{name}.") for name in modules)
+
+
+def _signature(tensor: torch.Tensor) -> str:
+    """`float32 64x3x7x7`: what the fingerprint says of a tensor besides its value."""
+    return _described(str(tensor.dtype).removeprefix("torch."), tensor.shape)
+
+
+def _described(dtype: str, shape: Iterable[int]) -> str:
+    return f"{dtype} {'x'.join(map(str, shape)) or 'scalar'}"
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes in logical order, whatever its strides."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"attninject": __version__}
+    for name in ("torch", "torchvision", "timm"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _timm_name(model: nn.Module) -> str | None:
+    config = getattr(model, "pretrained_cfg", None)
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    return f"timm/{architecture}" if isinstance(architecture, str) and architecture else None
+
+
+def _recorded(model: nn.Module) -> list[dict[str, Any]]:
+    """Every injected block as a rule that finds its one site again; several at a site stay in order."""
+    sites = edits.sites_of(model)
+    return [
+        {
+            "qualified": site.name,
+            "mechanism": site.mechanism,
+            "layout": str(site.layout),
+            "rule": _rule(site, insertion),
+        }
+        for path, _, insertion in edits.insertions(model)
+        for site in (sites[f"{path}.{insertion.name}".lstrip(".")],)
+    ]
+
+
+def _rule(site: Any, insertion: edits.Insertion) -> dict[str, Any]:
+    rule = {
+        "block": _block_name(site),
+        site.position: site.path,
+        "args": site.args,
+        "init": site.init,
+        "name": insertion.name,
+        "layout": insertion.layout.kind,
+    }
+    if "::" not in site.path:
+        rule["call"] = site.call
+    if site.input not in (None, 0):
+        rule["input"] = site.input
+    if site.output is not None:
+        rule["output"] = site.output
+    return rule
+
+
+def _block_name(site: Any) -> str:
+    """The name that `load` will look up; a class that is not registered is stored by its own."""
+    if isinstance(site.block, str):
+        return site.block
+    spec = registry.resolve(site.block)
+    if spec.name in registry.list_blocks() and registry.get(spec.name).cls is site.block:
+        return spec.name
+    name = site.block.__name__
+    if name in registry.list_blocks():
+        raise DeltaError(
+            f"{site.name}: its class {name} is not registered, and {name!r} is another block; register the "
+            f"class under a name of its own (ai.register_block) before saving"
+        )
+    return name
+
+
+# --- what is read and believed ------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file behind safetensors' own header check; whatever is wrong with it is a `DeltaError`."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise DeltaError(f"no delta file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise DeltaError(
+            f"{path} is damaged or no safetensors file ({error}); it was not loaded, the model is unchanged"
+        ) from error
+
+
+def _record(file: Any, path: Path) -> dict[str, Any]:
+    """The metadata of a file, checked to have the form that `save` writes."""
+    text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        raise DeltaError(f"{path} is a safetensors file, but no delta of attninject: it has no recipe inside")
+    try:
+        if len(text) > MAX_METADATA_BYTES:
+            raise ValueError(f"metadata over {MAX_METADATA_BYTES} bytes")
+        record = json.loads(text)
+        if record["format"] != FORMAT:
+            raise DeltaError(
+                f"{path} has delta format {record['format']!r}, this attninject reads {FORMAT}; "
+                f"it was written by attninject {record.get('versions', {}).get('attninject', 'unknown')}"
+            )
+        _check_form(record)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, AttnInjectError):
+            raise
+        raise DeltaError(
+            f"{path}: its metadata is damaged ({type(error).__name__}: {error}); the model is unchanged"
+        ) from error
+    return record
+
+
+def _check_form(record: Mapping[str, Any]) -> None:
+    fingerprint = record["fingerprint"]
+    for part in ("tensors", "values"):
+        if not all(isinstance(v, str) for v in fingerprint[part].values()):
+            raise ValueError(f"fingerprint.{part} holds something that is no text")
+    if not isinstance(record["sites"], list) or not record["sites"]:
+        raise ValueError("no sites")
+    for site in record["sites"]:
+        texts = (site["qualified"], site["layout"], site["mechanism"])
+        if not all(isinstance(text, str) for text in texts) or not isinstance(site["rule"], dict):
+            raise ValueError("a site without a name or a rule")
+
+
+def _slice_signature(file: Any, key: str) -> str:
+    piece = file.get_slice(key)
+    return _described(DTYPES.get(piece.get_dtype(), piece.get_dtype()), piece.get_shape())
+
+
+def _check_base(
+    model: nn.Module, record: Mapping[str, Any], signatures: Mapping[str, str], path: Path, strict: bool
+) -> None:
+    """Compare the base with the fingerprint, and the file's base tensors with the base."""
+    if api.injected(model):
+        raise DeltaError(
+            f"the model already carries injected blocks; load {path} into a clean base (ai.eject)"
+        )
+    state = _tensors(model)
+    prefixes = [site["qualified"] for site in record["sites"]]
+    here = {key: _signature(t) for key, t in state.items()}
+    in_file = {key: s for key, s in signatures.items() if not _under(key, prefixes)}
+    expected = record["fingerprint"]["tensors"] if strict else {}
+    values = record["fingerprint"]["values"]
+    if strict and set(values) != set(expected) - set(in_file):
+        raise DeltaError(
+            f"{path}: its fingerprint does not cover the tensors outside the file; it is damaged"
+        )
+    said = _differences(expected, here, both_ways=strict)
+    fits = in_file if strict else {key: _shape_of(s) for key, s in in_file.items()}
+    said = said or _differences(fits, here if strict else {k: _shape_of(s) for k, s in here.items()})
+    if not said and strict:
+        other = [key for key, digest in values.items() if _digest(state[key]) != digest]
+        said = (
+            f"{len(other)} of {len(values)} frozen tensors have other values ({_some(other)})"
+            if other
+            else ""
+        )
+    if said:
+        made_for = f" ({record['base']})" if isinstance(record.get("base"), str) else ""
+        raise DeltaError(
+            f"{path} was made from another base model{made_for}: {said}; the model is unchanged"
+            + ("; strict_base=False ignores values and dtypes of the base" if strict else "")
+        )
+
+
+def _plan(
+    model: nn.Module,
+    record: Mapping[str, Any],
+    signatures: Mapping[str, str],
+    path: Path,
+    example_inputs: Any,
+) -> Any:
+    """The record's rules resolved on this model: the same names in the same layouts, and no larger."""
+    rules = [site["rule"] for site in record["sites"]]
+    try:
+        plan = api.plan(model, {"name": "delta", "rules": rules}, example_inputs=example_inputs)
+    except UnsupportedModelError:
+        raise
+    except AttnInjectError as error:
+        register = isinstance(error, RecipeError) and "unknown block" in str(error)
+        raise DeltaError(
+            f"{path}: its recipe does not fit this model: {'; '.join(str(error).splitlines())}"
+            + ("; register the missing block first (ai.register_block)" if register else "")
+        ) from error
+    found = {site.name: str(site.layout) for site in plan.sites}
+    wanted = {site["qualified"]: site["layout"] for site in record["sites"]}
+    if found != wanted:
+        other = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+        raise DeltaError(
+            f"{path}: {other[0]} was {wanted.get(other[0], 'absent')} when it was saved and is "
+            f"{found.get(other[0], 'absent')} in this model; give the example_inputs of the injection"
+        )
+    for site in plan.sites:
+        held = [_shape_of(s) for key, s in signatures.items() if _under(key, [site.name])]
+        if site.parameters > sum(_count(shape) for shape in held):
+            raise DeltaError(f"{path}: {site.name} needs {site.parameters:,} parameters, the file has fewer")
+    return plan
+
+
+def _differences(expected: Mapping[str, str], here: Mapping[str, str], both_ways: bool = False) -> str:
+    """What the file expects and the model has otherwise, in one sentence; empty if nothing."""
+    missing = [key for key in expected if key not in here]
+    surplus = [key for key in here if key not in expected] if both_ways else []
+    other = [key for key in expected if key in here and expected[key] != here[key]]
+    said = []
+    if missing:
+        said.append(f"{len(missing)} of its tensors are not in this model ({_some(missing)})")
+    if surplus:
+        said.append(f"{len(surplus)} tensors of this model are unknown to it ({_some(surplus)})")
+    if other:
+        said.append(
+            f"{len(other)} differ ({other[0]}: {expected[other[0]]} in the file, {here[other[0]]} here)"
+        )
+    return "; ".join(said)
+
+
+def _check_blocks(
+    model: nn.Module, record: Mapping[str, Any], signatures: Mapping[str, str], path: Path, strict: bool
+) -> None:
+    """Compare the injected blocks' tensors with the file's, name by name."""
+    prefixes = [site["qualified"] for site in record["sites"]]
+    made = {key: _signature(t) for key, t in _tensors(model).items() if _under(key, prefixes)}
+    held = {key: s for key, s in signatures.items() if _under(key, prefixes)}
+    if not strict:
+        made = {key: _shape_of(s) for key, s in made.items()}
+        held = {key: _shape_of(s) for key, s in held.items()}
+    said = _differences(held, made, both_ways=True)
+    if said:
+        raise DeltaError(
+            f"{path} does not fit the blocks that its own recipe makes: {said}; the model is unchanged"
+        )
+
+
+def _shape_of(signature: str) -> str:
+    return signature.partition(" ")[2]
+
+
+def _count(shape: str) -> int:
+    return math.prod(int(extent) for extent in shape.split("x")) if shape != "scalar" else 1
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")

@@ -1,0 +1,247 @@
+"""The folder of a run: its lock, its log, its checkpoints. Every write is whole or not there.
+
+    experiment.json            the settings
+    log.csv                    a row per epoch; epoch 0 is the model before any training
+    checkpoint.safetensors     where `--resume` goes on; checkpoint.previous.safetensors is the one before
+    classes.txt                names of the classes, in the order of the outputs
+    best.safetensors           what ships: a delta that `ai.load` reads (without blocks: a state dict)
+    last.safetensors           the same at the last epoch's end
+
+A checkpoint is one safetensors file with JSON metadata and a checksum per tensor; nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from attninject import __version__
+from attninject.errors import CheckpointError, RunError
+
+FORMAT = 1
+KEY = "attninject_checkpoint"
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+BEST, LAST, LOG = "best.safetensors", "last.safetensors", "log.csv"
+SETTINGS, CLASSES = "experiment.json", "classes.txt"
+
+
+class Folder:
+    """One run's folder, held by one process at a time."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def begin(self, resume: bool) -> None:
+        """Make the folder and take its lock; an older run in it is only touched to go on with it.
+
+        Raises:
+            RunError: another run is in it, is at work in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written: {error.strerror}; choose another `out`"
+            ) from error
+        self._take_lock()
+        there = [name for name in (CHECKPOINT, PREVIOUS) if (self.path / name).exists()]
+        if there and not resume:
+            self.end()
+            raise RunError(
+                f"{self.path} holds a run already ({there[0]}): go on with it (resume), or take another `out`"
+            )
+        if resume and not any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS)):
+            self.end()
+            raise RunError(f"there is nothing to resume in {self.path}: it has no {CHECKPOINT}")
+
+    def _take_lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            return
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it dies
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip()
+            self._lock.close()
+            raise RunError(
+                f"another run is at work in {self.path}" + (f" (process {holder})" if holder else "")
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def end(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write(self, name: str, text: str) -> None:
+        """A text file, whole or not at all."""
+        with self.replacing(name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def replacing(self, name: str, keep: str | None = None) -> Iterator[Path]:
+        """A temporary file that takes the place of `name` once the body is through and the disk has it.
+
+        `keep`: the name under which what was there before stays.
+
+        Raises:
+            RunError: the disk is full or the folder read-only; what was there before stays.
+        """
+        target = self.path / name
+        temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            if keep is not None and target.exists():
+                self._keep(target, self.path / keep)
+            os.replace(temporary, target)
+        except Exception as error:
+            from safetensors import SafetensorError
+
+            if not isinstance(error, OSError | SafetensorError):
+                raise
+            raise RunError(
+                f"{target} cannot be written ({error}); the run stops, {self.last_good()}"
+            ) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+    def last_good(self) -> str:
+        """Which checkpoint a message may offer."""
+        for name in (CHECKPOINT, PREVIOUS):
+            path = self.path / name
+            with suppress(CheckpointError):
+                if path.exists():
+                    meta = read_meta(path)
+                    return f"the last good checkpoint is {path} (epoch {meta['epoch']}, step {meta['step']})"
+        return "there is no checkpoint yet"
+
+    # --- checkpoints ---
+
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """A new checkpoint; the one before it stays as `checkpoint.previous`."""
+        from safetensors.torch import save_file
+
+        plain = {key: _plain(t) for key, t in tensors.items()}
+        record = {
+            **meta,
+            "format": FORMAT,
+            "version": __version__,
+            "checksums": {k: _checksum(t) for k, t in plain.items()},
+        }
+        with self.replacing(CHECKPOINT, keep=PREVIOUS) as temporary:
+            temporary.touch()
+            mode = (
+                temporary.stat().st_mode
+            )  # what the umask allows; safetensors writes files for the owner only
+            save_file(plain, temporary, metadata={KEY: json.dumps(record)})
+            temporary.chmod(mode)
+
+    @staticmethod
+    def _keep(present: Path, name: Path) -> None:
+        """A second name for a file, so that at no time there is none."""
+        link = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+        try:
+            os.link(present, link)
+            os.replace(link, name)
+        except OSError:  # no hard links here
+            os.replace(present, name)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The checkpoint to go on from.
+
+        Raises:
+            CheckpointError: it is torn, altered or no checkpoint; the other one is offered if it is good.
+        """
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            path = self.path / PREVIOUS
+        try:
+            return read(path)
+        except CheckpointError as error:
+            other = self.path / PREVIOUS
+            if path == other or not other.exists():
+                raise
+            try:
+                _, meta = read(other)
+            except CheckpointError:
+                raise error from None
+            raise CheckpointError(
+                f"{error}; {other} is good (epoch {meta['epoch']}, step {meta['step']}): "
+                f"put it in the place of {path.name} to go on from there"
+            ) from error
+
+    # --- the log ---
+
+    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The CSV file, written anew: a resumed run leaves no row of what it lost."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with self.replacing(LOG) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous, on the CPU, with memory of its own."""
+    flat = tensor.detach().cpu().contiguous()
+    return flat.clone() if flat.data_ptr() == tensor.data_ptr() else flat
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, without its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+        meta = json.loads(text) if text else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({error})") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this version of attninject")
+    if not {"epoch", "step", "checksums"} <= set(meta):
+        raise CheckpointError(f"{path} lacks a part of its metadata; it is damaged")
+    return meta
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a checkpoint, every tensor compared with its checksum."""
+    from safetensors.torch import load_file
+
+    meta = read_meta(path)
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
+    sums = meta["checksums"]
+    wrong = [k for k in {**tensors, **sums} if k not in tensors or sums.get(k) != _checksum(tensors[k])]
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: the values of {wrong[0]} are not those that were saved")
+    return tensors, meta

@@ -1,0 +1,284 @@
+"""`attninject finetune` as a user meets it: files, flags, figures, refusals, several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import attninject as ai
+from attninject import models
+from attninject.cli import main
+from attninject.training import read_experiment
+from attninject.training.engine import build
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "timm/test_convnext"  # layer norms only: no statistics of batches
+GIVEN = ["--model", MODEL, "--out", "x"]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Run a command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        try:
+            code = main(["finetune", *argv])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of three colours: 24 training and 9 validation images."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 8), ("val", 3)):
+        for c, name in enumerate(("blue", "green", "red")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                colour = [20 * i, 20 * i, 20 * i]
+                colour[c] = 250
+                Image.new("RGB", (48, 40), tuple(colour)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def experiment(images: Path, folder: Path, **more: Any) -> Path:
+    """An experiment file."""
+    train = {"epochs": 2, "batch_size": 8, "lr": 0.001, "attn_lr": 0.01, "optimizer": "sgd", **more}
+    text = f"""\
+# One-page experiment of the tests.
+model: {MODEL}
+recipe: se
+data: {{kind: imagefolder, root: "{images}", size: 32}}
+train: {json.dumps(train)}
+out: "{folder / "a"}"
+"""
+    file = folder / "experiment.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's log."""
+    rows = csv.DictReader((folder / "log.csv").read_text().splitlines())
+    return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in rows]
+
+
+def test_a_file_a_run_a_delta(run, images: Path, tmp_path: Path) -> None:
+    """The run says its figures; its delta loads into a fresh base; its own settings file repeats it."""
+    code, out, err = run(str(experiment(images, tmp_path)))
+    assert (code, err) == (0, "")
+    assert "24 training and 9 validation images" in out
+    assert "epoch 2/2: train loss" in out
+    assert f"see {tmp_path / 'a'}" in out
+    torch.manual_seed(0)
+    base = models.build(MODEL, num_classes=3)
+    model = ai.load(base, tmp_path / "a" / "last.safetensors")
+    assert ai.injected(model)
+    assert "NaN" not in (tmp_path / "a" / "log.csv").read_text()
+    again = json.loads(
+        run(str(tmp_path / "a" / "experiment.json"), "--out", str(tmp_path / "b"), "--json")[1]
+    )
+    assert log(tmp_path / "b") == log(tmp_path / "a")
+    assert again["best"] == max(again["history"], key=lambda row: row["top1"])
+
+
+def test_flags_lie_over_the_file(run, images: Path, tmp_path: Path) -> None:
+    """A flag of every kind: numbers, words, null for the recipe, true or false, a stage, a data key."""
+    file = experiment(images, tmp_path)
+    code, out, _ = run(
+        str(file), "--epochs", "1", "--recipe", "null", "--freeze", "[1, 2]", "--channels-last",
+        "--lr", "1e-2", "--data-hflip", "0", "--json",
+    )  # fmt: skip
+    assert code == 0
+    said = json.loads(out)["experiment"]
+    assert (said["recipe"], said["train"]["epochs"], said["train"]["lr"]) == (None, 1, 0.01)
+    assert (said["train"]["freeze"], said["train"]["channels_last"]) == ([1, 2], True)
+    assert (said["data"]["hflip"], said["train"]["attn_lr"]) == (0.0, 0.01)
+    shipped = load_file(tmp_path / "a" / "best.safetensors")
+    assert set(shipped) == set(models.build(MODEL, num_classes=3).state_dict())
+
+
+def test_one_rule_in_flags_and_resume(run, images: Path, tmp_path: Path) -> None:
+    """--block and --place stand for a recipe; --resume --out goes on with the run's own settings."""
+    out_folder = tmp_path / "a"
+    argv = ["--model", MODEL, "--block", "se", "--place", "stage_end", "--set", "reduction=4"]
+    argv += ["--data", "imagefolder", "--data-root", str(images), "--data-size", "32"]
+    argv += ["--epochs", "1", "--out", str(out_folder)]
+    assert run(*argv, "--batch-size", "8")[0] == 0
+    code, out, _ = run("--resume", "--out", str(out_folder), "--epochs", "2")
+    assert code == 0
+    assert "going on from epoch 1" in out
+    assert [row["epoch"] for row in log(out_folder)] == [0, 1, 2]
+    code, _, err = run(*argv)
+    assert code == 1
+    assert "holds a run already" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "expected"),
+    [
+        ([], 2, "give an experiment FILE, or --model and --out"),
+        ([*GIVEN, "--epchs", "3"], 2, "did you mean '--epochs'?"),
+        (
+            [*GIVEN, "--recipe", "se", "--block", "se", "--after", "y"],
+            2,
+            "give one of the two",
+        ),
+        ([*GIVEN, "--block", "se"], 2, "--block goes with one of"),
+        ([*GIVEN, "--recipe", "see"], 1, "no shipped recipe 'see'; did you mean se"),
+        (["--model", MODEL], 1, "`out` missing"),
+        (["missing.yaml"], 1, "missing.yaml: no such file"),
+        ([*GIVEN, "--data", "imagefolder"], 1, "needs `root`"),
+        (
+            [*GIVEN, "--data", "imagefolder", "--data-root", "gone"],
+            1,
+            "there is no folder gone",
+        ),
+    ],
+)
+def test_refusals(argv: list[str], code: int, expected: str, run, tmp_path: Path, monkeypatch) -> None:
+    """Usage is 2, everything else 1, always one paragraph without a traceback, and no folder is left."""
+    monkeypatch.chdir(tmp_path)
+    found, out, err = run(*argv)
+    assert (found, out) == (code, "")
+    assert expected in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_faults_of_a_file_with_their_lines(run, tmp_path: Path) -> None:
+    """Unknown keys, wrong values and unknown words in one report."""
+    file = tmp_path / "bad.yaml"
+    file.write_text(
+        "modl: timm/resnet18\nmodel: timm/resnet18\ndata: {kind: folder}\ntrain:\n  epochs: 0\n  lr: fast\n"
+        "  optimiser: sgd\nout: !!python/object:os.system x\n",
+        encoding="utf-8",
+    )
+    code, _, err = run(str(file))
+    assert code == 1
+    expected = {
+        1: "unknown key 'modl'; did you mean model",
+        3: "found 'folder'; did you mean imagefolder",
+        5: "epochs: expected a number from 1, found the number 0",
+        6: "found 'fast'",
+        7: "unknown key 'optimiser'; did you mean optimizer",
+        8: "tags are not allowed",
+    }
+    for line, text in expected.items():
+        assert any(f"{file}:{line}:" in row and text in row for row in err.splitlines()), (line, err)
+
+
+def test_the_contracts_own_example_is_read(tmp_path: Path) -> None:
+    """The experiment file of the documentation, comments and all."""
+    file = tmp_path / "e.yaml"
+    file.write_text("""\
+model: timm/resnet50
+weights: default
+recipe: cbam              # null: plain fine-tuning
+data: {kind: imagefolder, root: data}     # or {kind: digits}, the offline default
+train: {epochs: 10, batch_size: 64, lr: 1e-4, attn_lr: 1e-3, freeze: backbone, seed: 0}
+out: runs/a               # --resume goes on
+""")
+    found = read_experiment(file)
+    assert (found.model, found.weights, found.recipe, found.out) == (
+        "timm/resnet50",
+        "default",
+        "cbam",
+        "runs/a",
+    )
+    assert (found.train.lr, found.train.attn_lr, found.train.freeze) == (1e-4, 1e-3, "backbone")
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(found.to_dict()))
+    assert read_experiment(again) == found
+
+
+def test_pretrained_weights_with_another_number_of_classes(run, images: Path, tmp_path: Path) -> None:
+    """A file with ten classes serves three: the head is new, all else is the file's."""
+    for name, head in (("timm/test_resnet", "fc."), ("torchvision/shufflenet_v2_x0_5", "fc.")):
+        base = models.build(name, num_classes=10)
+        weights = tmp_path / "w.pth"
+        torch.save(base.state_dict(), weights)
+        model = build(name, str(weights), 3)
+        state = model.state_dict()
+        assert state[f"{head}weight"].shape[0] == 3
+        assert all(torch.equal(t, state[k]) for k, t in base.state_dict().items() if not k.startswith(head))
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def together(launcher: list[str], file: Path) -> str:
+    """Run an experiment on two CPU processes; what they said."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, "-m", "attninject", "finetune", str(file)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_train_as_one(launcher: list[str], run, images: Path, tmp_path: Path) -> None:
+    """Half the batch on each of two processes: the same metrics before, the same weights after training."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    unfreeze = {"freeze": "backbone", "unfreeze": [{"epoch": 2, "what": "stages.3"}]}
+    assert run(str(experiment(images, one, batch_size=8, **unfreeze)), "--device", "cpu")[0] == 0
+    out = together(launcher, experiment(images, two, batch_size=4, device="cpu", **unfreeze))
+    assert out.count("epoch 2/2: train loss") == 1
+    first, second = log(one / "a"), log(two / "a")
+    assert first[0] == pytest.approx(second[0], rel=1e-6)
+    assert [row["top1"] for row in first] == [row["top1"] for row in second]
+    a, b = (load_file(folder / "a" / "last.safetensors") for folder in (one, two))
+    assert set(a) == set(b)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+# --- export -------------------------------------------------------------------------------------
+
+
+def test_a_run_is_exported_from_its_folder(run, images: Path, tmp_path: Path, capsys) -> None:
+    """`export FOLDER --to pt2` finds base, blocks and size by itself and prints the parity."""
+    assert run(str(experiment(images, tmp_path, epochs=1)))[0] == 0
+    folder = tmp_path / "a"
+    assert main(["export", str(folder), "--to", "pt2"]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {folder / 'exported.pt2'}" in out
+    assert "2×3×32×32: largest difference" in out
+    assert "3×3×32×32: largest difference" in out  # at 32 its last map is 1×1, which torch.export fixes
+    assert torch.export.load(folder / "exported.pt2").module()(torch.zeros(4, 3, 32, 32)).shape == (4, 3)
+    argv = [
+        "export",
+        str(folder / "best.safetensors"),
+        "--model",
+        MODEL,
+        "--num-classes",
+        "3",
+        "--to",
+        "state_dict",
+    ]
+    assert main([*argv, "--size", "32", "-o", str(tmp_path / "s.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parity"][0]["difference"] == 0
+    assert main(["export", str(tmp_path), "--to", "pt2"]) == 1
+    assert "holds no run of attninject finetune" in capsys.readouterr().err

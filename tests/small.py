@@ -1,0 +1,133 @@
+"""Small nets and looks at a model's state that several test files share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+import attninject as ai
+
+
+class Around(nn.Module):
+    """A model whose root does nothing worth naming: a stem, then the module under test as `inner`."""
+
+    def __init__(self, inner: nn.Module, channels: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 1)
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(self.stem(x))
+
+
+class Through(nn.Module):
+    """An owner with children `a` and `b` whose forward is given as a function of (self, x)."""
+
+    def __init__(self, body: Callable, channels: int = 8, **children: nn.Module) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(channels, channels, 3, padding=1)
+        self.b = nn.Conv2d(channels, channels, 1)
+        for name, child in children.items():
+            self.add_module(name, child)
+        self.body = body
+
+    def describe(self) -> str:
+        """A method, whose name no child may take."""
+        return "through"
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def images(batch: int = 2, size: int = 16, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    """Random images."""
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def se(**where: Any) -> dict[str, Any]:
+    """The fields of a rule: SE with two hidden channels or so."""
+    return {"block": "se", "args": {"reduction": 4}, **where}
+
+
+class Calls:
+    """Counts the calls of every injected block while it is entered.
+
+    At their beginning, since checkpointing stops its second run once it has what the backward needs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.blocks = ai.injected(model)
+        self.order: list[str] = []
+
+    def __enter__(self) -> Calls:
+        self.handles = [
+            block.register_forward_pre_hook(lambda *_, name=name: self.order.append(name))
+            for name, block in self.blocks.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: self.order.count(name) for name in self.blocks}
+
+
+def calls_of(model: nn.Module, *args: Any, run: Callable | None = None) -> dict[str, int]:
+    """How often each block runs in one forward (or in `run`)."""
+    with Calls(model) as calls, torch.no_grad():
+        (run or model)(*args)
+    return calls.counts
+
+
+def stir(model: nn.Module, seed: int = 5, scale: float = 0.3) -> None:
+    """Random values into every injected block, so that it changes what the model computes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in ai.injected(model).values():
+            for p in block.parameters():
+                p.copy_(torch.empty(p.shape).normal_(0, scale, generator=generator))
+
+
+def _contents(value: Any) -> Any:
+    """Identity of a value, and of what plain containers hold, down to the bottom."""
+    if isinstance(value, Mapping):
+        return (id(value), type(value), [(k, _contents(v)) for k, v in value.items()])
+    if isinstance(value, (list, tuple, set)):
+        return (id(value), type(value), [_contents(v) for v in value])
+    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything that looking at a model must not change, deeply: compare two of these with ==."""
+    tensors = {
+        name: (
+            id(t),
+            t.device,
+            t.dtype,
+            t.requires_grad,
+            t.stride(),
+            t.data_ptr(),
+            t.detach().numpy().tobytes(),
+        )
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+    grads = {
+        n: None if p.grad is None else (id(p.grad), p.grad.numpy().tobytes())
+        for n, p in model.named_parameters()
+    }
+    modules = [(n, id(m), type(m), m.training, _contents(m.__dict__)) for n, m in model.named_modules()]
+    generators = (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        numpy.random.get_state()[1].tobytes(),
+    )
+    classes = {name: value for name, value in nn.Module.__dict__.items() if callable(value)}
+    return {"tensors": tensors, "grads": grads, "modules": modules, "rng": generators, "Module": classes}

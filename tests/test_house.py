@@ -1,0 +1,197 @@
+"""The house itself: who imports whom, what the wheel holds, what lies at the top of the checkout."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "attninject"
+
+# From the ground up: a module imports only what stands before it (or beside it, in its own room).
+ORDER = (
+    "errors", "patterns", "layout", "blocks", "yamlio", "recipe", "probe", "trace", "edits", "places", "matching",
+    "hazards", "locating", "planning", "rewrite", "api", "delta", "models", "training", "experiments", "cli", "__main__",
+)  # fmt: skip
+
+TOP = {
+    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "attninject", "examples", "pyproject.toml",
+    "recipes", "tests",
+}  # fmt: skip
+
+
+def room(file: Path) -> str:
+    """The room that a file of the package belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(source: str, package: tuple[str, ...]) -> set[str]:
+    """Rooms of attninject that a source text imports, at the top or inside functions, relative or not."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *(node.module or "").split("."))).strip(".")
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        for name in names:
+            first, _, rest = name.partition(".")
+            if first == "attninject":
+                found.add(rest.partition(".")[0])
+    return found
+
+
+def python(*args: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run this Python elsewhere, with `path` in front of everything installed."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "rooms"),
+    [
+        ("import attninject.api", {"api"}),
+        ("from attninject import api, delta", {"api", "delta"}),
+        ("from attninject.blocks.se import SE", {"blocks"}),
+        ("def f():\n    from ..api import plan", {"api"}),
+        ("from . import common", {"cli"}),
+        ("import torch, attninjectors", set()),
+    ],
+)
+def test_reader_of_imports(source: str, rooms: set[str]) -> None:
+    """The reader behind the next test sees every way to import a room."""
+    assert imported_rooms(source, ("attninject", "cli")) == rooms
+
+
+def test_imports_go_up_the_list_never_down() -> None:
+    """Every module imports only rooms that stand before its own in ARCHITECTURE's order."""
+    wrong = []
+    files = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
+    for file in files:
+        assert room(file) in ORDER, f"{file.relative_to(ROOT)} is in no room of the house"
+        parts = ("attninject", *file.relative_to(PACKAGE).parts[:-1])
+        for other in imported_rooms(file.read_text(encoding="utf-8"), parts):
+            if other == "__version__":
+                continue
+            if other not in ORDER or ORDER.index(other) > ORDER.index(room(file)):
+                wrong.append(f"{file.relative_to(ROOT)} imports {other or 'attninject itself'}")
+    assert wrong == []
+    assert len(files) > 10
+
+
+def test_timm_and_torchvision_builders_are_imported_in_one_file_only() -> None:
+    """`timm.create_model` and torchvision's model registry are used in models.py alone."""
+    users = {
+        file.name
+        for file in PACKAGE.rglob("*.py")
+        if re.search(r"timm\.create_model\(|get_model\(|list_models\(", file.read_text(encoding="utf-8"))
+    }
+    assert users == {"models.py"}
+
+
+def test_no_module_bears_the_name_of_a_public_function() -> None:
+    """`attninject.plan` stays a function, whatever was imported before."""
+    import attninject
+
+    modules = {file.name.removesuffix(".py") for file in PACKAGE.iterdir()}
+    assert modules & set(attninject.__all__) == set()
+    assert {"plan", "inject", "eject", "save", "load"} <= set(attninject.__all__)
+
+
+def test_importing_the_package_is_light() -> None:
+    """`import attninject` loads none of the libraries that only some verbs need."""
+    heavy = ("timm", "torchvision", "yaml", "safetensors", "sklearn", "tqdm", "torch._dynamo", "torch.onnx")
+    done = python("-c", "import sys, attninject; print(*sys.modules, sep='\\n')", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "attninject" in loaded
+    assert [name for name in heavy if name in loaded] == []
+
+
+def test_top_level_holds_exactly_what_it_should() -> None:
+    """Nothing lies at the top of the checkout but what belongs there."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listing.returncode:
+        pytest.skip("no git checkout")
+    assert {line.split("/", 1)[0] for line in listing.stdout.splitlines()} == TOP
+
+
+def test_ci_script_can_be_run() -> None:
+    """The one command of CI is executable."""
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_changelog_speaks_of_this_version() -> None:
+    """The version in pyproject.toml has a section in the changelog."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert re.search(
+        rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M
+    )
+
+
+def test_recipes_are_found_from_a_checkout(tmp_path: Path) -> None:
+    """From the checkout, `attninject list recipes` names the files in recipes/."""
+    done = python("-m", "attninject", "list", "recipes", cwd=tmp_path, path=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel."""
+    folder = tmp_path_factory.mktemp("dist")
+    done = python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT), cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_installed_elsewhere_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:
+    """The installed wheel, run outside the checkout, lists the same recipes and can plan with one."""
+    target = tmp_path / "site"
+    done = python(
+        "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    where = python("-c", "import attninject; print(attninject.__file__)", cwd=tmp_path, path=target)
+    assert Path(where.stdout.strip()).is_relative_to(target), where.stdout + where.stderr
+    listed = python("-m", "attninject", "list", "recipes", cwd=tmp_path, path=target)
+    assert listed.stdout.split() == sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")), (
+        listed.stderr
+    )
+    planned = python(
+        "-m", "attninject", "plan", "torchvision/resnet18", "se_resnet", cwd=tmp_path, path=target
+    )
+    assert planned.returncode == 0, planned.stderr
+
+
+def test_wheel_holds_types_and_licence_and_no_tests(wheel: Path) -> None:
+    """The wheel carries `py.typed` and the licence; tests and examples stay in the checkout."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "attninject/py.typed" in names
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+    assert {name.split("/", 1)[0].split("-")[0] for name in names} == {"attninject"}
+    assert not any("tests" in name.split("/") or "examples" in name.split("/") for name in names)
+
+
+def test_licence_is_the_full_apache_text() -> None:
+    """LICENSE is Apache-2.0, whole."""
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text

@@ -1,0 +1,190 @@
+"""Looking at a model leaves no mark, and sees calls, shapes and inputs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from small import Around, Through, images, se, state
+from torch import nn
+
+import attninject as ai
+from attninject import probe
+from attninject.errors import ProbeError
+
+
+def fcos() -> nn.Module:
+    """A detector for small images."""
+    return torchvision.models.detection.fcos_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=64, max_size=64
+    )
+
+
+class Recurrent(nn.Module):
+    """An LSTM keeps its weights a second time, in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 32, stride=32)
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(self.conv(x).flatten(2).transpose(1, 2))[0]
+
+
+class Untidy(nn.Module):
+    """Counts, caches, draws and forgets while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.count, self.seen, self.cache, self.names = 0, [], {"deep": [{}]}, set()
+        self.register_buffer("runs", torch.zeros(1))
+
+    def forward(self, x):
+        self.count += 1
+        self.runs.add_(1)
+        self.seen.append(x.shape)
+        self.cache["deep"][0][str(x.device)] = x
+        self.cache["last"] = x
+        self.names.add(random.random())
+        self.late = torch.rand(3)
+        return self.norm(self.conv(x))
+
+
+class Falls(Untidy):
+    """The same, and then raises."""
+
+    def forward(self, x):
+        super().forward(x)
+        raise RuntimeError("out of luck")
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "coat": lambda: timm.create_model("coat_tiny"),
+    "levit": lambda: timm.create_model("levit_128s"),
+    "fcos": fcos,
+    "lstm": Recurrent,
+    "untidy": Untidy,
+    "batchnormact": lambda: timm.create_model("mobilenetv3_small_050"),
+}
+
+
+SITES = {
+    "coat": "serial_blocks1.*.mlp",
+    "levit": "stages.0.blocks.0.attn",
+    "fcos": "backbone.body.layer1.*.bn3",
+    "lstm": "conv",
+    "untidy": "conv",
+    "batchnormact": "blocks.*.*.conv_pw",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_planning_leaves_no_mark(name: str) -> None:
+    """Parameters, buffers, caches, modes, gradients and random generators are as before, to the identity."""
+    model = MODELS[name]()
+    model.train()
+    next(model.parameters()).grad = torch.zeros_like(next(model.parameters()))
+    before = state(model)
+    ai.sites(model)
+    ai.plan(model, **se(after=SITES[name]))
+    assert state(model) == before
+
+
+def test_planning_inside_a_norm_that_counts_does_not_count() -> None:
+    """Tracing timm's BatchNormAct2d in train mode must not advance `num_batches_tracked`."""
+    model = timm.create_model("mobilenetv3_small_050")
+    before = state(model)
+    ai.plan(model, block="se", after="**.bn1.act", args={"reduction": 4})
+    assert state(model) == before
+
+
+def test_a_forward_that_raises_leaves_no_mark() -> None:
+    """The model is as it was when its own forward fails under the probe."""
+    model = Falls()
+    before = state(model)
+    with pytest.raises(ProbeError, match=r"Falls fails its own forward on inputs of shape \(2, 3, 16, 16\)"):
+        ai.plan(model, **se(after="conv"), example_inputs=images())
+    assert state(model) == before
+
+
+def test_user_hooks_stay_and_stay_silent() -> None:
+    """Planning does not run the hooks of the model's owner."""
+    model = torchvision.models.resnet18(weights=None)
+    seen: list[str] = []
+    handles = [
+        model.layer1.register_forward_hook(lambda *_: seen.append("after")),
+        model.layer1.register_forward_pre_hook(lambda *_: seen.append("before")),
+    ]
+    ai.inject(model, "se_resnet")
+    assert seen == []
+    model.eval()(images(size=32))
+    assert seen == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+
+
+def test_data_dependent_forwards_run_for_real_on_copies() -> None:
+    """A forward that needs values still gets a plan, and its statistics are not touched."""
+
+    def body(self, x):
+        y = self.n(self.a(x))
+        return self.b(y) if y.mean().item() < 1e9 else y
+
+    model = Around(Through(body, n=nn.BatchNorm2d(8))).train()
+    before = state(model)
+    plan = ai.plan(model, **se(after="inner.b"), example_inputs=images())
+    assert plan.sites[0].shape == (2, 8, 16, 16)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(5, 8, 3), (2, 5, 224, 224)),
+        (nn.Conv1d(4, 8, 3), (2, 4, 256)),
+        (nn.Conv3d(2, 8, 3), (2, 2, 16, 112, 112)),
+        (nn.Linear(7, 8), (2, 7)),
+    ],
+)
+def test_inputs_are_found_from_the_first_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """Without an example the probe makes one that the first layer takes."""
+    _, inputs = probe.probe(nn.Sequential(layer))
+    assert tuple(inputs.args[0].shape) == shape
+
+
+def test_timm_models_say_their_size() -> None:
+    """A timm model is probed at its own input size."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96)
+    assert ai.plan(model, block="se", after="blocks.0").sites[0].layout.grid == (6, 6)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [images(), (images(),), {"x": images()}],
+    ids=["tensor", "tuple", "dict"],
+)
+def test_examples_come_as_tensor_tuple_or_keywords(example: object) -> None:
+    """All three forms are understood."""
+    model = Around(nn.Conv2d(8, 8, 1))
+    assert ai.plan(model, **se(after="inner"), example_inputs=example).sites[0].shape == (2, 8, 16, 16)
+
+
+def test_sites_lists_what_a_detector_runs_before_its_data_decide() -> None:
+    """On fcos the layers up to the proposals are there, with shapes."""
+    found = ai.sites(fcos(), "backbone.body.layer1.0.*")
+    assert {s.path for s in found} >= {"backbone.body.layer1.0.conv1", "backbone.body.layer1.0.bn3"}
+    assert all(s.layout is not None and str(s.layout) == "NCHW" for s in found)
+
+
+def test_a_model_probed_in_half_precision_keeps_its_dtype() -> None:
+    """A bfloat16 model gets bfloat16 blocks."""
+    model = torchvision.models.resnet18(weights=None).bfloat16()
+    ai.inject(model, "se_resnet")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

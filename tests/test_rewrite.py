@@ -1,0 +1,384 @@
+"""Generated forwards live through changes, copies and files, and go away without a trace."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from nets import image, net, pretrained
+from small import Around, Through, calls_of, images, se, state, stir
+from torch import nn
+from torch.nn import functional as F
+
+import attninject as ai
+from attninject import errors
+
+
+class Rated(Through):
+    """Reads a rate and a switch from itself, as networks read their drop rates."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.rate, self.extra = 0.0, None
+
+    def forward(self, x):
+        y = F.dropout(self.a(x), self.rate, self.training)
+        if self.extra is not None:
+            y = self.extra(y)
+        return self.b(y)
+
+
+def rated() -> nn.Module:
+    """A model around `Rated`, with the same weights each time."""
+    torch.manual_seed(0)
+    return Around(Rated())
+
+
+def seeded(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """One forward under a fixed seed."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        return model(x)
+
+
+# --- attributes that change --------------------------------------------------------------------
+
+
+def raise_rate(m: nn.Module) -> None:
+    """A rate that the graph read."""
+    m.inner.rate = 0.5
+
+
+def add_layer(m: nn.Module) -> None:
+    """A slot that was None."""
+    torch.manual_seed(1)
+    m.inner.extra = nn.Conv2d(8, 8, 1)
+
+
+def replace_child(m: nn.Module) -> None:
+    """Another child under the same name."""
+    m.inner.b = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [raise_rate, add_layer, replace_child])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_change_after_injection_acts_as_on_the_base(change: Callable, training: bool) -> None:
+    """The graph is made anew when something it depends on changes; also changed back."""
+    base, model, x = rated().train(training), rated().train(training), images()
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    assert "inner.se" in ai.injected(model)
+    assert torch.equal(seeded(model, x), seeded(base, x))
+    change(base)
+    change(model)
+    assert torch.equal(seeded(model, x), seeded(base, x))
+    assert calls_of(model, x) == {"inner.se": 1}
+    for m in (base, model):
+        m.train(not training)
+    assert torch.equal(seeded(model, x), seeded(base, x))
+
+
+def test_a_change_that_removes_the_site_says_so() -> None:
+    """A forward that no longer calls the site raises an error that names the block and the way out."""
+
+    class Switch(Through):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.on = True
+
+        def forward(self, x):
+            return self.b(self.a(x)) if self.on else self.b(x)
+
+    model, x = Around(Switch()), images()
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    model.inner.on = False
+    with pytest.raises(errors.CannotRewriteError, match=r"no longer has a .*'se'"):
+        model(x)
+    model.inner.on = True
+    assert model(x).shape == (2, 8, 16, 16)
+    ai.eject(model).inner.on = False
+    assert model(x).shape == (2, 8, 16, 16)
+
+
+# --- copies and files --------------------------------------------------------------------------
+
+
+def through_pickle(m: nn.Module) -> nn.Module:
+    """Bytes and back."""
+    return pickle.loads(pickle.dumps(m))
+
+
+def through_file(m: nn.Module) -> nn.Module:
+    """torch.save and torch.load."""
+    file = io.BytesIO()
+    torch.save(m, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_file])
+@pytest.mark.parametrize(
+    "where", [{"after": "layer*.*.bn2"}, {"after": "layer1"}, {"after": "layer2.0.downsample"}]
+)
+def test_a_duplicate_is_independent_and_complete(duplicate: Callable, where: dict) -> None:
+    """A copy computes the same, has its own blocks, can be ejected, injected again and duplicated again."""
+    model, x = net("torchvision/resnet18"), image("resnet")
+    with torch.no_grad():
+        base = model(x)
+        ai.inject(model, **se(**where))
+        stir(model)
+        reference = model(x)
+        twin = duplicate(duplicate(model))
+        assert torch.equal(twin(x), reference)
+        stir(twin, seed=9)
+        assert not torch.equal(twin(x), reference)
+        assert torch.equal(model(x), reference)
+        ai.inject(twin, **se(**where))
+        assert len(ai.injected(twin)) == 2 * len(ai.injected(model))
+        ai.eject(twin)
+        assert torch.equal(twin(x), base)
+    assert {type(m) for m in twin.modules()} == {type(m) for m in net("torchvision/resnet18").modules()}
+
+
+def test_a_duplicate_follows_its_own_attributes() -> None:
+    """Changing a copy's rate changes the copy only."""
+    model, x = rated().train(), images()
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    before = seeded(model, x)
+    twin = copy.deepcopy(model)
+    twin.inner.rate = 0.5
+    assert not torch.equal(seeded(twin, x), before)
+    assert torch.equal(seeded(model, x), before)
+
+
+def test_a_shallow_copy_shares_what_a_shallow_copy_shares() -> None:
+    """copy.copy of a holder computes the same with the same tensors."""
+    model, x = Around(Through(body)).eval(), images()
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    stir(model)
+    twin = copy.copy(model.inner)
+    y = model.stem(x)
+    assert torch.equal(twin(y), model.inner(y))
+    assert [id(p) for p in twin.parameters()] == [id(p) for p in model.inner.parameters()]
+
+
+def body(self, x):
+    """Two layers."""
+    return self.b(self.a(x))
+
+
+# --- taking out --------------------------------------------------------------------------------
+
+
+def test_ejecting_restores_the_model_to_the_identity_of_every_part() -> None:
+    """Deep state before injection and after ejection is equal: classes, attributes, tensors, slots."""
+    model = net("timm/resnet14t")
+    before = state(model)
+    order = [list(m.__dict__) for m in model.modules()]
+    ai.inject(model, **se(after="layer*.*.bn3"))
+    ai.inject(model, block="cbam", after="layer1")
+    assert state(model) != before
+    ai.eject(model)
+    after = state(model)
+    assert [sorted(m.__dict__) for m in model.modules()] == [sorted(o) for o in order]
+    for (name, *then, attributes), (_, *now, found) in zip(before["modules"], after["modules"], strict=True):
+        assert (then, sorted(map(str, attributes[2]))) == (now, sorted(map(str, found[2]))), name
+    assert {k: v for k, v in after.items() if k != "modules"} == {
+        k: v for k, v in before.items() if k != "modules"
+    }
+
+
+def test_a_part_is_ejected_by_pattern_and_the_rest_runs_on() -> None:
+    """By stage, by block name, and one of two at a site; trained values of the others stay."""
+    model, x = net("torchvision/resnet18"), image("resnet")
+    ai.inject(model, "se_resnet")
+    ai.inject(model, block="cbam", after="layer1.*.bn2")
+    stir(model)
+    kept = {k: v.clone() for k, v in model.state_dict().items() if ".se." in k and "layer4" not in k}
+    ai.eject(model, "layer4.**")
+    assert not any(k.startswith("layer4") for k in ai.injected(model))
+    ai.eject(model, "**.cbam")
+    assert set(ai.injected(model)) == {f"layer{n}.{i}.se" for n in (1, 2, 3) for i in (0, 1)}
+    now = model.state_dict()
+    assert all(torch.equal(now[k], v) for k, v in kept.items())
+    assert set(calls_of(model, x).values()) == {1}
+    with pytest.raises(errors.NoMatchError, match="no injected block matches 'layer4'"):
+        ai.eject(model, "layer4")
+
+
+def test_disabled_gives_the_base_and_ends_also_when_something_raises() -> None:
+    """Trained blocks are passed through inside, and back afterwards; nested too."""
+    base, model, x = net("torchvision/resnet18"), net("torchvision/resnet18"), image("resnet")
+    ai.inject(model, "se_resnet")
+    stir(model)
+    with torch.no_grad():
+        trained = model(x)
+        with ai.disabled(model):
+            with ai.disabled(model):
+                assert torch.equal(model(x), base(x))
+            assert torch.equal(model(x), base(x))
+        assert torch.equal(model(x), trained)
+        with pytest.raises(RuntimeError), ai.disabled(model):
+            model(x[0, 0, 0])
+        assert torch.equal(model(x), trained)
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+class Saves(torch.autograd.Function):
+    """x ↦ eˣ/eˣ·x written so that the result itself is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x * 1
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad + 0 * y
+
+
+class Keeps(nn.Module):
+    """A block whose backward needs its own output."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x):
+        return Saves.apply(x)
+
+
+def test_in_place_code_behind_a_block_that_kept_its_output_trains() -> None:
+    """`+=`, `.mul_` and `F.relu(inplace=True)` right behind a block do not break the backward."""
+
+    def owner(self, x):
+        y = self.a(x)
+        y += x
+        z = self.b(y)
+        z.mul_(2)
+        w = F.relu(self.c(z), inplace=True)
+        return self.d(w)
+
+    layers = {"c": nn.Conv2d(8, 8, 1), "d": nn.Conv2d(8, 8, 1)}
+    torch.manual_seed(0)
+    base, x = Around(Through(owner, **layers)), images()
+    model = copy.deepcopy(base)
+    ai.inject(model, block=Keeps, after="inner.{a,b,c,d}", example_inputs=x)
+    assert len(ai.injected(model)) == 4
+    for m in (base, model):
+        m(x).square().sum().backward()
+    for name, p in base.named_parameters():
+        assert torch.equal(p.grad, model.get_parameter(name).grad), name
+
+
+# --- timm's own verbs --------------------------------------------------------------------------
+
+
+def test_timm_resnet_verbs_work_as_on_the_base() -> None:
+    """reset_classifier, forward_features, forward_intermediates, set_grad_checkpointing; before and after."""
+    for early in (True, False):
+        base, model, x = net("timm/resnet14t"), net("timm/resnet14t"), image("resnet")
+        if early:
+            model.set_grad_checkpointing(True)
+        ai.inject(model, block="cbam", place="residual_branch")
+        base.set_grad_checkpointing(True)
+        if not early:
+            model.set_grad_checkpointing(True)
+        with torch.no_grad():
+            for b, m in zip(base.forward_intermediates(x)[1], model.forward_intermediates(x)[1], strict=True):
+                assert torch.equal(b, m)
+            assert torch.equal(base.forward_features(x), model.forward_features(x))
+        for m in (base, model):
+            torch.manual_seed(0)
+            m.reset_classifier(5)
+        assert torch.equal(base(x), model(x))
+        names = list(ai.injected(model))
+        counts = dict.fromkeys(names, 0)
+
+        def count(name: str, counts: dict = counts) -> Callable:
+            return lambda *_: counts.__setitem__(name, counts[name] + 1)
+
+        handles = [b.register_forward_hook(count(n)) for n, b in ai.injected(model).items()]
+        model.train()(x).sum().backward()
+        assert set(counts.values()) == {2}, "checkpointed blocks run again in the backward"
+        for h in handles:
+            h.remove()
+
+
+def swin() -> nn.Module:
+    """A small Swin transformer with windows."""
+    torch.manual_seed(0)
+    return pretrained(
+        timm.models.SwinTransformer(
+            img_size=56,
+            patch_size=4,
+            embed_dim=16,
+            depths=(2, 2),
+            num_heads=(2, 2),
+            window_size=7,
+            num_classes=4,
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # timm's resizing of the bias table
+def test_a_swin_given_another_input_size_later_works_as_the_base() -> None:
+    """set_input_size after injection: attributes that the graph read have changed, so it is made anew."""
+    base, model = swin(), swin()
+    ai.inject(model, block="cbam", place="residual_branch", args={"reduction": 4})
+    assert torch.equal(model(images(size=56)), base(images(size=56)))
+    for m in (base, model):
+        m.set_input_size((112, 112), window_size=14)
+    x = images(size=112)
+    assert torch.equal(model(x), base(x))
+    assert set(calls_of(model, x).values()) == {1}
+
+
+def test_a_vit_given_another_input_size_later_works_as_the_base() -> None:
+    """Tokens of another, square image find their grid by the aspect ratio; of an impossible one, an error."""
+    kwargs = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 4}
+    torch.manual_seed(0)
+    base = pretrained(timm.models.VisionTransformer(**kwargs))
+    model = copy.deepcopy(base)
+    ai.inject(model, block="cbam", place="residual_branch", args={"reduction": 4})
+    for m in (base, model):
+        m.set_input_size((96, 96))
+    assert torch.equal(model(images(size=96)), base(images(size=96)))
+    model.set_input_size((32, 96))
+    x = torch.randn(1, 3, 32, 96)
+    with pytest.raises(errors.LayoutError, match="12 tokens form no grid"):
+        model(x)
+
+
+@pytest.mark.parametrize("name", ["resnet14t", "convnext_atto"])
+def test_features_only_before_and_after(name: str) -> None:
+    """A feature extractor can be injected; and a feature list made of an injected net runs its blocks."""
+    torch.manual_seed(0)
+    base = pretrained(timm.create_model(name, features_only=True))
+    model, x = copy.deepcopy(base), images(size=64)
+    ai.inject(model, block="cbam", place="residual_branch")
+    with torch.no_grad():
+        for a, b in zip(model(x), base(x), strict=True):
+            assert torch.equal(a, b)
+    assert set(calls_of(model, x).values()) == {1}
+
+
+def test_a_torchvision_checkpoint_loads_before_and_after() -> None:
+    """The original keys are all there; the new ones are the only missing ones."""
+    weights = net("torchvision/resnet18").state_dict()
+    model = torchvision.models.resnet18(weights=None)
+    ai.inject(model, "cbam_resnet")
+    result = model.load_state_dict(weights, strict=False)
+    assert result.unexpected_keys == []
+    new = {k for k in model.state_dict() if ".cbam." in k}
+    counters = {k for k in new if k.endswith("num_batches_tracked")}  # torch itself fills these in
+    assert set(result.missing_keys) == new - counters
+    assert torch.equal(model.eval()(image("resnet")), net("torchvision/resnet18")(image("resnet")))

@@ -1,0 +1,260 @@
+"""Fine-tuning as its user sees it: figures, files, settings, and what stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import DATA, QUICK, Net, Shades, net
+from torch import nn
+
+import attninject as ai
+from attninject import errors, models
+from attninject.training import finetune
+
+
+def said(**kw: Any) -> tuple[Any, list[str]]:
+    """The result of a run and the lines that it said."""
+    lines: list[str] = []
+    result = finetune(kw.pop("model", None) or net(), DATA, **{**QUICK, **kw, "say": lines.append})
+    return result, lines
+
+
+def test_it_learns_and_writes_its_files(tmp_path: Path) -> None:
+    """Accuracy rises; the log has a row per epoch; best.safetensors on the base is the evaluated model."""
+    model = net()
+    base = copy.deepcopy(ai.eject(copy.deepcopy(model)))
+    result, lines = said(model=model, epochs=6, out=tmp_path / "a")
+    assert [row["epoch"] for row in result.history] == list(range(7))
+    assert result.best["top1"] > 0.8 > result.history[0]["top1"]
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        ".lock", "best.safetensors", "last.safetensors", "log.csv", "classes.txt", "checkpoint.safetensors",
+        "checkpoint.previous.safetensors",
+    }  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "a" / "log.csv").read_text().splitlines()))
+    assert [float(r["top1"]) for r in rows] == [r["top1"] for r in result.history]
+    loaded = ai.load(base, tmp_path / "a" / "last.safetensors", example_inputs=torch.zeros(2, 3, 8, 8)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    assert any("epoch 6/6: train loss" in line for line in lines)
+
+
+def test_step_zero_equals_the_model_without_blocks() -> None:
+    """Before training, loss and accuracies with a recipe are those without, to the last digit."""
+    with_blocks, without = finetune(net("cbam"), DATA, **QUICK), finetune(net(None), DATA, **QUICK)
+    for key in ("val_loss", "top1", "top5"):
+        assert with_blocks.history[0][key] == without.history[0][key]
+    assert with_blocks.history[1]["val_loss"] != without.history[1]["val_loss"]
+
+
+def test_a_frozen_backbone_stays_and_the_delta_is_small(tmp_path: Path) -> None:
+    """Only blocks and head change, and only they are in the file."""
+    model = net("cbam")
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    finetune(model, DATA, **QUICK, freeze="backbone", out=tmp_path / "a")
+    moved = {k for k, t in model.state_dict().items() if not torch.equal(t, before[k])}
+    assert moved
+    assert all("cbam" in k or k.startswith("head") for k in moved)
+    file = load_file(tmp_path / "a" / "best.safetensors")
+    assert set(file) == {k for k in before if "cbam" in k or k.startswith("head")}
+
+
+def test_plain_fine_tuning_is_the_same_code(tmp_path: Path) -> None:
+    """Without blocks the product is a plain state dict."""
+    model = net(None)
+    finetune(model, DATA, **QUICK, out=tmp_path / "a")
+    Net().load_state_dict(load_file(tmp_path / "a" / "best.safetensors"))
+
+
+def test_the_callers_generators_and_their_models_classes_stay() -> None:
+    """A run draws no number of the caller's, and leaves the model in eval mode and of its own class."""
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with torch.random.fork_rng():
+        model = net()
+    kept = {n: type(m) for n, m in model.named_modules()}
+    finetune(model, DATA, **QUICK)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+    assert {n: type(m) for n, m in model.named_modules()} == kept
+    assert not model.training
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    """Two runs end with equal weights; another seed gives others."""
+    first, second, third = net(), net(), net()
+    finetune(first, DATA, **QUICK)
+    torch.rand(3)
+    finetune(second, DATA, **QUICK)
+    finetune(third, DATA, **QUICK, seed=1)
+    a, b, c = (m.state_dict() for m in (first, second, third))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixup": 0.2, "cutmix": 0.5, "smoothing": 0.1},
+        {"loss": "bce", "optimizer": "sgd", "scheduler": "step"},
+        {"precision": "bf16", "clip": 1.0, "channels_last": True},
+        {"accumulate": 3, "ema": 0.5, "warmup_epochs": 1, "layer_decay": 0.7},
+        {"optimizer": "lamb", "scheduler": "none", "smoothing": 0.1, "precision": "fp16"},
+    ],
+)
+def test_timms_parts_fit_together(settings: dict[str, Any]) -> None:
+    """Each group of settings trains, with finite losses and weights that move."""
+    model = net()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    result = finetune(model, DATA, **QUICK, **settings)
+    assert all(np.isfinite(row["val_loss"]) for row in result.history)
+    assert not torch.equal(model.units[0].se.fc2.weight, before["units.0.se.fc2.weight"])
+
+
+@pytest.mark.slow
+def test_compiled_and_checkpointed() -> None:
+    """torch.compile and timm's gradient checkpointing train to the weights of a plain run, up to rounding."""
+    plain, compiled = net(drop=0.0), net(drop=0.0)  # a compiled dropout draws other numbers
+    settings = {**QUICK, "optimizer": "sgd"}
+    finetune(plain, DATA, **settings)
+    finetune(compiled, DATA, **settings, compile=True)
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    vits = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        vit = models.build("timm/test_vit", num_classes=3, img_size=8, patch_size=4)
+        finetune(ai.inject(vit, "se"), DATA, **settings, checkpointing=checkpointing)
+        vits.append(vit)
+    for a, b in zip(*(v.parameters() for v in vits), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_is_the_larger_batch() -> None:
+    """Two forwards of 4 per step give the weights of one forward of 8, up to rounding."""
+    model, other = (ai.freeze(net(drop=0.0)) for _ in range(2))
+    rates = {**QUICK, "optimizer": "sgd"}
+    finetune(model, DATA, **rates)
+    finetune(other, DATA, **{**rates, "batch_size": 4, "accumulate": 2})
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_ema_is_what_is_measured_and_shipped(tmp_path: Path) -> None:
+    """With an average of the weights, result.model and the files hold it, not the last step's weights."""
+    model = net()
+    result = finetune(model, DATA, **QUICK, ema=0.9, out=tmp_path / "a")
+    assert not torch.equal(result.model.head.weight, model.head.weight)
+    shipped = load_file(tmp_path / "a" / "last.safetensors")
+    assert torch.equal(shipped["head.weight"], result.model.head.weight)
+
+
+def test_gradual_unfreezing_in_a_run() -> None:
+    """The second unit moves from epoch 2 on, at its rate; the first never does."""
+    model = net()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    _, lines = said(
+        model=model, freeze="backbone", unfreeze=[{"epoch": 2, "what": "units.1"}], scheduler="none"
+    )
+    assert torch.equal(model.units[0].conv.weight, before["units.0.conv.weight"])
+    assert not torch.equal(model.units[1].conv.weight, before["units.1.conv.weight"])
+    assert not torch.equal(model.units[1].norm.running_mean, before["units.1.norm.running_mean"])
+    assert any(line.startswith("epoch 2: ") and "parameters learn" in line for line in lines)
+
+
+def test_dead_gates_are_named() -> None:
+    """A block that no gradient reaches is warned of, once; blocks that learn are not."""
+
+    class Cut(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(channels, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (1 + self.scale.relu() * self.scale.relu())
+
+    model = net()
+    ai.inject(model, block=Cut, after="stem", name="cut", example_inputs=torch.zeros(2, 3, 8, 8))
+    result, lines = said(model=model)
+    assert len(result.warnings) == 1
+    assert "dead gates: 1 of 3 blocks have had no gradient so far (cut)" in result.warnings[0].replace(
+        "stem.", ""
+    )
+    assert sum("dead gates" in line for line in lines) == 1
+    assert said()[0].warnings == []
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_faults_in_settings_come_together() -> None:
+    """Unknown and wrong settings in one report, with the nearest names."""
+    with pytest.raises(errors.ExperimentError) as caught:
+        finetune(net(), "digits", epchs=3, lr=-1)
+    assert [str(fault) for fault in caught.value.faults] == [
+        "train: unknown key 'epchs'; did you mean epochs?",
+        "train, lr: expected a rate above 0, found the number -1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adamx"}, "timm has no 'adamx'; nearest: "),
+        ({"scheduler": "cosin"}, "'cosin'"),
+        ({"mixup": 1.0, "batch_size": 7}, "must be even, it is 7"),
+        ({"freeze": ["backbone", "head", "injected"]}, "nothing would learn"),
+        ({"checkpointing": True}, "Net offers none"),
+        ({"unfreeze": [{"epoch": 1, "what": "units"}]}, "nothing to undo without `freeze`"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    """Refused before the first step, with the setting named."""
+    with pytest.raises(errors.ExperimentError, match=message):
+        finetune(net(), DATA, **{**QUICK, **settings})
+
+
+def test_wrong_number_of_classes() -> None:
+    """Said before training, with what to give the model."""
+    with pytest.raises(
+        errors.DataError, match=r"images have 3 classes: expected \(batch, 3\).*num_classes=3"
+    ):
+        finetune(net(classes=5), DATA, **QUICK)
+
+
+def test_too_few_images_for_one_step() -> None:
+    """Named with the numbers."""
+    with pytest.raises(errors.DataError, match="2 training images do not fill one step of 8 × 9 forwards"):
+        finetune(net(), (Shades(2), Shades(3)), **QUICK, accumulate=9)
+
+
+def test_a_nan_loss_stops_with_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """The step and the checkpoint are named, and the checkpoint is as it was."""
+
+    class Poisoned(Shades):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            image, label = super().__getitem__(index)
+            return (image * float("nan") if index == 40 else image), label
+
+    model = net()
+    with pytest.raises(
+        errors.NonFiniteError, match=r"became nan at step \d; the last good checkpoint is .*step 0\)"
+    ):
+        finetune(model, (Poisoned(48), DATA[1]), **QUICK, out=tmp_path / "a")
+    saved = load_file(tmp_path / "a" / "checkpoint.safetensors")
+    assert all(t.isfinite().all() for t in saved.values() if t.is_floating_point())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    """A step that breaks a weight leaves the checkpoint before it."""
+    model = net()
+    with pytest.raises(errors.NonFiniteError, match=r"(loss became|no longer finite).*step 0\)"):
+        finetune(model, DATA, **{**QUICK, "lr": 1e30}, optimizer="sgd", out=tmp_path / "a")

@@ -1,0 +1,263 @@
+"""Stopping and going on: killed, interrupted, torn, foreign, full disks, two runs in one folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import DATA, QUICK, Shades, net
+from torch import nn
+
+import attninject as ai
+from attninject import errors
+from attninject.training import finetune, runs
+
+HERE = Path(__file__).parent
+LONG: dict[str, Any] = {
+    **QUICK, "epochs": 4, "batch_size": 4, "save_every": 5, "mixup": 0.3, "ema": 0.9, "warmup_epochs": 1,
+    "freeze": "backbone", "unfreeze": [{"epoch": 2, "what": "units.1"}, {"epoch": 3, "what": "units.0"}],
+}  # fmt: skip
+
+
+class Stops(Shades):
+    """Images of which the n-th read fails, as when a process is killed there."""
+
+    def __init__(self, count: int, after: int) -> None:
+        super().__init__(count)
+        self.left = after
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models hold the same bits."""
+    first, second = a.state_dict(), b.state_dict()
+    return set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """An uninterrupted run: (model, result)."""
+    model = net("cbam")
+    return model, finetune(model, DATA, **LONG)
+
+
+@pytest.mark.parametrize("reads", [30, 61, 100, 142])
+def test_a_resumed_run_ends_with_the_same_bits(reads: int, whole: Any, tmp_path: Path) -> None:
+    """Cut off within an epoch and resumed: weights, average, log and rates equal those of a run in one go."""
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net("cbam"), (Stops(48, reads), DATA[1]), **LONG, out=tmp_path / "a")
+    model = net("cbam")
+    result = finetune(model, DATA, **LONG, out=tmp_path / "a", resume=True)
+    assert same(model, whole[0])
+    assert same(result.model, whole[1].model)
+    timeless = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (result, whole[1])
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lamb", "adan", "lookahead_adamw"])
+def test_every_optimizers_state_comes_back(optimizer: str, tmp_path: Path) -> None:
+    """Momenta, step counts in tensors and in groups: the resumed run ends with the same bits."""
+    settings = {**QUICK, "optimizer": optimizer, "precision": "fp16", "save_every": 4}
+    straight, model = net(), net()
+    finetune(straight, DATA, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net(), (Stops(48, 70), DATA[1]), **settings, out=tmp_path / "a")
+    finetune(model, DATA, **settings, out=tmp_path / "a", resume=True)
+    assert same(model, straight)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+from tiny import DATA, net
+from attninject.training import finetune
+often = {{"save_every": 1, "log_every": 1}}
+finetune(net(), DATA, out={out!r}, epochs=500, batch_size=4, resume={resume}, **often)
+"""
+
+
+def test_sigkill_loses_no_more_than_the_time_since_the_last_checkpoint(tmp_path: Path) -> None:
+    """Killed while writing at every step, three times: the checkpoint is whole, the run gets further."""
+    out, steps = tmp_path / "a", []
+    for attempt in range(3):
+        text = SCRIPT.format(here=str(HERE), out=str(out), resume=attempt > 0)
+        path = os.pathsep.join(filter(None, (str(HERE.parents[1]), os.environ.get("PYTHONPATH"))))
+        process = subprocess.Popen(
+            [sys.executable, "-c", text],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        told = [
+            line for line, _ in zip(iter(process.stdout.readline, ""), range(12 + 5 * attempt), strict=False)
+        ]
+        time.sleep(0.003 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
+        assert any("loss" in line for line in told), told
+        _, meta = runs.Folder(out).load()
+        steps.append(meta["step"])
+    assert steps == sorted(set(steps))
+    assert steps[0] >= 5
+
+
+def test_ctrl_c_saves_first(tmp_path: Path) -> None:
+    """SIGINT ends the run after its step, with a checkpoint of that step; resuming goes on from there."""
+
+    class Impatient(Shades):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            if index == 40:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__getitem__(index)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(
+        errors.RunError, match=r"interrupted by SIGINT at step \d+; the last good checkpoint is"
+    ):
+        finetune(net(), (Impatient(48), DATA[1]), **QUICK, out=tmp_path / "a")
+    assert signal.getsignal(signal.SIGINT) is before
+    step = runs.read_meta(tmp_path / "a" / runs.CHECKPOINT)["step"]
+    assert step > 0
+    assert finetune(net(), DATA, **QUICK, out=tmp_path / "a", resume=True).history[-1]["step"] == 12
+
+
+# --- bad checkpoints ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a finished short run."""
+    finetune(net(), DATA, **QUICK, out=tmp_path / "a")
+    return tmp_path / "a"
+
+
+def resume(run: Path, **kw: Any) -> Any:
+    """Go on with it, with changes."""
+    data = kw.pop("data", DATA)
+    model = kw.pop("model", None) or net()
+    return finetune(model, data, **{**QUICK, "epochs": 3, **kw}, out=run, resume=True)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "one bit", "foreign", "empty"])
+def test_a_bad_checkpoint_is_refused_and_the_good_one_offered(run: Path, harm: str) -> None:
+    """Named, with the other checkpoint's epoch; neither file is touched; taking the other goes on."""
+    file = run / runs.CHECKPOINT
+    content = bytearray(file.read_bytes())
+    if harm == "one bit":
+        content[-3] ^= 1
+    elif harm == "foreign":
+        save_file({"a": torch.zeros(2)}, file)
+        content = bytearray(file.read_bytes())
+    file.write_bytes({"truncated": content[: len(content) // 2], "empty": b""}.get(harm, content))
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    with pytest.raises(
+        errors.CheckpointError, match=rf"{file.name} is (damaged|no check).*is good \(epoch 1"
+    ):
+        resume(run)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} | {".lock": b""} == before | {".lock": b""}
+    os.replace(run / runs.PREVIOUS, file)
+    assert resume(run).history[-1]["epoch"] == 3
+
+
+def test_a_checkpoint_runs_no_code(run: Path) -> None:
+    """A pickle in its place is refused without being opened."""
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(run / "trapped"),)
+
+    torch.save(Trap(), run / runs.CHECKPOINT)
+    with pytest.raises(errors.CheckpointError):
+        resume(run)
+    assert not (run / "trapped").exists()
+
+
+def test_another_model_other_classes_or_settings_are_refused(run: Path) -> None:
+    """What differs is named; the checkpoint stays."""
+
+    class More(Shades):
+        classes = ("red", "green", "violet")
+
+    before = (run / runs.CHECKPOINT).read_bytes()
+    with pytest.raises(errors.DataError, match="gone: blue; new: violet"):
+        resume(run, data=(More(48), More(18)))
+    with pytest.raises(
+        errors.RunError, match=r"other settings \(lr: 0\.01 then, 0\.5 now; ema: None then, 0\.9 now\)"
+    ):
+        resume(run, lr=0.5, ema=0.9)
+    with pytest.raises(errors.CheckpointError, match=r"of another model: .* tensors differ"):
+        resume(run, model=net("cbam"))
+    assert (run / runs.CHECKPOINT).read_bytes() == before
+
+
+def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    """A folder with a run in it is only gone on with; a folder without one cannot be."""
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock"}
+    with pytest.raises(errors.RunError, match=r"holds a run already .*go on with it"):
+        finetune(net(), DATA, **QUICK, out=run)
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock"} == before
+    with pytest.raises(errors.RunError, match="nothing to resume"):
+        finetune(net(), DATA, **QUICK, out=tmp_path / "b", resume=True)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    """The second is refused while the first is at work, whoever holds it; afterwards it may go on."""
+    first = runs.Folder(tmp_path / "a")
+    first.begin(resume=False)
+    with pytest.raises(errors.RunError, match=rf"another run is at work in .* \(process {os.getpid()}\)"):
+        finetune(net(), DATA, **QUICK, out=tmp_path / "a")
+    first.end()
+    finetune(net(), DATA, **QUICK, out=tmp_path / "a")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No space left: an error with the last good checkpoint, which is still whole; no litter."""
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if runs.CHECKPOINT in name and (tmp_path / "a" / runs.PREVIOUS).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(errors.RunError, match=r"No space left on device.*last good checkpoint is .*epoch 1"):
+        finetune(net(), DATA, **QUICK, out=tmp_path / "a")
+    assert not list((tmp_path / "a").glob("*.tmp")) + list((tmp_path / "a").glob(".*.tmp"))
+    monkeypatch.undo()
+    assert resume(tmp_path / "a", epochs=2).history[-1]["epoch"] == 2
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
+    """A file where the folder should be: said before training."""
+    (tmp_path / "a").write_text("")
+    with pytest.raises(errors.RunError, match="a cannot be written"):
+        finetune(net(), DATA, **QUICK, out=tmp_path / "a")
+
+
+def test_checkpoints_are_plain_data(run: Path) -> None:
+    """Tensors and JSON: any program reads them."""
+    tensors = load_file(run / runs.CHECKPOINT)
+    assert {k.split(".")[0] for k in tensors} == {"model", "optimizer"}
+    meta = runs.read_meta(run / runs.CHECKPOINT)
+    assert json.loads(json.dumps(meta))["classes"] == ["red", "green", "blue"]
+    assert ai.__version__ == meta["version"]

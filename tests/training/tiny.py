@@ -1,0 +1,68 @@
+"""A tiny net and tiny images for the tests of the training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import attninject as ai
+
+
+class Unit(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+class Net(nn.Module):
+    """A stem, two residual units, dropout and a head."""
+
+    def __init__(self, width: int = 8, classes: int = 3, drop: float = 0.2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.units = nn.Sequential(Unit(width), Unit(width))
+        self.drop = nn.Dropout(drop)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(self.units(self.stem(x)).mean((2, 3))))
+
+
+class Shades(Dataset):
+    """Noisy images (3, 8, 8) whose class is their brightest channel; noise is drawn anew at every reading."""
+
+    classes = ("red", "green", "blue")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = torch.randn(3, 8, 8)  # from the global generator, as a random augmentation does
+        image[index % 3] += 1
+        return image, index % 3
+
+
+def net(block: str | None = "se", seed: int = 0, **kw: Any) -> nn.Module:
+    """The tiny net, with a block behind both norms."""
+    torch.manual_seed(seed)
+    model = Net(**kw)
+    if block is None:
+        return model
+    args = {"reduction": 4}
+    return ai.inject(
+        model, block=block, after="units.*.norm", args=args, example_inputs=torch.zeros(2, 3, 8, 8)
+    )
+
+
+DATA = Shades(48), Shades(18)
+QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "say": lambda text: None}
