@@ -23,6 +23,8 @@ _HOME = {
     **dict.fromkeys(("Recipe", "Rule", "load_recipe", "parse_recipe"), "recipe"),
     "register_block": "blocks.registry",
     "AttnInjectError": "errors",
+    "attention_maps": "looking",
+    "compile_blocks": "compiling",
     "save": "delta",
     "load": "delta",
     **dict.fromkeys(("freeze", "trainable", "unfreeze"), "training.freezing"),
@@ -45,8 +47,10 @@ if TYPE_CHECKING:
         sites,
     )
     from .blocks.registry import register_block
+    from .compiling import compile_blocks
     from .delta import load, save
     from .errors import AttnInjectError
+    from .looking import attention_maps
     from .planning import Plan, Site
     from .recipe import Recipe, Rule, load_recipe, parse_recipe
     from .training.freezing import freeze, trainable, unfreeze

@@ -19,8 +19,10 @@ from .matching import Scene
 from .patterns import compile_pattern, nearest
 from .places import PLACES, Spot
 from .planning import Plan
-from .probe import Inputs, map_tensors, probe, rng_kept, stand_ins
+from .probe import Inputs, probe
 from .recipe import Recipe, Rule, load_recipe, recipe_names, rule_from_fields
+from .record import map_tensors
+from .snapshot import rng_kept, stand_ins
 
 RecipeLike = Recipe | Rule | str | os.PathLike[str] | Mapping[str, Any]
 
@@ -231,8 +233,6 @@ def sites(model: nn.Module, pattern: str = "**", *, root: str = "", example_inpu
     wanted = compile_pattern(pattern)
     with edits.as_original(model):
         record, _ = probe(model, example_inputs, partial=True)
-    if not record.complete:
-        record.input_values = record.calls[0].ins
     scene = Scene(model, record, root, lambda how: None)
     names = {id(m): n for n, m in reversed(scene.names.items()) if wanted.matches(n)}
     if not names:
@@ -270,11 +270,14 @@ def _changes(model: nn.Module, given: Plan) -> list[edits.Change]:
     with rng_kept():
         for step in given.steps:
             grouped.setdefault(id(step.holder), []).append((step, _build(step, fallback)))
+    for pairs in grouped.values():  # around one carrier: `before units` runs before `before units.0`
+        pairs.sort(key=lambda pair: pair[0].time if pair[0].insertion.target is None else -1)
     return [
         edits.Change(
             pairs[0][0].holder,
             tuple((step.insertion, block) for step, block in pairs),
             next((step.local for step, _ in pairs if step.local), None),
+            tuple(step.source for step, _ in pairs),
         )
         for pairs in grouped.values()
     ]
@@ -287,7 +290,7 @@ def _build(step: planning.Step, fallback: Tensor) -> nn.Module:
         site.block, site.channels, init=site.init, dims=site.layout.dims, **site.args
     )
     like = next((p for p in step.holder.parameters() if p.is_floating_point()), fallback)
-    block.to(device=like.device, dtype=like.dtype)
+    block.to(device=like.device if step.device.type == "meta" else step.device, dtype=like.dtype)
     block.train(step.holder.training)
     block.__dict__[edits.SITE] = site
     return block

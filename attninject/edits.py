@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .layout import Layout
-from .probe import undoing
+from .snapshot import undoing
 from .trace import LocalGraph, Target
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -51,11 +51,12 @@ class Insertion:
 
 @dataclass(frozen=True)
 class Injected:
-    """What a generated class remembers."""
+    """What a generated class remembers. `watched`: it writes the size of its result into an `Extent`."""
 
     base: type[nn.Module]
     edit: tuple[Insertion, ...]
     local: LocalGraph | None
+    watched: bool = False
 
     @property
     def slots(self) -> frozenset[str]:
@@ -65,11 +66,12 @@ class Injected:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What `apply` does at one holder."""
+    """What `apply` does at one holder. `sources`: for each block on tokens the layer that makes their map."""
 
     holder: nn.Module
     blocks: tuple[tuple[Insertion, nn.Module], ...]
     local: LocalGraph | None
+    sources: tuple[nn.Module | None, ...]
 
 
 def injected_in(module: nn.Module) -> Injected | None:

@@ -18,16 +18,20 @@ from .edits import base_class
 from .errors import InPlaceHazardError, TraceRefused
 from .matching import Scene, call_node
 from .places import Spot
-from .probe import Call, Op
+from .record import Call, Op
 from .trace import Effect, LocalGraph, find, targets
 
 
 @dataclass(frozen=True)
 class Copies:
-    """What has to be copied at a site: what the block is given; what it gives."""
+    """What has to be copied at a site: what the block is given; what it gives.
+
+    `written`: something later writes into what the block gives, which matters to a block that keeps it.
+    """
 
     given: bool = False
     result: bool = False
+    written: bool = False
 
 
 @dataclass
@@ -97,21 +101,31 @@ def in_graph(
     """
     assert spot.owner is not None
     storage = scene.record.values[spot.value].storage
+    if _never_written(scene, local, storage, spot.owner):
+        return Copies()
     sides = _walked(local.eval, local.effects, spot, node, operand, path, frozenset({storage}))
     for again, shared in _runs(scene, spot, spot.owner):
         outside = _Sides(path, shared, dict(sides.writes), set(sides.returned))
         _outward(scene, outside, again)
         sides.writes[False] |= outside.writes[False]
         sides.aliased |= outside.aliased
-    if local.train is local.eval:
-        return Copies(sides.writes[False], sides.aliased)
-    twin = find(local.train, targets(local.eval)[node])
+    twin = None if local.train is local.eval else find(local.train, targets(local.eval)[node])
     if twin is None or twin not in local.train_effects:
-        return Copies(sides.writes[False], sides.aliased)
+        return Copies(sides.writes[False], sides.aliased, sides.writes[True])
     value = twin if spot.position == "after" else _operand(twin, operand)
     shared = local.train_effects[value].storages if value in local.train_effects else frozenset()
     other = _walked(local.train, local.train_effects, spot, twin, operand, path, shared)
-    return Copies(sides.writes[False] or other.writes[False], sides.aliased or other.aliased)
+    return Copies(
+        sides.writes[False] or other.writes[False],
+        sides.aliased or other.aliased,
+        sides.writes[True] or other.writes[True],
+    )
+
+
+def _never_written(scene: Scene, local: LocalGraph, storage: int, owner: Call) -> bool:
+    """Whether nothing ever writes into the site's tensor, as is the rule: then there is nothing to walk through."""
+    once = len(scene.record.calls_of(owner.module)) == 1
+    return once and local.train is local.eval and storage not in scene.writers
 
 
 def _runs(scene: Scene, spot: Spot, owner: Call) -> Iterator[tuple[Call, frozenset[int]]]:
@@ -184,7 +198,7 @@ def at_module(scene: Scene, spot: Spot, path: str) -> Copies:
     sides.returned = {True} if spot.position == "after" or _gives(scene, call, storage) else set()
     if _is_chain(owner.module):
         _along(scene, sides, call)
-        return Copies(sides.writes[False])
+        return Copies(sides.writes[False], written=sides.writes[True])
     try:
         local = scene.graph(owner.module)
         node = call_node(local.eval, call)

@@ -7,6 +7,7 @@ the block and the others form a grid of H × W positions in row order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,17 +30,25 @@ class Layout:
     Attributes:
         kind: one of `LAYOUTS`; `NLC` are tokens.
         prefix: tokens in front that are no positions.
-        grid: (H, W) of the other tokens; None when they form no grid.
+        grid: (H, W) of the other tokens, (D, H, W) in a video; None when they form no grid.
+        ordered: False where neighbours in the tensor are none in the image: windows in the batch or beside the
+            positions, an order of the network's own. Blocks that look at neighbours have no meaning there.
     """
 
     kind: str
     prefix: int = 0
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
+    ordered: bool = True
 
     @property
     def dims(self) -> int:
         """Spatial dimensions that a block sees here."""
-        return 2 if self.grid else DIMS[self.kind]
+        return len(self.grid) if self.grid else DIMS[self.kind]
+
+    @property
+    def is_map(self) -> bool:
+        """Whether blocks that look at neighbours have a meaning here."""
+        return self.ordered and (self.grid is not None or self.kind != "NLC")
 
     def channels(self, shape: tuple[int, ...]) -> int:
         """The channel count of a tensor of this layout."""
@@ -58,14 +67,16 @@ class Layout:
         return (shape[0], self.channels(shape), *self.positions(shape))
 
     def __str__(self) -> str:
-        if self.kind != "NLC":
+        if not self.ordered:
+            return f"{self.kind} unordered"
+        if self.kind != "NLC" and not self.grid:
             return self.kind
-        grid = "{}×{}".format(*self.grid) if self.grid else "no grid"
-        return f"NLC {self.prefix}+{grid}" if self.prefix else f"NLC {grid}"
+        grid = "×".join(map(str, self.grid)) if self.grid else "no grid"
+        return f"{self.kind} {self.prefix}+{grid}" if self.prefix else f"{self.kind} {grid}"
 
 
 def run_block(
-    block: nn.Module, x: Any, kind: str = "NCHW", prefix: int = 0, grid: tuple[int, int] | None = None
+    block: nn.Module, x: Any, kind: str = "NCHW", prefix: int = 0, grid: tuple[int, ...] | None = None
 ) -> Any:
     """Call a block on a value of any layout; generated forwards and extended carriers call this.
 
@@ -77,19 +88,21 @@ def run_block(
         A tensor of x's shape; x itself while the block is disabled.
 
     Raises:
-        LayoutError: the tokens of another input size form no grid of the probe's aspect ratio.
+        LayoutError: the grid of the tokens of another input size cannot be told.
     """
     if getattr(block, "_attninject_disabled", False):
         return x
     call: Callable[[Any], Any] = _Leaf(block) if isinstance(x, fx.Proxy) else block
-    if kind in ("NCHW", "NCL", "NCDHW"):
+    if grid is None and kind in ("NCHW", "NCL", "NCDHW"):
         return call(x)
-    if kind != "NLC":
+    if kind in ("NHWC", "NDHWC"):
         last = x.ndim - 1 if isinstance(x, Tensor) else RANK[kind] - 1
         return call(x.permute(0, last, *range(1, last))).permute(0, *range(2, last + 1), 1)
     tokens = x[:, prefix:] if prefix else x
-    y = call(_to_map(tokens, grid))
-    y = (y.flatten(2) if grid else y).transpose(1, 2)
+    sequence = tokens if kind == "NCL" else tokens.transpose(1, 2)
+    y = call(_to_map(sequence, grid, getattr(block, EXTENT, None)))
+    y = y.flatten(2) if grid else y
+    y = y if kind == "NCL" else y.transpose(1, 2)
     return torch.cat((x[:, :prefix], y), dim=1) if prefix else y
 
 
@@ -109,32 +122,71 @@ class _Leaf:
             del tracer.is_leaf_module
 
 
-def _to_map(tokens: Any, grid: tuple[int, int] | None) -> Any:
-    """(B, H·W, C) → (B, C, H, W), or (B, N, C) → (B, C, N) without a grid."""
-    channels_first = tokens.transpose(1, 2)
+def _to_map(sequence: Any, grid: tuple[int, ...] | None, extent: Extent | None) -> Any:
+    """(B, C, H·W) → (B, C, H, W); unchanged without a grid."""
     if grid is None:
-        return channels_first
-    if not isinstance(tokens, fx.Proxy):
-        grid = fit_grid(tokens.shape[1], grid)
-    return channels_first.unflatten(2, grid)
+        return sequence
+    if not isinstance(sequence, fx.Proxy):
+        seen = None if extent is None or _side_effects_count() else extent.positions
+        grid = fit_grid(sequence.shape[2], grid, seen)
+    return sequence.unflatten(2, grid)
 
 
-def fit_grid(count: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """The grid of `count` tokens: the measured one, else one of the same aspect ratio.
+def fit_grid(count: int, grid: tuple[int, ...], seen: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The grid of `count` tokens: that of the map they were made of, else the measured one or its aspect ratio.
+
+    Args:
+        count: how many there are.
+        grid: measured when the plan was made.
+        seen: what the layer that made the map gave last; None where no such layer could be watched.
 
     Raises:
-        LayoutError: there is none.
+        LayoutError: none of them fits.
     """
-    height, width = grid
-    if count == height * width:
+    if seen is not None and count == math.prod(seen):
+        return seen
+    if count == math.prod(grid):
         return grid
-    rows = round((count * height / width) ** 0.5)
-    if rows and count % rows == 0 and rows * width == height * (count // rows):
-        return rows, count // rows
+    if len(grid) == 2:
+        height, width = grid
+        rows = round((count * height / width) ** 0.5)
+        if rows and count % rows == 0 and rows * width == height * (count // rows):
+            return rows, count // rows
     raise LayoutError(
-        f"{count} tokens form no grid of the aspect ratio {height}:{width} that the plan measured; "
+        f"{count} tokens form no grid of the aspect ratio {':'.join(map(str, grid))} that the plan measured; "
         "plan again with example_inputs of this size"
     )
+
+
+EXTENT = "_attninject_extent"  # attribute of a block on tokens, and of the layer that makes their map
+
+
+class Extent:
+    """Rows and columns of the map that tokens come from, as the running forward met them.
+
+    One object is shared by the layer that makes the map, which writes, and the blocks behind it, which read: so
+    a block knows a 2 × 8 map from a 4 × 4 one. A copy begins empty, since it belongs to another network.
+    """
+
+    def __init__(self) -> None:
+        self.positions: tuple[int, ...] | None = None
+
+    def __reduce__(self) -> tuple[type[Extent], tuple[()]]:
+        return Extent, ()
+
+
+def note_extent(layer: nn.Module, out: Any) -> None:
+    """Write down the extents of the (B, C, H, W) that a layer gives; its generated forward calls this."""
+    extent = getattr(layer, EXTENT, None)
+    if extent is not None and isinstance(out, Tensor) and not _side_effects_count():
+        extent.positions = tuple(out.shape[2:])
+
+
+def _side_effects_count() -> bool:
+    """Under jit.trace and strict export, which complain of a write, a block takes the measured grid."""
+    compiler: Any = torch.compiler
+    strict = compiler.is_dynamo_compiling() and getattr(compiler, "is_exporting", bool)()
+    return torch.jit.is_tracing() or strict
 
 
 # --- measuring ---------------------------------------------------------------------------------

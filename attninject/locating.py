@@ -13,7 +13,7 @@ from .edits import CONTAINERS, base_class, injected_in
 from .errors import CannotRewriteError, TraceRefused
 from .matching import Scene, call_node, node_of
 from .places import Spot, output_key
-from .probe import Call, Op
+from .record import Call, Op
 from .trace import LocalGraph, Target, public_forwards, targets
 
 
@@ -74,6 +74,8 @@ def _not_rewritable(scene: Scene, owner: Call | None) -> str:
         return f"owner is a container ({type(module).__name__})"
     if isinstance(module, _NormBase):
         return f"owner is a batch norm ({type(module).__name__}), which converting or freezing norms replaces"
+    if hasattr(module, "parametrizations"):
+        return f"owner is parametrized ({type(module).__name__}): its class is swapped when that ends"
     if others := public_forwards(base_class(module)):
         return f"owner has other forwards ({', '.join(others[:2])})"
     return ""
@@ -226,6 +228,18 @@ def _check_carrier(scene: Scene, carrier: Call, spot: Spot, path: str) -> None:
         raise CannotRewriteError(f"{path}: a batch norm cannot carry a block")
     if hasattr(module, "parametrizations"):
         raise CannotRewriteError(f"{path}: {cls.__name__} is parametrized; remove the parametrization first")
+    hooks = module._forward_hooks if spot.position == "after" else module._forward_pre_hooks
+    if scene.record.hooks and hooks:
+        raise CannotRewriteError(
+            f"{path}: the block would run on the inner side of a hook that may change the shape; "
+            "inject before the hook is registered, or name a module beside it"
+        )
+
+
+def watchable(module: nn.Module) -> bool:
+    """Whether a module's class may be extended, so that what it gives is seen."""
+    own = "forward" in module.__dict__ or hasattr(module, "parametrizations")
+    return not own and not isinstance(module, _NormBase)
 
 
 def _parameter(carrier: Call, spot: Spot, path: str) -> int | str:

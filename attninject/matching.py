@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from .errors import (
 from .layout import Layout, evident, measure
 from .patterns import Pattern, compile_pattern, nearest
 from .places import Map, Spot, channels_of
-from .probe import Call, Op, Record, Ref, refs
+from .positions import Positions
 from .recipe import Every, Rule
+from .record import Call, Op, Record, Ref, refs
 from .trace import Arguments, LocalGraph, check, find, targets, trace
 
 
@@ -103,12 +105,15 @@ class Scene:
         except (TypeError, ValueError) as error:
             raise TraceRefused(f"its forward's arguments cannot be told ({error})") from error
         slots = known.slots if known else frozenset()
-        local = (
-            None if slots else next((t for t in self.templates if t.fits(owner, forward, arguments)), None)
-        )
-        if local is None:
-            local = trace(owner, forward, arguments, slots)
-            self.templates.append(local)
+        known_one = next((t for t in self.templates if t.fits(owner, forward, arguments)), None)
+        if known_one is not None and not slots:
+            with contextlib.suppress(TraceRefused):  # its forward may look at more than they are alike in
+                return self._checked(known_one, owner, call)
+        local = trace(owner, forward, arguments, slots)
+        self.templates.append(local)
+        return self._checked(local, owner, call)
+
+    def _checked(self, local: LocalGraph, owner: nn.Module, call: Call) -> LocalGraph:
         if local.train is not local.eval:
             local = self._check_training(local, owner)
         return check(local, owner, call, self.record, training=False)
@@ -157,8 +162,15 @@ class Scene:
             and (shape.count(channels) == 1 or evident(shape, given[2:]) == quick)
         ):
             return quick
+        if found := self.positions.find(spot.value):
+            return found.layout
         twin = self._twin(spot)
         return measure(shape, given[0], given[2:], channels, twin) if twin else quick
+
+    @functools.cached_property
+    def positions(self) -> Positions:
+        """Which position of the map each element of a value belongs to."""
+        return Positions(self.record)
 
     def _channels(self, spot: Spot) -> int | None:
         if isinstance(spot.event, Call) and spot.output is None:
@@ -230,10 +242,39 @@ def _as_match(scene: Scene, spot: Spot) -> Match:
     try:
         name = operation_of(scene.graph(owner), spot)
     except TraceRefused as refused:
+        if (beside := _before_its_reader(scene, spot)) is not None:
+            return beside
         raise CannotRewriteError(
             f"{scene.path(owner)}: the value sits inside the forward of {type(owner).__name__}, and {refused}"
+            f"{_instead(scene, event.call)}"
         ) from refused
     return _match(scene, spot, f"{scene.path(owner)}::{name}", owner)
+
+
+def _before_its_reader(scene: Scene, spot: Spot) -> Match | None:
+    """The site before the one module that reads an operation's result, or that first hands it on (a drop-path)."""
+    owner = spot.owner
+    if owner is None or spot.position != "after":
+        return None
+    events = scene.users[id(owner), spot.value]
+    readers = [e for e in events if e is not spot.event and spot.value in e.ins]
+    first = readers[0] if readers else None
+    if not isinstance(first, Call) or (len(readers) > 1 and spot.value not in first.outs):
+        return None
+    at = next((i for i, a in enumerate(first.args) if isinstance(a, Ref) and a.value == spot.value), None)
+    if at is None:
+        return None
+    beside = Spot(first, "before", spot.value, operand=at)
+    return _match(scene, beside, scene.path(first.module), first.module)
+
+
+def _instead(scene: Scene, call: Call) -> str:
+    """What to name in place of an operation in a forward that has no graph: the modules that it calls."""
+    called = [e.module for e in call.events if isinstance(e, Call)]
+    names = list(dict.fromkeys(scene.path(m) for m in called))
+    if not names:
+        return f"; name {scene.path(call.module) or 'another module'} itself with after or before"
+    return f"; name a module that it calls with after or before: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
 
 
 def _match(scene: Scene, spot: Spot, path: str, module: nn.Module) -> Match:
@@ -258,8 +299,7 @@ def call_node(graph: fx.Graph, call: Call) -> fx.Node | None:
     """The node of a module's call in a graph of the forward that made the call."""
     assert call.parent is not None
     owner = call.parent.module
-    names = {str(n.target) for n in graph.nodes if n.op == "call_module"}
-    alike = {name for name in names if owner.get_submodule(name) is call.module}
+    alike = {name for name, m in owner.named_modules(remove_duplicate=False) if m is call.module}
     calls = [n for n in graph.nodes if n.op == "call_module" and str(n.target) in alike]
     return calls[call.number - 1] if len(calls) >= call.number else None
 
@@ -416,6 +456,7 @@ def _operations(
         if not by_wildcard:
             raise CannotRewriteError(
                 f"{label}: the operations of {name or 'the root'} ({type(module).__name__}) cannot be named: {refused}"
+                f"{_instead(scene, scene.record.calls_of(module)[0])}"
             ) from refused
         return
     operation_call = scene.record.calls_of(module)[0]

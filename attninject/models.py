@@ -57,6 +57,14 @@ def shapes(weights: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(t.shape) for key, t in _read(Path(weights)).items()} if _is_file(weights) else {}
 
 
+def family(name: str) -> str:
+    """Where a model's code lives in its library: `timm/resnet`, `torchvision/detection.ssd`."""
+    library, _, bare = name.partition("/")
+    if library not in _FAMILIES:
+        library, bare = _resolve(name)
+    return f"{library}/{_FAMILIES[library](_architecture(library, bare))}"
+
+
 # --- names --------------------------------------------------------------------------------------
 
 
@@ -73,6 +81,25 @@ def _list_timm() -> list[str]:
 
 
 _LISTS: dict[str, Callable[[], list[str]]] = {"torchvision": _list_torchvision, "timm": _list_timm}
+
+
+def _family_in_torchvision(bare: str) -> str:
+    import torchvision.models
+
+    builder = torchvision.models.get_model_builder(bare)
+    return builder.__module__.removeprefix("torchvision.models.")
+
+
+def _family_in_timm(bare: str) -> str:
+    import timm
+
+    return timm.model_entrypoint(bare).__module__.removeprefix("timm.models.")
+
+
+_FAMILIES: dict[str, Callable[[str], str]] = {
+    "torchvision": _family_in_torchvision,
+    "timm": _family_in_timm,
+}
 
 
 def _resolve(name: str) -> tuple[str, str]:

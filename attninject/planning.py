@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,16 +25,19 @@ from .errors import (
     NoMatchError,
     NoTensorError,
     PlanError,
+    ProbeError,
     StalePlanError,
     TooFewChannelsError,
     UnsupportedModelError,
     UnusableNameError,
 )
 from .layout import RANK, Layout
-from .locating import Location, locate
+from .locating import Location, locate, watchable
 from .matching import Match, Scene, match
-from .probe import Inputs, Record, map_tensors, probe, rng_kept, run
+from .probe import Inputs, hooked, probe, run
 from .recipe import FrozenDict, Recipe, Rule
+from .record import Record, map_tensors
+from .snapshot import rng_kept
 from .trace import LocalGraph
 
 
@@ -97,6 +103,9 @@ class Step:
     holder: nn.Module
     insertion: Insertion
     local: LocalGraph | None
+    device: torch.device  # of the tensor there; meta where the probe did not look
+    time: int  # orders the blocks of one carrier as the dataflow does
+    source: nn.Module | None = None  # makes the map whose positions the tokens at the site are
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,26 +198,30 @@ def refuse_unsupported(model: Any) -> None:
             f"the model is wrapped in {type(model).__name__}; inject into model.module first"
         )
     for name, module in model.named_modules():
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        if extended_since(module) or type(module).__name__.startswith("FSDP"):
-            raise UnsupportedModelError(
-                f"{where} was sharded or parametrized (its class was extended); inject and eject before that"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(
-                f"{where} is scripted; inject into the original, then script or trace it"
-            )
-        if isinstance(module, torch.fx.GraphModule):
-            if name == "":
-                raise UnsupportedModelError(
-                    "the model is a torch.fx GraphModule; inject into the original model"
-                )
-        elif type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
-            raise UnsupportedModelError(
-                f"{where} is quantized; inject into the float model, then quantize it"
-            )
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise UnsupportedModelError(f"{where} is lazy and not initialised; run the model once first")
+        if (why := _not_open(module, name == "")) is not None:
+            raise UnsupportedModelError(f"{name or 'the model'} ({type(module).__name__}) {why}")
+
+
+def _not_open(module: nn.Module, is_model: bool) -> str | None:
+    """Why a model with this module in it is not open to surgery; None if the module does not forbid it."""
+    home = type(module).__module__
+    if extended_since(module) or type(module).__name__.startswith("FSDP"):
+        return "was sharded or parametrized (its class was extended); inject and eject before that"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted; inject into the original, then script or trace it"
+    if isinstance(module, torch.fx.GraphModule):
+        return "is a torch.fx GraphModule; inject into the original model" if is_model else None
+    if type(module).__name__ == "OptimizedModule":
+        return "is compiled; inject first, then compile it"
+    if isinstance(module, nn.parallel.DistributedDataParallel) or home.startswith("torch.distributed.fsdp"):
+        return "is a wrapper that has counted its parameters already; inject before it is made"
+    if home.startswith("torch.ao.nn.quantized.modules.functional_modules"):
+        return "belongs to a quantizable variant; inject into the plain float model"
+    if home.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        return "is quantized; inject into the float model, then quantize it"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        return "is lazy and not initialised; run the model once first"
+    return None
 
 
 # --- making a plan -----------------------------------------------------------------------------
@@ -231,10 +244,32 @@ def make(
     """
     refuse_unsupported(model)
     _check_root(model, root)
+    with _uncollected():
+        return _make(model, recipe, root, example_inputs, strict)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection for a while: a record is many small objects, none of them garbage, and looking takes long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _make(model: nn.Module, recipe: Recipe, root: str, example_inputs: Any, strict: bool) -> Plan:
     try:
         return _Planner(model, recipe, root, example_inputs, strict, partial=True).plan()
-    except _Incomplete:
-        return _Planner(model, recipe, root, example_inputs, strict, partial=False).plan()
+    except _Incomplete as stopped:
+        try:
+            return _Planner(model, recipe, root, example_inputs, strict, partial=False).plan()
+        except ProbeError as failed:
+            raise ProbeError(
+                f"{stopped.__cause__} (as far as the forward goes without data; with data it fails: {failed})"
+            ) from failed
 
 
 def _check_root(model: nn.Module, root: str) -> None:
@@ -260,11 +295,14 @@ class _Planner:
         self.model, self.recipe, self.root, self.strict = model, recipe, root, strict
         with as_original(model):
             self.record, self.inputs = probe(model, example_inputs, partial=partial)
-        if not self.record.complete:
-            self.record.input_values = self.record.calls[0].ins
         self.scene = Scene(model, self.record, root, self.rerun)
         self.taken: dict[int, set[str]] = {}
         self.notes: list[str] = []
+        if not self.record.hooks and (names := hooked(model)):
+            self.notes.append(
+                f"the hooks of {', '.join(n or 'the model' for n in names[:3])}{', …' if len(names) > 3 else ''} were "
+                "not run: should one change a shape, the shapes above are those without it"
+            )
 
     def rerun(self, how: str) -> Record | None:
         """The same model "larger", at an oblong size, or in "training" mode; None where it fails."""
@@ -280,7 +318,7 @@ class _Planner:
             inputs, mode = Inputs(*map_tensors((inputs.args, inputs.kwargs), larger)), "meta"
         try:
             with as_original(self.model):
-                return run(self.model, inputs, mode, training=how == "training")
+                return run(self.model, inputs, mode, how == "training", self.record.hooks)
         except Exception:
             return None
 
@@ -331,9 +369,10 @@ class _Planner:
         name, slot = self.name(rule, location, label)
         holder = self.scene.path(location.holder)
         parameters, macs = self.cost(rule, layout, value.shape, m, label)
+        copies, foreign = location.copies, registry.resolve(rule.block).family == "registered"
         insertion = Insertion(
             name, location.position, location.target, location.operand, location.output, layout, slot,
-            location.copies.given, location.copies.result,
+            copies.given, copies.result or (copies.written and foreign and rule.init != "blend"),
         )  # fmt: skip
         owner = m.spot.owner
         site = Site(
@@ -356,7 +395,17 @@ class _Planner:
             input=m.spot.operand if m.spot.position == "before" else None,
             output=m.spot.output,
         )
-        return Step(site, location.holder, insertion, location.local)
+        source = self.source(m, layout)
+        return Step(site, location.holder, insertion, location.local, value.device, m.spot.time, source)
+
+    def source(self, m: Match, layout: Layout) -> nn.Module | None:
+        """The layer whose map the tokens of a site are, where it can be watched for the map's size."""
+        found = self.scene.positions.find(m.spot.value) if layout.grid else None
+        op = found.source.op if found and found.source else None
+        if op is None or op.call.outs != op.outs[:1] or not watchable(op.call.module):
+            return None
+        before = [c for c in self.record.calls_of(op.call.module) if c.start < m.spot.time]
+        return op.call.module if before[-1] is op.call else None
 
     def layout(self, rule: Rule, m: Match, shape: tuple[int, ...], label: str) -> Layout:
         """The layout that the block sees: measured or overridden, and one that its mathematics allows."""
@@ -366,22 +415,21 @@ class _Planner:
                 raise LayoutError(
                     f"{label}: layout {rule.layout} has {RANK[rule.layout]} axes; {m.path} has {shape}"
                 )
-            if layout is None or layout.kind != rule.layout:
+            if layout is None or layout.kind != rule.layout or not layout.ordered:
                 layout = Layout(rule.layout)
         spec = registry.resolve(rule.block)
         if layout is None:
-            raise LayoutError(
-                f"{label}: the axes of {m.path}, {tuple(shape)}, do not say which are batch, channels and positions; "
-                "say it with layout:"
-            )
+            found = self.scene.positions.find(m.spot.value)
+            why = found.why if found and found.why else "do not say which are batch, channels and positions"
+            raise LayoutError(f"{label}: the axes of {m.path}, {tuple(shape)}, {why}; say it with layout:")
+        if spec.spatial and not layout.is_map:
+            held = f"{shape[1]} tokens" if layout.kind == "NLC" else f"{layout.kind} {tuple(shape)}"
+            lie = "that form no grid" if layout.ordered else "in windows or an order of the network's own"
+            raise LayoutError(f"{label}: {m.path} holds {held} {lie}, and {spec.name} works on positions")
         if layout.dims in spec.dims:
-            if layout.kind == "NLC" and not layout.grid and spec.spatial:
-                raise LayoutError(
-                    f"{label}: {m.path} holds {shape[1]} tokens that form no grid, and {spec.name} works on positions"
-                )
             return layout
-        if layout.kind == "NLC" and 1 in spec.dims and not spec.spatial:
-            return Layout("NLC", layout.prefix)
+        if layout.kind in ("NLC", "NCL") and 1 in spec.dims and not spec.spatial:
+            return Layout(layout.kind, layout.prefix)
         raise LayoutError(
             f"{label}: {spec.name} works on {' or '.join(f'{d}D' for d in spec.dims)} maps; "
             f"{m.path} is {layout} {tuple(shape)}"

@@ -1,8 +1,7 @@
 """One run of a model, recorded: every module call, every operation, and the shapes between them.
 
 The run uses stand-ins for all tensors of the model (on the meta device; else fake tensors; else clones),
-so the model's own tensors are never read or written. Everything else that a forward can change in a
-module (plain attributes, caches in lists and dicts, modes) is put back afterwards, also when it raises.
+so the model's own tensors are never read or written; the model is left as it was.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import functools
 import inspect
 import itertools
 import logging
-import random
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,129 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import ProbeError
+from .errors import ProbeError, UnsupportedModelError
+from .record import Call, Op, Record, Ref, Value, map_tensors, written_tensors
+from .shapes import execute, meta_like, short_recurrences
+from .snapshot import rng_kept, stand_ins, undoing
 
-# --- what a run leaves behind ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Stands for a tensor in the recorded arguments or results of a call: an index into `Record.values`."""
-
-    value: int
-
-
-@dataclass(eq=False)
-class Value:
-    """One version of one tensor. An in-place operation makes a new version on the same storage."""
-
-    index: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    storage: int
-    twin: Tensor  # on the meta device, of the same shape and strides
-
-
-@dataclass(eq=False)
-class Op:
-    """One ATen operation in a module's own forward, outside its children."""
-
-    time: int
-    name: str
-    ins: tuple[int, ...]
-    outs: tuple[int, ...]
-    writes: frozenset[int]  # storages
-    reads: frozenset[int]
-    call: Call
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a module."""
-
-    module: nn.Module
-    parent: Call | None
-    number: int  # counts this module's calls within one run of the parent, from 1
-    start: int
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    out: Any = None
-    exotic: str = ""  # class of a nested result that is no plain tuple, list or dict
-    end: int = -1
-    events: list[Op | Call] = field(default_factory=list)
-    runs: dict[int, int] = field(default_factory=dict)  # id of a child -> its calls in this run
-
-    @functools.cached_property
-    def ins(self) -> tuple[int, ...]:
-        """Values among the arguments, in order."""
-        return tuple(r.value for r in refs((self.args, self.kwargs)))
-
-    @functools.cached_property
-    def outs(self) -> tuple[int, ...]:
-        """Values among the results, in order."""
-        return tuple(r.value for r in refs(self.out))
-
-    def ops(self) -> Iterator[Op]:
-        """Every operation of the call, those inside its children too."""
-        for event in self.events:
-            if isinstance(event, Op):
-                yield event
-            else:
-                yield from event.ops()
-
-    @functools.cached_property
-    def writes(self) -> frozenset[int]:
-        """Storages that the call wrote to."""
-        return frozenset().union(*(op.writes for op in self.ops()))
-
-
-class Record:
-    """What one run showed. Calls are listed in the order in which they began."""
-
-    def __init__(self, model: nn.Module, mode: str) -> None:
-        self.model = model
-        self.mode = mode
-        self.values: list[Value] = []
-        self.calls: list[Call] = []
-        self.by_module: dict[int, list[Call]] = {}
-        self.stand_ins: dict[int, Tensor] = {}  # id of a tensor of the model -> its stand-in in the run
-        self.constants: set[int] = set()  # values that are tensors of the model
-        self.constant_of: dict[int, int] = {}  # id of a tensor of the model -> its value
-        self.born: dict[int, int] = {}  # storage -> time at which it was first seen
-        self.input_values: tuple[int, ...] = ()
-        self.iterating: set[int] = set()  # ids of modules that go over their own children in their forward
-        self.complete = False
-
-    def calls_of(self, module: nn.Module) -> list[Call]:
-        """The calls of one module, in order."""
-        return self.by_module.get(id(module), [])
-
-    def shape(self, value: int) -> tuple[int, ...]:
-        """Shape of a value."""
-        return self.values[value].shape
-
-
-def map_tensors(tree: Any, fn: Callable[[Tensor], Any]) -> Any:
-    """Apply `fn` to every tensor in nested tuples, lists and dicts; other things stay as they are."""
-    return _map(tree, Tensor, fn)
-
-
-def map_refs(tree: Any, fn: Callable[[Ref], Any]) -> Any:
-    """Apply `fn` to every `Ref` in nested tuples, lists and dicts."""
-    return _map(tree, Ref, fn)
-
-
-def _map(tree: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, kind):
-        return fn(tree)
-    if isinstance(tree, tuple):
-        items = [_map(t, kind, fn) for t in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, list):
-        return [_map(t, kind, fn) for t in tree]
-    if isinstance(tree, Mapping):
-        return {k: _map(v, kind, fn) for k, v in tree.items()}
-    return tree
+# --- recording ---------------------------------------------------------------------------------
 
 
 def _exotic(tree: Any) -> str:
@@ -156,32 +36,6 @@ def _exotic(tree: Any) -> str:
     if type(tree) not in (tuple, list, dict) and not hasattr(tree, "_fields"):
         return type(tree).__name__
     return next((found for item in items if (found := _exotic(item))), "")
-
-
-def refs(tree: Any) -> list[Ref]:
-    """All `Ref`s of a tree, in order."""
-    found: list[Ref] = []
-    map_refs(tree, found.append)
-    return found
-
-
-# --- recording ---------------------------------------------------------------------------------
-
-
-@functools.cache
-def written_arguments(op: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an ATen operation writes to."""
-    return tuple(
-        (i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write
-    )
-
-
-def written_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that this call of an ATen operation writes to."""
-    found: list[Tensor] = []
-    for position, name in written_arguments(op):
-        map_tensors(args[position] if position < len(args) else kwargs.get(name), found.append)
-    return found
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -227,7 +81,8 @@ class _Recorder(Mode):
         raw = storage_of(tensor)
         storage = self.storages.setdefault(raw, len(self.storages))
         self.record.born.setdefault(storage, next(self.clock))
-        value = Value(len(self.record.values), tuple(tensor.shape), tensor.dtype, storage, self.twins[key])
+        shape, twin = tuple(tensor.shape), self.twins[key]
+        value = Value(len(self.record.values), shape, tensor.dtype, storage, twin, tensor.device)
         self.record.values.append(value)
         self.current[key] = value.index
         if key in self.model_tensor:
@@ -241,6 +96,7 @@ class _Recorder(Mode):
             return func(*args, **kwargs)
         ins: list[int] = []
         map_tensors((args, kwargs), lambda t: ins.append(self.value_of(t)))
+        given = self.kept(args, kwargs)
         out = execute(func, args, kwargs)
         written = written_tensors(func, args, kwargs)
         for tensor in written:
@@ -256,9 +112,17 @@ class _Recorder(Mode):
             writes=frozenset(values[self.current[id(t)]].storage for t in written),
             reads=frozenset(values[i].storage for i in ins),
             call=self.stack[-1],
+            func=func,
+            given=given,
         )
         self.stack[-1].events.append(op)
         return out
+
+    def kept(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments of an operation as they are, save in a real run, whose tensors must not live on."""
+        if self.record.mode != "real":
+            return args, kwargs
+        return map_tensors((args, kwargs), lambda t: Ref(self.current[id(t)]))
 
     def call(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if threading.get_ident() != self.thread:
@@ -285,24 +149,6 @@ class _Recorder(Mode):
         return out
 
 
-def execute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run an ATen operation as recordings do."""
-    return _norm_on_meta(args) if func in _NORMS and _is_eval_norm(args) else func(*args, **kwargs)
-
-
-_NORMS = (torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default)
-
-
-def _is_eval_norm(args: tuple) -> bool:
-    return len(args) > 5 and args[5] is False and args[0].is_meta and type(args[0]) is Tensor
-
-
-def _norm_on_meta(args: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """What a batch norm in eval mode gives on the meta device; torch's own answer takes half of a probe's time."""
-    x = args[0]
-    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-
-
 class _Husk:
     """Keeps a real tensor's identity unique without its memory: forgets the id once the tensor dies."""
 
@@ -321,11 +167,6 @@ class _Husk:
     def forget(self) -> None:
         self.recorder.current.pop(self.key, None)
         self.recorder.twins.pop(self.key, None)
-
-
-def meta_like(tensor: Tensor) -> Tensor:
-    """An empty tensor on the meta device with the same shape, strides and dtype."""
-    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 @contextlib.contextmanager
@@ -356,136 +197,6 @@ def _iterations(recorder: _Recorder) -> Iterator[None]:
         yield
 
 
-# --- leaving no trace --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def undoing(undo: Callable[[], Any]) -> Iterator[None]:
-    """Run `undo` on the way out, whatever happens; a Ctrl-C that cuts it short makes it start anew.
-
-    Without that, an interrupt at the wrong moment would leave a model on the meta device for good.
-    """
-    try:
-        yield
-    finally:
-        try:
-            undo()
-        except BaseException:
-            undo()
-            raise
-
-
-@contextlib.contextmanager
-def rng_kept() -> Iterator[None]:
-    """Put every random generator's state back: torch's (all devices in use), Python's, NumPy's."""
-    cpu, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-
-    def put_back() -> None:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        if numpy and numpy_state is not None:
-            numpy.random.set_state(numpy_state)
-
-    with undoing(put_back):
-        yield
-
-
-def generators() -> Any:
-    """The states of the generators that Python code can draw from, to compare."""
-    numpy = sys.modules.get("numpy")
-    name, keys, *rest = numpy.random.get_state() if numpy else ("", None)
-    return random.getstate(), torch.get_rng_state().tolist(), name, keys is not None and keys.tolist(), rest
-
-
-class Snapshot:
-    """The `__dict__` of every module under a root, with the contents of plain containers in it."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.attributes = [(m, m.__dict__, dict(m.__dict__)) for m in root.modules()]
-        self.containers: list[tuple[Any, Any]] = []
-        seen: set[int] = set()
-        for _, _, saved in self.attributes:
-            for value in saved.values():
-                self._save(value, seen)
-
-    def _save(self, value: Any, seen: set[int]) -> None:
-        if not isinstance(value, (dict, list, set)) or id(value) in seen:
-            return
-        seen.add(id(value))
-        self.containers.append((value, value.copy()))
-        for item in value.values() if isinstance(value, dict) else value:
-            self._save(item, seen)
-
-    def changed(self) -> bool:
-        """Whether anything differs from what was saved (by identity)."""
-        return any(not _same(now, saved) for _, now, saved in self.attributes) or any(
-            not _same(now, saved) for now, saved in self.containers
-        )
-
-    def restore(self) -> None:
-        """Put back what differs, in the saved order."""
-        for now, saved in self.containers:
-            if not _same(now, saved):
-                now.clear()
-                now.extend(saved) if isinstance(now, list) else now.update(saved)
-        for _, now, saved in self.attributes:
-            if not _same(now, saved):
-                now.clear()
-                now.update(saved)
-
-
-def _same(now: Any, saved: Any) -> bool:
-    if len(now) != len(saved):
-        return False
-    if isinstance(now, dict):
-        return all(k in now and now[k] is v for k, v in saved.items())
-    if isinstance(now, list):
-        return all(a is b for a, b in zip(now, saved, strict=True))
-    return now == saved
-
-
-@contextlib.contextmanager
-def stand_ins(root: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
-    """Replace every tensor held by the modules under `root` for the time of a run.
-
-    `make` gives the stand-in of one tensor; a tensor held under two names has one stand-in. Also replaced
-    are tensors in plain attributes and containers (an LSTM's flat weights, caches), and user hooks are
-    silenced. On the way out everything is put back.
-    """
-    memo: dict[int, Tensor] = {}
-
-    def stand_in(tensor: Tensor) -> Tensor:
-        if id(tensor) not in memo:
-            with torch.no_grad():
-                made = make(tensor)
-            if isinstance(tensor, nn.Parameter):
-                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = made
-        return memo[id(tensor)]
-
-    snapshot = Snapshot(root)
-    with undoing(snapshot.restore):
-        for _, attributes, _ in snapshot.attributes:
-            for key, value in attributes.items():
-                if isinstance(value, Tensor):
-                    attributes[key] = stand_in(value)
-            attributes["_forward_hooks"] = type(attributes["_forward_hooks"])()
-            attributes["_forward_pre_hooks"] = type(attributes["_forward_pre_hooks"])()
-        for container, _ in snapshot.containers:
-            if isinstance(container, set) or not container:
-                continue
-            items = container.items() if isinstance(container, dict) else enumerate(container)
-            for at, value in list(items):
-                if isinstance(value, Tensor):
-                    container[at] = stand_in(value)
-        yield memo
-
-
 # --- inputs ------------------------------------------------------------------------------------
 
 
@@ -513,20 +224,23 @@ def candidates(model: nn.Module, batch: int = 2) -> Iterator[Inputs]:
     layer with weights, at usual sizes.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    count = max(1, len(_required_arguments(model)))
+    count, names = _required_arguments(model)
     shapes = itertools.chain(_declared_shapes(model), _guessed_shapes(model))
     for shape in dict.fromkeys(shapes):
         x = torch.empty((batch, *shape), dtype=dtype, device="meta")
-        yield Inputs((x,) * count)
+        yield Inputs((x,) * count, dict.fromkeys(names, x))
 
 
-def _required_arguments(model: nn.Module) -> list[str]:
+def _required_arguments(model: nn.Module) -> tuple[int, list[str]]:
+    """How many arguments a forward needs by position (one at least, if it takes any), and the names of the others."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
-        return []
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+        return 1, []
+    needed = [p for p in parameters if p.default is p.empty]
+    names = [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
+    count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed)
+    return count if names else max(1, count), names
 
 
 def _declared_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
@@ -573,7 +287,7 @@ def _guessed_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 # --- running -----------------------------------------------------------------------------------
 
 
-def run(model: nn.Module, inputs: Inputs, mode: str, training: bool = False) -> Record:
+def run(model: nn.Module, inputs: Inputs, mode: str, training: bool = False, hooks: bool = False) -> Record:
     """Record one forward of `model`; the model is left exactly as it was.
 
     Args:
@@ -581,35 +295,48 @@ def run(model: nn.Module, inputs: Inputs, mode: str, training: bool = False) -> 
         inputs: arguments; only shapes, dtypes and non-tensors matter.
         mode: `meta`, `fake` or `real`, what the stand-ins are made of.
         training: all modules in training mode, else all in eval mode.
+        hooks: whether the hooks of the model's owner run too.
 
     Raises:
         Exception: whatever the forward raised; its attribute `attninject_record` has what was seen so far.
     """
     record = Record(model, mode)
+    record.hooks = hooks
     make, context = _maker(mode)
-    with rng_kept(), torch.no_grad(), context, stand_ins(model, make) as memo:
+    with rng_kept(), torch.no_grad(), context, stand_ins(model, make, hooks) as memo:
         for module in model.modules():
             module.__dict__["training"] = training
         record.stand_ins = memo
         device = next((t.device for t in memo.values()), torch.device("cpu"))
         given = map_tensors((inputs.args, inputs.kwargs), functools.partial(_input, mode=mode, device=device))
         recorder = _Recorder(record)
-        with calls_through(recorder.call), _iterations(recorder), recorder:
+        with calls_through(recorder.call), _iterations(recorder), short_recurrences(mode), recorder:
             try:
                 model(*given[0], **given[1])
             except Exception as error:
+                record.input_values = _image_first(record)
                 error.attninject_record = record  # type: ignore[attr-defined]
                 raise
         record.complete = True
-        record.input_values = record.calls[0].ins
+        record.input_values = _image_first(record)
     return record
 
 
+def _image_first(record: Record) -> tuple[int, ...]:
+    """The tensors that the model is called with, the image before masks, sizes and what else goes with it.
+
+    A detector takes a list of images without a batch axis: there it is the first batch that a module takes.
+    """
+    given = record.calls[0].ins if record.calls else ()
+    batched = [v for call in record.calls for v in call.ins if len(record.shape(v)) > 3]
+    if given and batched and record.calls[0].args and isinstance(record.calls[0].args[0], list):
+        return (batched[0], *given)
+    return tuple(sorted(given, key=lambda v: -len(record.shape(v))))
+
+
 def _data_dependent(error: Exception) -> bool:
-    text = str(error)
-    return hasattr(error, "attninject_record") and (
-        "nonzero" in text or "meta tensor" in text or "item()" in text or "Meta" in text
-    )
+    words = ("nonzero", "meta tensor", "item()", "Meta", "device meta")
+    return hasattr(error, "attninject_record") and any(word in str(error) for word in words)
 
 
 def _maker(mode: str) -> tuple[Callable[[Tensor], Tensor], contextlib.AbstractContextManager]:
@@ -642,9 +369,10 @@ def _input(tensor: Tensor, mode: str, device: torch.device) -> Tensor:
     if mode == "meta":
         return meta_like(tensor)
     if mode == "fake":
-        return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=device)
+        at = device if tensor.is_meta else tensor.device
+        return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=at)
     if not tensor.is_meta:
-        return tensor.detach().clone().to(device)
+        return tensor.detach().clone()
     if tensor.is_floating_point():
         return torch.rand(tuple(tensor.shape), device=device).to(tensor.dtype)
     return torch.zeros(tuple(tensor.shape), dtype=tensor.dtype, device=device)
@@ -663,23 +391,64 @@ def probe(model: nn.Module, example_inputs: Any = None, *, partial: bool = False
         The record, and the inputs that worked.
 
     Raises:
+        UnsupportedModelError: it has no forward.
         ProbeError: the model's forward fails on all of them.
     """
+    _check_forward(model)
     tries = list(candidates(model)) if example_inputs is None else [Inputs.of(example_inputs)]
-    for mode in ("meta", "fake", "real"):
-        for inputs in tries:
-            try:
-                return run(model, inputs, mode), inputs
-            except Exception as error:
-                last = error
-                if mode == "meta" and _data_dependent(error):
-                    if partial:
-                        return error.attninject_record, inputs  # type: ignore[attr-defined]
-                    with contextlib.suppress(Exception):  # values are asked for: these inputs, for real
-                        return run(model, inputs, "real"), inputs
-    shapes = ", ".join(str(tuple(a.shape)) for i in tries for a in i.args if isinstance(a, Tensor))
-    advice = "" if example_inputs is not None else "; give example_inputs= that the model accepts"
-    raise ProbeError(
-        f"{type(model).__name__} fails its own forward on inputs of shape {shapes or 'given'}: "
-        f"{type(last).__name__}: {str(last).splitlines()[0] if str(last) else ''}{advice}"
-    ) from last
+    for hooks in (False, True) if hooked(model) else (False,):  # one may be what makes the shapes fit
+        for mode in _modes(model):
+            for inputs in tries:
+                try:
+                    return run(model, inputs, mode, hooks=hooks), inputs
+                except Exception as error:
+                    last = error
+                    if mode == "meta" and _data_dependent(error):
+                        if partial:
+                            return error.attninject_record, inputs  # type: ignore[attr-defined]
+                        with contextlib.suppress(Exception):  # values are asked for: these inputs, for real
+                            return run(model, inputs, "real", hooks=hooks), inputs
+    raise ProbeError(_why_failed(model, example_inputs, tries, last)) from last
+
+
+def _modes(model: nn.Module) -> tuple[str, ...]:
+    """What to make stand-ins of, in order; only fake and real tensors know on which of several devices they lie."""
+    several = len({p.device for p in model.parameters()}) > 1
+    return ("fake", "real", "meta") if several else ("meta", "fake", "real")
+
+
+def hooked(model: nn.Module) -> list[str]:
+    """Names of the modules with hooks around their forward, those of torch.nn.utils (weight norm, pruning) aside."""
+
+    def foreign(hook: Any) -> bool:
+        return not type(hook).__module__.startswith("torch.nn.utils")
+
+    return [
+        name
+        for name, m in model.named_modules()
+        if any(foreign(h) for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    ]
+
+
+def _check_forward(model: nn.Module) -> None:
+    if type(model).forward is nn.Module.forward and "forward" not in model.__dict__:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no forward, so there is no dataflow to put a block into; "
+            "pass the model that calls it"
+        )
+
+
+def _why_failed(model: nn.Module, example: Any, tries: list[Inputs], last: Exception) -> str:
+    tensors: list[Tensor] = []
+    map_tensors([(i.args, i.kwargs) for i in tries], tensors.append)
+    shapes = ", ".join(dict.fromkeys(str(tuple(t.shape)) for t in tensors)) or "given"
+    advice = ""
+    if example is None:
+        with contextlib.suppress(TypeError, ValueError):
+            advice = f"; it takes {inspect.signature(model.forward)}"
+        advice += "; give example_inputs= that the model accepts"
+    reason = str(last).splitlines()[0] if str(last) else ""
+    return (
+        f"{type(model).__name__} fails its own forward on inputs of shape {shapes}: "
+        f"{type(last).__name__}: {reason}{advice}"
+    )

@@ -37,7 +37,7 @@ from .edits import (
     insertions,
 )
 from .errors import CannotRewriteError, TraceRefused
-from .layout import Layout, run_block
+from .layout import EXTENT, Extent, Layout, note_extent, run_block
 from .probe import Inputs, run
 from .trace import MISSING, PRESENT, Arguments, LocalGraph, Read, check, find, trace
 
@@ -50,39 +50,57 @@ def apply(changes: Sequence[Change]) -> Iterator[None]:
 
     All classes are generated before the first holder is touched.
     """
-    prepared = []
+    sources = {id(s): s for change in changes for s in change.sources if s is not None}
+    prepared: list[tuple[nn.Module, type]] = []
     for change in changes:
         known = injected_in(change.holder)
         edit = (known.edit if known else ()) + tuple(i for i, _ in change.blocks)
         local = change.local or (known.local if known else None)
-        prepared.append((change, generate(base_class(change.holder), edit, local)))
-    with _all_or_nothing([c.holder for c in changes]):
-        for change, cls in prepared:
-            for insertion, block in change.blocks:
+        watched = id(change.holder) in sources or (known is not None and known.watched)
+        prepared.append((change.holder, generate(base_class(change.holder), edit, local, watched)))
+    holders = {id(change.holder) for change in changes}
+    for source in (s for key, s in sources.items() if key not in holders):
+        known = injected_in(source) or Injected(type(source), (), None)
+        prepared.append((source, generate(known.base, known.edit, known.local, True)))
+    with _all_or_nothing([module for module, _ in prepared]):
+        for change in changes:
+            for (insertion, block), made_by in zip(change.blocks, change.sources, strict=True):
                 _attach(change.holder, insertion, block)
-            _set_class(change.holder, cls)
+                if made_by is not None:
+                    block.__dict__[EXTENT] = made_by.__dict__.setdefault(EXTENT, Extent())
+        for module, cls in prepared:
+            _set_class(module, cls)
         yield
 
 
 def revert(model: nn.Module, names: Sequence[str]) -> None:
     """Take blocks out by qualified name; holders without any left get their original class back."""
     wanted = set(names)
-    plans: dict[int, tuple[nn.Module, list[Insertion]]] = {}
+    gone: dict[int, list[Insertion]] = {}
+    in_use: set[int] = set()  # extents that blocks which stay look at
     for path, holder, insertion in insertions(model):
         if f"{path}.{insertion.name}".lstrip(".") in wanted:
-            plans.setdefault(id(holder), (holder, []))[1].append(insertion)
+            gone.setdefault(id(holder), []).append(insertion)
+        else:
+            in_use.add(id(getattr(holder, insertion.name).__dict__.get(EXTENT)))
     prepared = []
-    for holder, gone in plans.values():
-        known = injected_in(holder)
-        assert known is not None
-        left = tuple(i for i in known.edit if i not in gone)
-        local = known.local if any(i.target for i in left) else None
-        prepared.append((holder, gone, generate(known.base, left, local) if left else known.base))
-    with _all_or_nothing([holder for holder, _, _ in prepared]):
-        for holder, gone, cls in prepared:
-            for insertion in gone:
-                _detach(holder, insertion)
-            _set_class(holder, cls)
+    for module in model.modules():
+        known = injected_in(module)
+        if known is None:
+            continue
+        left = tuple(i for i in known.edit if i not in gone.get(id(module), ()))
+        watched = known.watched and id(module.__dict__.get(EXTENT)) in in_use
+        if len(left) < len(known.edit) or watched is not known.watched:
+            local = known.local if any(i.target for i in left) else None
+            cls = generate(known.base, left, local, watched) if left or watched else known.base
+            prepared.append((module, gone.get(id(module), []), cls, watched))
+    with _all_or_nothing([module for module, *_ in prepared]):
+        for module, blocks, cls, watched in prepared:
+            for insertion in blocks:
+                _detach(module, insertion)
+            if not watched:
+                module.__dict__.pop(EXTENT, None)
+            _set_class(module, cls)
 
 
 @contextlib.contextmanager
@@ -122,28 +140,31 @@ _classes: dict[Any, type] = {}
 _serial = itertools.count()
 
 
-def generate(base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None) -> type:
+def generate(
+    base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, watched: bool = False
+) -> type:
     """The subclass of `base` whose forward runs the blocks of `edit`; cached.
 
     Args:
         base: the holder's original class.
         edit: all its insertions, in the order in which they apply.
         local: the graph of base's own forward; needed when an insertion has a target.
+        watched: whether it writes the size of its result down, for blocks on tokens.
 
     Raises:
         CannotRewriteError: a target is not in the graph.
     """
     local = local if any(i.target for i in edit) else None
-    key = (base, edit, None if local is None else _local_key(local))
+    key = (base, edit, None if local is None else _local_key(local), watched)
     if key in _classes:
         return _classes[key]
-    writer = _Writer(base, edit, local)
+    writer = _Writer(base, edit, local, watched)
     source, names = writer.source(), writer.names
     filename = f"<attninject {base.__module__}.{base.__qualname__} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     exec(compile(source, filename, "exec"), names)  # the text is ours, made from the graph
     attributes = {
-        "_attninject": Injected(base, edit, writer.local),
+        "_attninject": Injected(base, edit, writer.local, watched),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -189,13 +210,17 @@ def _value_key(value: Any) -> str:
 class _Writer:
     """Writes the source of a generated forward, and the names that the source needs."""
 
-    def __init__(self, base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None) -> None:
-        self.base, self.edit, self.local = base, edit, local
+    def __init__(
+        self, base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, watched: bool
+    ) -> None:
+        self.base, self.edit, self.local, self.watched = base, edit, local, watched
+        self.around_result = watched or any(i.target is None and i.position == "after" for i in edit)
         self.names: dict[str, Any] = {
             "_base": base.forward,
             "_remake": remake,
             "run_block": run_block,
             "with_item": with_item,
+            "note_extent": note_extent,
         }
         self.parameters = _parameters(base.forward)
 
@@ -208,12 +233,12 @@ class _Writer:
             if insertion.position == "before":
                 name = self.parameter(insertion.operand)
                 lines.append(f"    {name} = {_call(insertion, name)}")
-        after = [i for i in around if i.position == "after"]
         text, calls = self.inner()
-        lines += calls if not after else [c.replace("return ", "_out = ", 1) for c in calls]
-        for insertion in after:
-            lines.append("    " + _after(insertion))
-        if after:
+        lines += [c.replace("return ", "_out = ", 1) for c in calls] if self.around_result else calls
+        if self.watched:
+            lines.append("    note_extent(self, _out)")
+        lines += ["    " + _after(i) for i in around if i.position == "after"]
+        if self.around_result:
             lines.append("    return _out")
         return text + "\n".join(lines) + "\n"
 
@@ -287,7 +312,7 @@ class _Writer:
         lines = []
         if self.local.train is not self.local.eval:
             text += self.graph_source("_run_train", self.local.train)
-            if any(i.target is None and i.position == "after" for i in self.edit):
+            if self.around_result:
                 return text, [f"    return (_run_train if self.training else _run_eval)({given})"]
             lines = ["    if self.training:", f"        return _run_train({given})"]
         return text, [*lines, f"    return _run_eval({given})"]
@@ -325,9 +350,9 @@ def _after(insertion: Insertion) -> str:
 
 def _layout_arguments(layout: Layout) -> tuple[Any, ...]:
     """Arguments of `run_block` behind the value, the defaults left out."""
-    if layout.kind != "NLC":
-        return () if layout.kind == "NCHW" else (layout.kind,)
-    return ("NLC", layout.prefix, layout.grid)
+    if layout.kind == "NLC" or layout.grid:
+        return (layout.kind, layout.prefix, layout.grid)
+    return () if layout.kind == "NCHW" else (layout.kind,)
 
 
 def with_item(tree: Any, key: int | str, value: Any) -> Any:
@@ -336,7 +361,8 @@ def with_item(tree: Any, key: int | str, value: Any) -> Any:
         index = key if int(key) >= 0 else len(tree) + int(key)
         items = [value if i == index else item for i, item in enumerate(tree)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    new = copy.copy(tree)
+    plain = type(tree) in (list, dict, OrderedDict)  # `copy.copy` would break a compiled graph
+    new = tree.copy() if plain else copy.copy(tree)
     new[key] = value
     return new
 
@@ -493,7 +519,7 @@ def _remake(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"{known.base.__qualname__} changed since blocks were injected into its forward, and {refused}; "
             "eject the blocks, make the change, and inject again"
         ) from refused
-    _set_class(holder, generate(known.base, known.edit, local))
+    _set_class(holder, generate(known.base, known.edit, local, known.watched))
     return holder.forward(*args, **kwargs)
 
 
@@ -517,31 +543,34 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         raise TypeError(f"{known.base.__qualname__} has its own __reduce__; eject the blocks to pickle it")
     arguments = known.local.arguments if known.local else None
-    return (_rebuild, (known.base, known.edit, arguments), *reduced[2:])
+    return (_rebuild, (known.base, known.edit, arguments, known.watched), *reduced[2:])
 
 
-def _rebuild(base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None) -> nn.Module:
-    cls: Any = generate(base, edit, None) if arguments is None else _pending(base, edit, arguments)
+def _rebuild(
+    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None, watched: bool = False
+) -> nn.Module:
+    settled = arguments is None
+    cls: Any = generate(base, edit, None, watched) if settled else _pending(base, edit, arguments, watched)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
-def _pending(base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments) -> type:
+def _pending(base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments, watched: bool) -> type:
     """A class for the moment between a holder's making and its state: settles once the children are there."""
 
-    key = (base, edit, arguments, "pending")
+    key = (base, edit, arguments, watched, "pending")
     if key in _classes:
         return _classes[key]
 
     def settle(self: nn.Module) -> None:
         slots = frozenset(i.name for i in edit if i.slot != "free")
         local = trace(self, base.forward, arguments, slots)
-        _set_class(self, generate(base, edit, local))
+        _set_class(self, generate(base, edit, local, watched))
 
     def setstate(self: nn.Module, state: Any) -> None:
         base.__setstate__(self, state)  # type: ignore[attr-defined]
         settle(self)
 
-    known = Injected(base, edit, None)
+    known = Injected(base, edit, None, watched)
     attributes = {"_attninject": known, "__setstate__": setstate, "__module__": base.__module__}
     cls = _classes[key] = _subclass(base, attributes)
     return cls

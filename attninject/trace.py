@@ -21,21 +21,10 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from .errors import TraceRefused
-from .probe import (
-    Call,
-    Mode,
-    Op,
-    Record,
-    Ref,
-    Snapshot,
-    execute,
-    generators,
-    map_refs,
-    map_tensors,
-    rng_kept,
-    undoing,
-    written_tensors,
-)
+from .probe import Mode
+from .record import Call, Op, Record, Ref, map_refs, map_tensors, written_tensors
+from .shapes import execute
+from .snapshot import Snapshot, generators, rng_kept, undoing
 
 MISSING = type(
     "Missing", (), {"__repr__": lambda self: "MISSING"}
@@ -201,7 +190,15 @@ _IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "matmul", "pow", "and",
 
 
 def targets(graph: fx.Graph) -> dict[fx.Node, Target]:
-    """The name of every call and operation of a local graph."""
+    """The name of every call and operation of a local graph, which nobody changes once it is made."""
+    known = graph.__dict__.get("_attninject_targets")
+    if known is None:
+        known = graph.__dict__["_attninject_targets"] = _named(graph)
+    found: dict[fx.Node, Target] = known
+    return found
+
+
+def _named(graph: fx.Graph) -> dict[fx.Node, Target]:
     seen: dict[str, int] = {}
     names = {}
     for node in graph.nodes:
@@ -216,7 +213,11 @@ def targets(graph: fx.Graph) -> dict[fx.Node, Target]:
 
 def find(graph: fx.Graph, target: Target) -> fx.Node | None:
     """The node that a target names, or None."""
-    return next((node for node, name in targets(graph).items() if name == target), None)
+    known = graph.__dict__.get("_attninject_nodes")
+    if known is None:
+        known = graph.__dict__["_attninject_nodes"] = {name: node for node, name in targets(graph).items()}
+    node: fx.Node | None = known.get(target)
+    return node
 
 
 # --- tracing -----------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torchvision
 import attninject as ai
 
 torch.manual_seed(0)
-SMALL = {"weights": None, "weights_backbone": None, "min_size": 64, "max_size": 96}
+SMALL = {"weights": None, "weights_backbone": None, "min_size": 64, "max_size": 96, "box_detections_per_img": 5,
+         "rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16}  # fmt: skip
 IMAGES = [torch.rand(3, 64, 80), torch.rand(3, 72, 64)]
 BOXES = [torch.tensor([[4.0, 6.0, 40.0, 50.0]]), torch.tensor([[10.0, 8.0, 50.0, 60.0]])]
 

@@ -42,7 +42,9 @@ class Fingerprint:
     def _describe(self, value: Any) -> Any:
         self.keep.append(value)
         if isinstance(value, Tensor):
-            bits = value.detach().cpu().contiguous().view(-1).numpy().tobytes()
+            if isinstance(value, nn.parameter.UninitializedTensorMixin):
+                return ("lazy", id(value))
+            bits = b"" if value.is_meta else value.detach().cpu().contiguous().view(-1).numpy().tobytes()
             about = (value.dtype, tuple(value.shape), value.stride(), value.requires_grad, value._version)
             return ("tensor", id(value), bits, *about, self._describe(value.grad) if value.is_leaf else None)
         if isinstance(value, dict):

@@ -48,7 +48,6 @@ EXPECTED = {
     ),
     "video.py": ("logits unchanged: True", "blocks with a gradient: 2"),
 }
-SLOW = {"detector.py", "segmenter.py", "video.py"}
 
 
 def test_every_example_is_run_here() -> None:
@@ -56,9 +55,7 @@ def test_every_example_is_run_here() -> None:
     assert {file.name for file in EXAMPLES.glob("*.py")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in sorted(EXPECTED)]
-)
+@pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_example(name: str, tmp_path: Path) -> None:
     """The example ends well, warns of nothing, and prints its figures."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -228,6 +229,36 @@ def test_outputs_of_tuples_are_chosen_and_the_rest_is_left_alone() -> None:
         inject(model, after="inner.two", output=output)
         assert list(ai.injected(model)) == ["inner.se"]
         unchanged_and_called_once(model, before, x)
+
+
+@pytest.mark.parametrize(
+    ("result", "output"),
+    [
+        (lambda y: (y, y), 1),
+        (lambda y: [y, y], 0),
+        (lambda y: {"y": y}, "y"),
+        (lambda y: OrderedDict(y=y), "y"),
+    ],
+    ids=["tuple", "list", "dict", "OrderedDict"],
+)
+def test_one_tensor_of_a_result_is_replaced_within_one_compiled_graph(result, output) -> None:
+    """A carrier that returns several tensors keeps its type and breaks no compiled graph."""
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return result(self.c(x))
+
+    model, x = nn.Sequential(Several()).eval(), torch.randn(2, 8, 6, 6)
+    before = model(x)
+    ai.inject(model, example_inputs=x, block="se", after="0", output=output)
+    after = torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert type(after) is type(before)
+    assert torch.equal(after[output], before[output])
+    torch._dynamo.reset()
 
 
 # --- several at once ---------------------------------------------------------------------------
@@ -572,3 +603,48 @@ def test_a_holder_extended_by_others_is_refused_and_still_listed() -> None:
     assert calls_of(model, images()) == {"inner.se": 1}
     with pytest.raises(errors.UnsupportedModelError, match="parametrized"):
         ai.eject(model)
+
+
+# --- order, and blocks that keep what they give --------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["units", "units.0"])
+def test_blocks_around_one_carrier_run_as_the_data_flow(first: str) -> None:
+    """`before` a Sequential comes before `before` its first child, whichever rule stands first."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.units = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+
+        def forward(self, x):
+            return self.units(x)
+
+    names = {"units": "outer", "units.0": "inner"}
+    order = [first, *(n for n in names if n != first)]
+    rules = [{"block": "se", "before": n, "name": names[n], "args": {"reduction": 1}} for n in order]
+    model = ai.inject(Net(), {"name": "both", "rules": rules}, example_inputs=images())
+    with Calls(model) as calls:
+        model(images())
+    assert calls.order == ["units.0.outer", "units.0.inner"]
+
+
+class Saves(nn.Module):
+    """A block that keeps its result for the backward."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return torch.sigmoid(self.conv(x))
+
+
+@pytest.mark.parametrize("where", [{"after": "inner.a"}, {"before": "inner.r"}])
+def test_an_in_place_layer_behind_a_block_that_keeps_its_result_is_no_trouble(where: dict) -> None:
+    """The layer gets a copy, so that the backward finds what the block kept."""
+    model = Around(Through(lambda self, x: self.b(self.r(self.a(x))), r=nn.ReLU(inplace=True)))
+    ai.inject(model, block=Saves, init="paper", example_inputs=images(), **where)
+    model(images()).sum().backward()
+    (block,) = ai.injected(model).values()
+    assert block.conv.weight.grad.abs().sum() > 0

@@ -13,8 +13,10 @@ from small import Around, Through, images, se, state
 from torch import nn
 
 import attninject as ai
-from attninject import probe
 from attninject.errors import ProbeError
+from attninject.probe import probe
+from attninject.record import map_tensors
+from attninject.shapes import execute, meta_like
 
 
 def fcos() -> nn.Module:
@@ -155,7 +157,7 @@ def test_data_dependent_forwards_run_for_real_on_copies() -> None:
 )
 def test_inputs_are_found_from_the_first_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
     """Without an example the probe makes one that the first layer takes."""
-    _, inputs = probe.probe(nn.Sequential(layer))
+    _, inputs = probe(nn.Sequential(layer))
     assert tuple(inputs.args[0].shape) == shape
 
 
@@ -188,3 +190,43 @@ def test_a_model_probed_in_half_precision_keeps_its_dtype() -> None:
     model = torchvision.models.resnet18(weights=None).bfloat16()
     ai.inject(model, "se_resnet")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+# --- shapes without torch's own meta kernels ----------------------------------------------------
+
+aten = torch.ops.aten
+
+
+def tensors(*shape: int) -> list[torch.Tensor]:
+    """One shape in several orders of its axes in memory."""
+    x = torch.randn(*shape)
+    found = [x, x.transpose(0, 1).contiguous().transpose(0, 1), x[..., ::2]]
+    return [*found, x.contiguous(memory_format=torch.channels_last)] if x.ndim == 4 else found
+
+
+ANSWERS = [
+    *((getattr(aten, n).default, (x,)) for n in ("gelu", "silu", "hardswish", "rsqrt") for x in tensors(2, 4, 6, 6)),
+    *((aten.upsample_bilinear2d.default, (x, [3, 5], False)) for x in tensors(2, 4, 6, 6)[::3]),
+    *((aten._softmax.default, (x, -1, False)) for x in tensors(2, 4, 6)),
+    *((aten.native_layer_norm.default, (x, [6], torch.ones(6), None, 1e-5)) for x in tensors(2, 4, 6)[:2]),
+    *((aten.add.Tensor, (x, y)) for x in tensors(2, 4, 6, 6) for y in (*tensors(2, 4, 6, 6), torch.randn(6), 2)
+      if not isinstance(y, torch.Tensor) or y.shape[-1] == x.shape[-1]),
+    (aten.add.Tensor, (torch.randn(2, 4, 6), torch.randn(3, 2, 4, 6))),
+    (aten.add.Tensor, (torch.randn(2, 4), torch.randn(2, 4).double())),
+    (aten.mul.Tensor, (torch.randn(2, 6), 1j)),
+    (aten.mul.Tensor, (torch.randn(2, 1, 6), torch.randn(2, 4, 6))),
+    (aten.addmm.default, (torch.randn(5), torch.randn(7, 3), torch.randn(3, 5))),
+    (aten.addmm.default, (torch.randn(7, 5), torch.randn(7, 3), torch.randn(3, 5))),
+    (aten.clamp.Tensor, (torch.randn(2, 6), torch.tensor(0.0), torch.tensor(1.0))),
+    (aten.pow.Tensor_Scalar, (torch.arange(3), 0.5)),
+    (aten.native_batch_norm.default, (torch.randn(2, 4, 3), *(torch.ones(4),) * 4, False, 0.1, 1e-5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operation", "given"), ANSWERS)
+def test_short_answers_are_those_of_the_real_operation(operation: Callable, given: tuple) -> None:
+    """Shape, strides and dtype of what a probe sees are those of a real run."""
+    real = operation(*given)
+    meta = execute(operation, tuple(map_tensors(list(given), meta_like)), {})
+    for a, b in zip(*((o,) if isinstance(o, torch.Tensor) else o[:1] for o in (real, meta)), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)

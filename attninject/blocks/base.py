@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attninject.blocks import options
+from attninject.blocks.fast import dispatch
 from attninject.blocks.gate import blend, new_alpha, scale
 from attninject.errors import BlockError, TooFewChannelsError
 
@@ -43,17 +44,32 @@ class Block(nn.Module):
     A subclass declares `options`, passes every option to `super().__init__`, builds its layers, ends with
     `self.initialise()`, and defines `transform` and `attention`. Its own `forward` is `transform`, blended
     with the input where `init` is `blend` (or where `identity` can be had no other way: `needs_blend`).
+
+    A class may add a lean form (`attninject.blocks.fast`): `lean(x)` computes what `transform(x)` defines, and
+    takes its place from `lean_from` elements on, unless `backend` is `plain`. A subclass that changes anything
+    of the class and does not set `lean_from` anew is back at the plain form.
     """
 
     options: ClassVar[options.Options] = {}
     supported_dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    lean_from: ClassVar[int | None] = None
+    backend: str = "auto"
     alpha: nn.Parameter | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `forward` only chooses; FSDP's and other generated subclasses add special methods
+        formula = [name for name in vars(cls) if name != "forward" and not name.startswith("__")]
+        changed = [name for name in formula if callable(vars(cls)[name]) and hasattr(cls.__base__, name)]
+        if "lean_from" not in vars(cls) and changed:
+            cls.lean_from = None
 
     def __init__(self, channels: int, dims: int, init: str, **args: Any) -> None:
         self._check(channels, dims, init, args)
         super().__init__()
         self.channels, self.dims, self.args = int(channels), int(dims), dict(args)
         self.init = "blend" if init == "identity" and self.needs_blend() else init
+        self.backend = args.get("backend", "auto")
         self.register_parameter("alpha", new_alpha() if self.init == "blend" else None)
 
     @classmethod
@@ -104,9 +120,19 @@ class Block(nn.Module):
         """The gates or rows that `transform` would apply to x, before any blending; nothing is kept."""
         raise NotImplementedError
 
+    def leanable(self, x: Tensor) -> bool:
+        """Whether the lean form has these options, serves this x, and passes over no child with hooks."""
+        return True
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → what `transform` gives, with fewer bytes moved and kept."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape and dtype."""
-        y = self.transform(x)
+        least = self.lean_from
+        lean = least is not None and dispatch.lean(x, self.backend, least) and self.leanable(x)
+        y = self.lean(x) if lean else self.transform(x)
         return y if self.alpha is None else blend(x, y, self.alpha)
 
     def extra_repr(self) -> str:

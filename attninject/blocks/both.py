@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, pool
 from attninject.blocks.channel import ChannelAttention
+from attninject.blocks.fast import bam as fast_bam
+from attninject.blocks.fast import channel as fast_channel
+from attninject.blocks.fast import spatial as fast_spatial
+from attninject.blocks.fast.dispatch import SMALLER, untouched
+from attninject.blocks.fast.pointwise import pointwise
 from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+from attninject.blocks.options import BACKEND, Bool, Int, OneOf, Options, Reduction
 from attninject.blocks.spatial import SpatialAttention
 
 
@@ -21,7 +26,7 @@ class CBAM(Block):
     Options: `reduction`, `pool`, `bias` (of the two FC layers), `divisor` for the channel half;
     `kernel_size`, `norm`, `concat` for the spatial half; `gate` for both; `order` channel_first |
     spatial_first | parallel (one gate g(zc + zs) from the sum of both halves' logits, paper section 5.1);
-    `residual`: x + CBAM(x).
+    `residual`: x + CBAM(x); `backend` as for SE.
 
     Deviations: those of the halves (biases, norm and [max, mean] follow the released code). Under
     `init="identity"` a residual's 1 is dropped and the gates are doubled, as everywhere, so `residual` only
@@ -40,7 +45,9 @@ class CBAM(Block):
         "divisor": Int(min=1),
         "concat": OneOf("max_mean", "mean_max"),
         "gate": OneOf(*GATES),
+        "backend": BACKEND,
     }
+    lean_from = SMALLER
 
     def __init__(
         self,
@@ -58,8 +65,9 @@ class CBAM(Block):
         divisor: int = 1,
         concat: str = "max_mean",
         gate: str = "sigmoid",
+        backend: str = "auto",
     ) -> None:
-        shared = {"divisor": divisor, "concat": concat, "gate": gate}
+        shared = {"divisor": divisor, "concat": concat, "gate": gate, "backend": backend}
         super().__init__(
             channels, dims, init,
             reduction=reduction, kernel_size=kernel_size, pool=pool, order=order,
@@ -69,11 +77,11 @@ class CBAM(Block):
         inner = "identity" if self.identity else "paper"
         self.channel = ChannelAttention(
             channels, dims=dims, init=inner,
-            reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate,
+            reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate, backend=backend,
         )  # fmt: skip
         self.spatial = SpatialAttention(
             channels, dims=dims, init=inner,
-            kernel_size=kernel_size, norm=norm, concat=concat, gate=gate,
+            kernel_size=kernel_size, norm=norm, concat=concat, gate=gate, backend=backend,
         )  # fmt: skip
         self.gate = Gate(gate, identity=self.identity, skip=self.skip) if order == "parallel" else None
         self.initialise()
@@ -98,6 +106,20 @@ class CBAM(Block):
         )
         y = halves[1](halves[0](x))
         return x + y if self.skip else y
+
+    def leanable(self, x: Tensor) -> bool:
+        """In the published order; the other forms put their halves' lean forms together."""
+        bare = untouched(self.channel, self.spatial)
+        whole = type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
+        return bare and whole and self.order == "channel_first" and not self.skip
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape; what lies between the halves is never kept."""
+        channel, spatial = self.channel, self.spatial
+        carriers, descriptors = fast_channel.squeeze(x, channel.pools)
+        m = channel.gate(channel.merged(descriptors, pointwise)).to(x.dtype)
+        carriers, pooled = fast_spatial.refine(x, m, carriers)
+        return fast_spatial.rescale(x, m, spatial.gate(spatial.read(*pooled)), carriers)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S); `gate`: (B, C, *S) if parallel.
@@ -144,7 +166,8 @@ class BAM(Block):
 
     arXiv:1807.06514, eq. 1-4. c = FC(relu(BN(FC(mean)))); s = conv1(relu(BN(conv3(…relu(BN(conv1(x)))))))
     with `num_layers` dilated 3×3 convolutions in the middle. Options: `reduction` and `divisor` of both
-    bottlenecks, `dilation`, `num_layers`, `bias` of all layers, `mode` product (released code) | sum (paper).
+    bottlenecks, `dilation`, `num_layers`, `bias` of all layers, `mode` product (released code) | sum (paper),
+    `backend` as for SE.
 
     Deviations: the paper adds, σ(c + s), the released code multiplies: `mode="product"` follows the code.
     Norms sit where the code has them, inside both branches, where the paper writes one at each end.
@@ -159,7 +182,9 @@ class BAM(Block):
         "mode": OneOf("product", "sum"),
         "bias": Bool(),
         "divisor": Int(min=1),
+        "backend": BACKEND,
     }
+    lean_from = SMALLER
 
     def __init__(
         self,
@@ -173,11 +198,12 @@ class BAM(Block):
         mode: str = "product",
         bias: bool = True,
         divisor: int = 1,
+        backend: str = "auto",
     ) -> None:
         super().__init__(
             channels, dims, init,
             reduction=reduction, dilation=dilation, num_layers=num_layers, mode=mode, bias=bias,
-            divisor=divisor,
+            divisor=divisor, backend=backend,
         )  # fmt: skip
         hidden = hidden_width(channels, reduction, divisor)
         conv = CONV[dims]
@@ -217,6 +243,25 @@ class BAM(Block):
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · factor."""
         return scale(x, self.factor(x))
+
+    def leanable(self, x: Tensor) -> bool:
+        """If the gate and the layer that reads the map are those it was built with."""
+        first = self.spatial[0]
+        if not isinstance(first, ConvNormReLU) or type(self.gate) is not Gate:
+            return False
+        bare = untouched(self.gate, self.spatial, first, first.conv)
+        return bare and type(first) is ConvNormReLU and type(first.conv) is CONV[self.dims]
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · factor, the factor never kept."""
+        first = self.spatial[0]
+        assert isinstance(first, ConvNormReLU)
+        carrier, mean, z = fast_bam.branch(x, first.conv)
+        z = F.relu(normalize(first.norm, z))
+        for layer in list(self.spatial)[1:]:
+            z = layer(z)
+        c, s = at_least_float32(self.channel(mean)), at_least_float32(z)
+        return fast_bam.modulate(x, c, s, carrier, self.mode, self.identity)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, C, *S), the 1 of 1 + σ included."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject.blocks.base import CONV, Block, BlockSpec, he_init, hidden_width, pool
+from attninject.blocks.fast import channel as fast
+from attninject.blocks.fast.dispatch import SMALL, SMALLER
+from attninject.blocks.fast.pointwise import Run, call, pointwise
 from attninject.blocks.gate import GATES, Gate, at_least_float32, scale, zero
-from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+from attninject.blocks.options import BACKEND, Bool, Int, OneOf, Options, Reduction
 
 
 class ChannelMLP(Block):
     """Shared by SE and CBAM's channel attention: descriptor → C / r → C logits → one gate per channel."""
+
+    pools: tuple[str, ...]
 
     def build(self, *, reduction: float, bias: bool, divisor: int, gate: str) -> None:
         """Make the layers, as 1×1 convolutions under timm's names, so that weights interchange."""
@@ -23,13 +29,17 @@ class ChannelMLP(Block):
         self.fc2 = conv(hidden, self.channels, 1, bias=bias)
         self.gate = Gate(gate, identity=self.identity)
 
-    def mlp(self, descriptor: Tensor) -> Tensor:
+    def mlp(self, descriptor: Tensor, run: Run = call) -> Tensor:
         """(B, C, 1, …) → logits of the same shape, float32 or wider."""
-        return at_least_float32(self.fc2(F.relu(self.fc1(descriptor))))
+        return at_least_float32(run(self.fc2, F.relu(run(self.fc1, descriptor))))
+
+    def merged(self, descriptors: Sequence[Tensor], run: Run = call) -> Tensor:
+        """One descriptor (B, C, 1, …) for each of `pools` → gate logits of that shape."""
+        raise NotImplementedError
 
     def logits(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → gate logits (B, C, 1, …)."""
-        raise NotImplementedError
+        return self.merged([pool(x, kind) for kind in self.pools])
 
     def init_identity(self) -> None:
         """Zero the second layer: z = 0."""
@@ -38,6 +48,11 @@ class ChannelMLP(Block):
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         return scale(x, self.gate(self.logits(x)))
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · gate."""
+        carriers, descriptors = fast.squeeze(x, self.pools)
+        return fast.scale(x, self.gate(self.merged(descriptors, pointwise)), carriers)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, C, 1, …)."""
@@ -49,7 +64,8 @@ class SE(ChannelMLP):
 
     arXiv:1709.01507, eq. 2 (squeeze), 3 (excitation), 4 (scale); `gate` and `squeeze` are its ablations.
     Options: `reduction` (a number ≥ 1, or a fraction of the channels), `bias` of both layers, `divisor` of
-    the hidden width, `squeeze` avg | max | both (their mean), `gate` sigmoid | tanh | relu | hard_sigmoid.
+    the hidden width, `squeeze` avg | max | both (their mean), `gate` sigmoid | tanh | relu | hard_sigmoid,
+    `backend` auto | plain (`attninject.blocks.fast`: the same function, computed one way or the other).
 
     Deviations: none from the paper. timm's `SEModule` is `divisor=8, init="paper"`: same keys, same output;
     its `add_maxpool` is `squeeze="both"`.
@@ -61,7 +77,9 @@ class SE(ChannelMLP):
         "divisor": Int(min=1),
         "squeeze": OneOf("avg", "max", "both"),
         "gate": OneOf(*GATES),
+        "backend": BACKEND,
     }
+    lean_from = SMALL
 
     def __init__(
         self,
@@ -74,11 +92,13 @@ class SE(ChannelMLP):
         divisor: int = 1,
         squeeze: str = "avg",
         gate: str = "sigmoid",
+        backend: str = "auto",
     ) -> None:
         super().__init__(
-            channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, squeeze=squeeze, gate=gate
-        )
-        self.squeeze = squeeze
+            channels, dims, init,
+            reduction=reduction, bias=bias, divisor=divisor, squeeze=squeeze, gate=gate, backend=backend,
+        )  # fmt: skip
+        self.pools = ("avg", "max") if squeeze == "both" else (squeeze,)
         self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
         self.initialise()
 
@@ -86,18 +106,17 @@ class SE(ChannelMLP):
         """He initialisation (the paper follows arXiv:1502.01852), zero biases."""
         he_init(self.fc1, self.fc2)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → gate logits (B, C, 1, …)."""
-        if self.squeeze == "both":
-            return self.mlp(0.5 * pool(x, "avg") + 0.5 * pool(x, "max"))
-        return self.mlp(pool(x, self.squeeze))
+    def merged(self, descriptors: Sequence[Tensor], run: Run = call) -> Tensor:
+        """Mean and maximum are averaged, then go through the MLP."""
+        first, *others = descriptors
+        return self.mlp(0.5 * first + 0.5 * others[0] if others else first, run)
 
 
 class ChannelAttention(ChannelMLP):
     """CBAM's channel attention: x · g(MLP(mean of x) + MLP(max of x)), one MLP for both descriptors.
 
     arXiv:1807.06521, eq. 2: MLP(s) = W₁ relu(W₀ s). Options: `reduction`, `divisor`, `gate` as for SE; `pool`
-    avg | max | both, the descriptors that are used; `bias` of both layers.
+    avg | max | both, the descriptors that are used; `bias` of both layers; `backend` as for SE.
 
     Deviations: the paper's formula has no biases, the released code has: `bias=True` follows the code. timm's
     `ChannelAttn` is `bias=False, init="paper"`, same keys; it rounds the hidden width where C / r is no whole
@@ -110,7 +129,9 @@ class ChannelAttention(ChannelMLP):
         "bias": Bool(),
         "divisor": Int(min=1),
         "gate": OneOf(*GATES),
+        "backend": BACKEND,
     }
+    lean_from = SMALLER
 
     def __init__(
         self,
@@ -123,10 +144,12 @@ class ChannelAttention(ChannelMLP):
         bias: bool = True,
         divisor: int = 1,
         gate: str = "sigmoid",
+        backend: str = "auto",
     ) -> None:
         super().__init__(
-            channels, dims, init, reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate
-        )
+            channels, dims, init,
+            reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate, backend=backend,
+        )  # fmt: skip
         self.pools = ("avg", "max") if pool == "both" else (pool,)
         self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
         self.initialise()
@@ -137,9 +160,9 @@ class ChannelAttention(ChannelMLP):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → gate logits (B, C, 1, …)."""
-        first, *others = (self.mlp(pool(x, kind)) for kind in self.pools)
+    def merged(self, descriptors: Sequence[Tensor], run: Run = call) -> Tensor:
+        """Each goes through the MLP; the logits are added."""
+        first, *others = (self.mlp(descriptor, run) for descriptor in descriptors)
         return first + others[0] if others else first
 
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from attninject.blocks.attend import Additive, attend, attention_rows, full_precision, rows, unrows
 from attninject.blocks.base import CONV, Block, BlockSpec, hidden_width
+from attninject.blocks.fast import affinity as fast
+from attninject.blocks.fast.dispatch import SMALL, untouched
 from attninject.blocks.gate import at_least_float32
-from attninject.blocks.options import Bool, Int, Options, Reduction
+from attninject.blocks.options import BACKEND, Bool, Int, Options, Reduction
 
 
 class Weighted(Additive):
@@ -43,13 +45,19 @@ class PositionAttention(Weighted):
     """DANet's position attention: x + γ Σ_j softmax_j(B_iᵀ C_j) D_j, B, C, D 1×1 convolutions of x.
 
     arXiv:1809.02983, eq. 1-2. Options: `reduction` (the width of B and C; D has C channels), `divisor` of
-    that width, `bias`. Keys of B, C, D: `query`, `key`, `value`.
+    that width, `bias`, `backend` as for SE. Keys of B, C, D: `query`, `key`, `value`.
 
     Memory is linear in the positions, in training too; not linear: `attention(x)` and double backward.
     Deviations: none from the paper, whose formula has no 1/√d, or the released code.
     """
 
-    options: ClassVar[Options] = {"reduction": Reduction(), "bias": Bool(), "divisor": Int(min=1)}
+    options: ClassVar[Options] = {
+        "reduction": Reduction(),
+        "bias": Bool(),
+        "divisor": Int(min=1),
+        "backend": BACKEND,
+    }
+    lean_from = SMALL
 
     def __init__(
         self,
@@ -60,8 +68,11 @@ class PositionAttention(Weighted):
         reduction: float = 8,
         bias: bool = True,
         divisor: int = 1,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(channels, dims, init, reduction=reduction, bias=bias, divisor=divisor)
+        super().__init__(
+            channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, backend=backend
+        )
         width, conv = hidden_width(channels, reduction, divisor), CONV[dims]
         self.query = conv(channels, width, 1, bias=bias)
         self.key = conv(channels, width, 1, bias=bias)
@@ -74,6 +85,18 @@ class PositionAttention(Weighted):
         q, k, v = (rows(layer(x)).unsqueeze(1) for layer in (self.query, self.key, self.value))
         return unrows(attend(q, k, v, 1.0).squeeze(1), x)
 
+    def leanable(self, x: Tensor) -> bool:
+        """On a CPU and in full precision; torch's fused kernels do the rest better."""
+        return x.device.type == "cpu" and at_least_float32(x) is x and not torch.is_autocast_enabled("cpu")
+
+    def lean_branch(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → γ · gathered(x)."""
+        return (self.gamma * fast.attend(self.query(x), self.key(x), self.value(x))).to(x.dtype)
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        return x + self.lean_branch(x)
+
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, N, N), the weights that position i gives to each j; they sum to 1."""
         return {"rows": attention_rows(rows(self.query(x)), rows(self.key(x)), 1.0).to(x.dtype)}
@@ -82,17 +105,26 @@ class PositionAttention(Weighted):
 class ChannelAffinity(Weighted):
     """DANet's channel attention: x + γ softmax(−X Xᵀ) X, X = x with its positions in a row: (C, N).
 
-    arXiv:1809.02983, eq. 3-4. Options: `invert` (the minus).
+    arXiv:1809.02983, eq. 3-4. Options: `invert` (the minus), `backend` as for SE.
 
     Deviations: the paper writes softmax(X Xᵀ). The released code takes the softmax of max(E) − E, E = X Xᵀ,
     which equals softmax(−E), as a softmax does not see a shift: channels attend to those *least* like them.
     `invert=True`, the default, is the code, `invert=False` the paper. E and its softmax are float32.
     """
 
-    options: ClassVar[Options] = {"invert": Bool()}
+    options: ClassVar[Options] = {"invert": Bool(), "backend": BACKEND}
+    lean_from = SMALL
 
-    def __init__(self, channels: int, *, dims: int = 2, init: str = "identity", invert: bool = True) -> None:
-        super().__init__(channels, dims, init, invert=invert)
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: str = "identity",
+        invert: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(channels, dims, init, invert=invert, backend=backend)
         self.invert = invert
         self.gamma = nn.Parameter(torch.zeros(1))
         self.initialise()
@@ -108,6 +140,14 @@ class ChannelAffinity(Weighted):
         with full_precision(x):
             return (self.weights(flat) @ flat).unflatten(2, x.shape[2:])
 
+    def leanable(self, x: Tensor) -> bool:
+        """In full precision."""
+        return at_least_float32(x) is x
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        return fast.mix(x, self.gamma, self.invert)
+
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, C, C), the weights that channel i gives to each j; they sum to 1."""
         with full_precision(x):
@@ -118,13 +158,14 @@ class DANet(Block):
     """DANet's dual attention: x + γ_p P(x) + γ_c Q(x), P between positions, Q between channels.
 
     arXiv:1809.02983, section 3.4: the sum of both modules' outputs. Options: `reduction`, `bias`, `divisor`
-    of `PositionAttention`, `invert` of `ChannelAffinity`.
+    of `PositionAttention`, `invert` of `ChannelAffinity`; `backend` as for SE.
 
     Deviations: each published module adds x of its own and stands between convolutions of a segmentation
     head, which then sums them: that would be 2x. Here x is added once and the convolutions are left out.
     """
 
     options: ClassVar[Options] = {**PositionAttention.options, **ChannelAffinity.options}
+    lean_from = SMALL
 
     def __init__(
         self,
@@ -136,8 +177,12 @@ class DANet(Block):
         bias: bool = True,
         divisor: int = 1,
         invert: bool = True,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, invert=invert)
+        super().__init__(
+            channels, dims, init,
+            reduction=reduction, bias=bias, divisor=divisor, invert=invert, backend=backend,
+        )  # fmt: skip
         self.position = PositionAttention(
             channels, dims=dims, init="paper", reduction=reduction, bias=bias, divisor=divisor
         )
@@ -152,6 +197,16 @@ class DANet(Block):
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
         return x + (self.position.branch(x) + self.channel.branch(x))
+
+    def leanable(self, x: Tensor) -> bool:
+        """If both halves are, and nobody would miss a call of theirs."""
+        position, channel = self.position, self.channel
+        known = type(position) is PositionAttention and type(channel) is ChannelAffinity
+        return known and untouched(position, channel) and position.leanable(x)
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape."""
+        return self.channel.lean(x) + self.position.lean_branch(x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `position`: (B, N, N) and `channel`: (B, C, C), the rows of both halves."""

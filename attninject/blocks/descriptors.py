@@ -22,8 +22,11 @@ from attninject.blocks.base import (
     positions,
     static_shape,
 )
+from attninject.blocks.fast import channel as fast_channel
+from attninject.blocks.fast import context as fast_context
+from attninject.blocks.fast.dispatch import SMALL, untouched
 from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from attninject.blocks.options import Int, Maybe, Number, Odd, OneOf, Options, Positive, Reduction
+from attninject.blocks.options import BACKEND, Int, Maybe, Number, Odd, OneOf, Options, Positive, Reduction
 from attninject.errors import BlockError
 
 
@@ -32,7 +35,7 @@ class ECA(GateBlock):
 
     arXiv:1910.03151, eq. 9 (one kernel of k weights shared by all channels, no bias) and 12 (k grows with the
     channels: the odd number nearest to log₂(C)/γ + b/γ). Options: `kernel_size` (odd; None: eq. 12), `gamma`
-    and `beta` (γ and b), `gate` as for SE.
+    and `beta` (γ and b), `gate` and `backend` as for SE.
 
     Deviations: none. timm's `EcaModule(C)` has the same key and output but never a kernel below 3, where
     eq. 12 gives 1 for C < 8. The order of the channels matters to this block: its first and last channels see
@@ -44,7 +47,9 @@ class ECA(GateBlock):
         "gamma": Positive(),
         "beta": Number(),
         "gate": OneOf(*GATES),
+        "backend": BACKEND,
     }
+    lean_from = SMALL
 
     def __init__(
         self,
@@ -56,8 +61,12 @@ class ECA(GateBlock):
         gamma: float = 2,
         beta: float = 1,
         gate: str = "sigmoid",
+        backend: str = "auto",
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, gamma=gamma, beta=beta, gate=gate)
+        super().__init__(
+            channels, dims, init,
+            kernel_size=kernel_size, gamma=gamma, beta=beta, gate=gate, backend=backend,
+        )  # fmt: skip
         k = adaptive_kernel(channels, gamma, beta) if kernel_size is None else kernel_size
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
         self.gate = Gate(gate, identity=self.identity)
@@ -67,10 +76,19 @@ class ECA(GateBlock):
         """Zero the kernel: z = 0."""
         zero(self.conv)
 
+    def slide(self, mean: Tensor) -> Tensor:
+        """The descriptor (B, C, 1, …) → the gate, the same shape."""
+        z = self.conv(mean.flatten(1).unsqueeze(1)).squeeze(1)
+        return self.gate(z.view_as(mean))
+
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → (B, C, 1, …)."""
-        z = self.conv(pool(x, "avg").flatten(1).unsqueeze(1)).squeeze(1)
-        return self.gate(column(z, x))
+        return self.slide(pool(x, "avg"))
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · gate."""
+        carriers, (mean,) = fast_channel.squeeze(x, ("avg",))
+        return fast_channel.scale(x, self.slide(mean), carriers)
 
 
 def adaptive_kernel(channels: int, gamma: float = 2, beta: float = 1) -> int:
@@ -185,7 +203,7 @@ class GC(Block):
     arXiv:1904.11492, eq. 4 (the framework: context, transform, fusion), 5 (the block that adds); multiplying
     and the plain mean are its ablations. MLP: W₂ relu(LN(W₁ s)) through C / `reduction`. Options: `fusion`
     add | multiply | both (multiply first, each its own MLP), `pool` att | avg (the mean, no softmax),
-    `reduction`, `divisor`, `gate` of the multiplying form.
+    `reduction`, `divisor`, `gate` of the multiplying form, `backend` as for SE.
 
     Deviations: none. timm's `GlobalContext` is `fusion="multiply", reduction=8, init="paper"` with the same
     keys; its LayerNorm has ε 1e-6, ours 1e-5 as released. A hidden width of one makes the norm's output
@@ -198,7 +216,9 @@ class GC(Block):
         "reduction": Reduction(),
         "divisor": Int(min=1),
         "gate": OneOf(*GATES),
+        "backend": BACKEND,
     }
+    lean_from = SMALL
 
     def __init__(
         self,
@@ -211,10 +231,12 @@ class GC(Block):
         reduction: float = 16,
         divisor: int = 1,
         gate: str = "sigmoid",
+        backend: str = "auto",
     ) -> None:
         super().__init__(
-            channels, dims, init, fusion=fusion, pool=pool, reduction=reduction, divisor=divisor, gate=gate
-        )
+            channels, dims, init,
+            fusion=fusion, pool=pool, reduction=reduction, divisor=divisor, gate=gate, backend=backend,
+        )  # fmt: skip
         hidden = hidden_width(channels, reduction, divisor)
         self.conv_attn = CONV[dims](channels, 1, 1) if pool == "att" else None
         self.mlp_scale = ContextMLP(channels, hidden, dims) if fusion != "add" else None
@@ -250,22 +272,34 @@ class GC(Block):
             return pool(x, "avg")
         return column(torch.bmm(x.flatten(2), weights).squeeze(2), x)  # a view in both memory formats
 
-    def fused(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """x: (B, C, *S) → factor and summand, (B, C, 1, …) each, None where not used."""
-        s = self.context(x)
+    def fused(self, s: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The context (B, C, 1, …) → factor and summand of the same shape, None where not used."""
         factor = None if self.mlp_scale is None else self.gate(at_least_float32(self.mlp_scale(s)))
-        summand = None if self.mlp_add is None else self.mlp_add(s).to(x.dtype)
+        summand = None if self.mlp_add is None else self.mlp_add(s).to(s.dtype)
         return factor, summand
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · factor + summand."""
-        factor, summand = self.fused(x)
+        factor, summand = self.fused(self.context(x))
         y = x if factor is None else scale(x, factor)
         return y if summand is None else y + summand
 
+    def leanable(self, x: Tensor) -> bool:
+        """If the layer that reads the map is the plain convolution it was built as."""
+        conv = self.conv_attn
+        return conv is None or (type(conv) is CONV[self.dims] and untouched(conv))
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · factor + summand."""
+        if self.conv_attn is None:
+            carriers, (s,) = fast_channel.squeeze(x, ("avg",))
+        else:
+            carriers, s = fast_context.context(x, self.conv_attn)
+        return fast_context.affine_of(x, *self.fused(s), carriers)
+
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → of these what there is: `weights`: (B, 1, *S), `gate` and `shift`: (B, C, 1, …)."""
-        weights, (factor, summand) = self.weights(x), self.fused(x)
+        weights, (factor, summand) = self.weights(x), self.fused(self.context(x))
         found = {
             "weights": None if weights is None else weights.reshape(x.shape[0], 1, *x.shape[2:]),
             "gate": None if factor is None else factor.to(x.dtype),

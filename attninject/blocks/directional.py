@@ -23,13 +23,21 @@ from attninject.blocks.base import (
     positions,
     static_shape,
 )
+from attninject.blocks.fast import axes as fast
+from attninject.blocks.fast.dispatch import SMALL
+from attninject.blocks.fast.pointwise import Run, call, pointwise
 from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
-from attninject.blocks.options import Bool, Int, Odd, OneOf, Options, Reduction
+from attninject.blocks.options import BACKEND, Bool, Int, Odd, OneOf, Options, Reduction
 
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 """Spatial dimensions → what each axis is called in `attention`."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _vmapped() -> bool:
+    """Whether torch.func is at work, whose vmap cannot say whether a tensor is in channels_last."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def reduce_axes(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
@@ -38,7 +46,7 @@ def reduce_axes(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
     In channels_last the axes are permuted first: torch's reductions then walk through memory in order, about
     eight times as fast.
     """
-    last = _CHANNELS_LAST.get(x.ndim)
+    last = None if _vmapped() else _CHANNELS_LAST.get(x.ndim)
     if last is None or not x.is_contiguous(memory_format=last) or x.is_contiguous():
         return getattr(x, kind)(axes, keepdim=True)
     moved = [axis - 1 if axis > 1 else x.ndim - 1 for axis in axes]
@@ -55,12 +63,17 @@ def strips(x: Tensor) -> list[Tensor]:
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Strips in one row, so that one layer serves all: → (B, C, ΣS, 1, …), of as many axes as the strips."""
+    if len(parts) == 2:  # the same in fewer operations
+        return torch.cat([parts[0], parts[1].transpose(2, 3)], 2)
     return torch.cat([part.flatten(2) for part in parts], 2)[(..., *(None,) * (parts[0].ndim - 3))]
 
 
 def parted(row: Tensor, x: Tensor) -> list[Tensor]:
     """The inverse of `joined` for x: (B, C, *S): each strip along its own axis again."""
     sizes = static_shape(x)[2:]
+    if len(sizes) == 2:
+        first, second = row.split(sizes, 2)
+        return [first, second.transpose(2, 3)]
     parts = row.flatten(2).split(sizes, 2)
     shapes = [[n if i == axis else 1 for i in range(len(sizes))] for axis, n in enumerate(sizes)]
     return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -72,7 +85,7 @@ class Coordinate(Block):
     arXiv:2103.02907, eq. 4-5 (z_h, z_w: means of x along the other axis), 6 (F₁ to a width of
     max(`min_width`, C / `reduction`), the strips side by side), 7-8 (one layer per axis), 9. In 3D there are
     three strips and gates, in 1D one, which is x itself. Options: `reduction`, `min_width`, `bias` of all
-    layers, `gate` as for SE.
+    layers, `gate` and `backend` as for SE.
 
     Deviations: none from the released code. timm's `CoordAttn` has no biases, another width, and keys
     `bn1`, `conv_h`, `conv_w` for our `norm`, `excite.0`, `excite.1`; with equal widths the outputs agree.
@@ -84,7 +97,9 @@ class Coordinate(Block):
         "min_width": Int(min=1),
         "bias": Bool(),
         "gate": OneOf(*GATES),
+        "backend": BACKEND,
     }
+    lean_from = SMALL
 
     def __init__(
         self,
@@ -96,8 +111,12 @@ class Coordinate(Block):
         min_width: int = 8,
         bias: bool = True,
         gate: str = "sigmoid",
+        backend: str = "auto",
     ) -> None:
-        super().__init__(channels, dims, init, reduction=reduction, min_width=min_width, bias=bias, gate=gate)
+        super().__init__(
+            channels, dims, init,
+            reduction=reduction, min_width=min_width, bias=bias, gate=gate, backend=backend,
+        )  # fmt: skip
         hidden, conv = max(min_width, hidden_width(channels, reduction)), CONV[dims]
         self.conv1 = conv(channels, hidden, 1, bias=bias)
         self.norm = BATCH_NORM[dims](hidden)
@@ -109,11 +128,15 @@ class Coordinate(Block):
         """Zero the last layer of every axis: all gates are 1, and each passes the others' gradient on."""
         zero(*self.excite)
 
+    def read(self, means: Sequence[Tensor], x: Tensor, run: Run = call) -> list[Tensor]:
+        """The strips of x → logits of one gate per axis, of the strip's shape, float32 or wider."""
+        f = F.hardswish(normalize(self.norm, run(self.conv1, joined(means))))
+        parts = zip(self.excite, parted(f, x), strict=True)
+        return [at_least_float32(run(layer, part)) for layer, part in parts]
+
     def gates(self, x: Tensor) -> list[Tensor]:
         """x: (B, C, *S) → one gate per axis, (B, C, H, 1) and (B, C, 1, W) in 2D, float32 or wider."""
-        f = F.hardswish(normalize(self.norm, self.conv1(joined(strips(x)))))
-        logits = [layer(part) for layer, part in zip(self.excite, parted(f, x), strict=True)]
-        return [self.gate(at_least_float32(z)) for z in logits]
+        return [self.gate(z) for z in self.read(strips(x), x)]
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · the gates."""
@@ -121,6 +144,12 @@ class Coordinate(Block):
         for gate in self.gates(x):
             y = scale(y, gate)
         return y
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · the gates."""
+        carriers, means = fast.strips(x)
+        factors = [fast.opened(self.gate, z, x) for z in self.read(means, x, pointwise)]
+        return fast.scale(x, factors, carriers)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `height`: (B, C, H, 1) and `width`: (B, C, 1, W); `depth` in 3D, `length` in 1D."""

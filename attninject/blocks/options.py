@@ -191,6 +191,10 @@ class OneOf:
         return f"OneOf{self.values}"
 
 
+BACKEND = OneOf("auto", "plain")
+"""Option `backend` of every block with a lean form: chosen by size and circumstances, or the definition."""
+
+
 def _range(low: float | None, high: float | None) -> str:
     if low is not None and high is not None:
         return f" from {low} to {high}"

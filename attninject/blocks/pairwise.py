@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -19,11 +20,15 @@ from attninject.blocks.attend import (
     unrows,
 )
 from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, hidden_width, static_shape
+from attninject.blocks.fast import affinity, pairs
+from attninject.blocks.fast.dispatch import SMALL, untouched
 from attninject.blocks.gate import at_least_float32, normalize, zero
-from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+from attninject.blocks.options import BACKEND, Bool, Int, OneOf, Options, Reduction
 
 SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
 NONLOCAL_MODES = (*SOFTMAX_MODES, "dot_product", "concatenation")
+FEW = 1024
+"""Positions up to which a softmax by blocks is faster than the fused one, which wants its rows copied."""
 
 
 class NonLocal(Block):
@@ -41,12 +46,13 @@ class NonLocal(Block):
     θ, φ, g, W are 1×1 convolutions through a bottleneck of C / `reduction`. Options besides: `sub_sample`
     (max-pool φ and g by 2 over positions, in 3D by 1×2×2, as in section 3.3; a side of one position stays),
     `norm` behind W, `scale` (the logit, or f itself where there is no exp, times d^-1/2, d the width of the
-    vectors compared), `bias` of the convolutions, `divisor` of the bottleneck.
+    vectors compared), `bias` of the convolutions, `divisor` of the bottleneck, `backend` as for SE.
 
     Memory is linear in the positions, in training too, in every mode: the Gaussian forms use torch's fused
     attention, the dot product is summed as θ (φᵀ g), the concatenation over sorted prefix sums in
-    O(N log N). Not linear: `attention(x)`, which returns the matrix; double backward of the Gaussian forms;
-    an exported concatenation form, since ONNX cannot search a sorted list.
+    O(N log N). Where the positions are so few that their matrix is no larger than the embeddings, it is
+    formed, which is cheaper. Not linear: `attention(x)`, which returns the matrix; double backward of the
+    Gaussian forms; an exported concatenation form, since ONNX cannot search a sorted list.
 
     Deviations: with sub-sampling, "number of j" counts the pooled positions that are summed (the paper
     writes N). The last two modes' sums are unbounded: they and W are computed in float32, and cut to the
@@ -64,7 +70,9 @@ class NonLocal(Block):
         "scale": Bool(),
         "bias": Bool(),
         "divisor": Int(min=1),
+        "backend": BACKEND,
     }
+    lean_from = SMALL
 
     def __init__(
         self,
@@ -79,15 +87,16 @@ class NonLocal(Block):
         scale: bool = False,
         bias: bool = True,
         divisor: int = 1,
+        backend: str = "auto",
     ) -> None:
         super().__init__(
             channels, dims, init,
             mode=mode, reduction=reduction, sub_sample=sub_sample, norm=norm, scale=scale, bias=bias,
-            divisor=divisor,
+            divisor=divisor, backend=backend,
         )  # fmt: skip
         width = hidden_width(channels, reduction, divisor)
         conv, embedded = CONV[dims], mode != "gaussian"
-        self.mode, self.sub_sample = mode, sub_sample
+        self.mode, self.sub_sample, self.width = mode, sub_sample, width if embedded else channels
         self.scale = (width if embedded else channels) ** -0.5 if scale else 1.0
         self.theta = conv(channels, width, 1, bias=bias) if embedded else None
         self.phi = conv(channels, width, 1, bias=bias) if embedded else None
@@ -114,16 +123,30 @@ class NonLocal(Block):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, C, *S) of N positions → θ (B, N, d), φ (B, M, d) and g (B, M, e), M ≤ N.
-
-        d and e are the bottleneck's width, but for the Gaussian mode, where θ and φ are x.
-        """
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, *S) → θ, φ and g as maps, φ and g of fewer positions if sub-sampled."""
         theta = x if self.theta is None else self.theta(x)
         phi = x if self.phi is None else self.phi(x)
         g = self.g(x)
         if self.sub_sample:
             phi, g = halve(phi), halve(g)
+        return theta, phi, g
+
+    def lean_maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with one gradient of x written instead of three added up, where that is known to pay."""
+        layers = [layer for layer in (self.theta, self.phi, self.g) if layer is not None]
+        if x.device.type != "cpu" or not self.bare(x, *layers):
+            return self.maps(x)
+        found = pairs.project(x, layers)
+        theta, phi, g = found if len(found) == 3 else (x, x, found[0])
+        return (theta, halve(phi), halve(g)) if self.sub_sample else (theta, phi, g)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, *S) of N positions → θ (B, N, d), φ (B, M, d) and g (B, M, e), M ≤ N.
+
+        d and e are the bottleneck's width, but for the Gaussian mode, where θ and φ are x.
+        """
+        theta, phi, g = self.maps(x)
         return rows(theta), rows(phi), rows(g)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -131,14 +154,103 @@ class NonLocal(Block):
         theta, phi, g = self.embed(x)
         if self.mode in SOFTMAX_MODES:
             q, k, v = (t.unsqueeze(1) for t in (theta, phi, g))  # one head: (B, 1, N, d)
-            y = self.out(unrows(attend(q, k, v, self.scale).squeeze(1), x))
+            return self.added(x, attend(q, k, v, self.scale).squeeze(1))
+        return self.added(x, self.unbounded(theta, phi, g))
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + BN(W y) for rows y: (B, N, e); a transposed map counts as rows and is not copied."""
+        if self.mode in SOFTMAX_MODES:
+            z = self.out(unrows(y, x))
         else:
-            y = project(self.out, self.unbounded(theta, phi, g), x)
+            z = project(self.out, y, x)
             if self.norm is not None and self.training and self.out.weight.dtype == torch.float16:
-                y = y.clamp(-255, 255)  # whose squares, the norm's statistics, float16 can hold
+                z = z.clamp(-255, 255)  # whose squares, the norm's statistics, float16 can hold
         if self.norm is not None:
-            y = normalize(self.norm, y)
-        return x + y.to(x.dtype)
+            z = normalize(self.norm, z)
+        return x + z.to(x.dtype)
+
+    def leanable(self, x: Tensor) -> bool:
+        """Without a softmax always; with one on a CPU and in full precision, for few positions.
+
+        Elsewhere torch's fused kernels are faster, or nothing was measured.
+        """
+        if self.mode not in SOFTMAX_MODES:
+            return True
+        few = x.shape[2:].numel() <= FEW and x.is_contiguous()
+        return x.device.type == "cpu" and full(x) and (few or self.others(x) <= self.width)
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the same shape; all maps stay laid out as x."""
+        if self.mode not in SOFTMAX_MODES:
+            return self.added(x, self.cheapest(x))
+        theta, phi, g = self.lean_maps(x)
+        if self.others(x) <= self.width:
+            q, k, v = (t.flatten(2) for t in (theta, phi, g))
+            return self.added(x, pairs.gather(q, k, v, self.scale).mT)
+        y = affinity.attend(theta if self.scale == 1 else self.scale * theta, phi, g)
+        return self.added(x, y.flatten(2).mT)
+
+    def others(self, x: Tensor) -> int:
+        """M, how many positions are summed over."""
+        sides = x.shape[2:]
+        kept = max(0, len(sides) - 2) if self.sub_sample else len(sides)
+        return math.prod(sides[:kept]) * math.prod(side // 2 or side for side in sides[kept:])
+
+    def cheapest(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → `unbounded` in the cheaper order of products; rows (B, N, e) of a map that lies as x.
+
+        With the N×M matrix or without; the matrix only where it is no larger than the embeddings.
+        """
+        by_rows = not pairs.lies_by_rows(x.flatten(2))  # of the transposed map
+        n, m, factor = x.shape[2:].numel(), self.others(x), self.scale / self.others(x)
+        if self.mode == "concatenation":
+            a, b, g = self.folded(x) if self.foldable(x) else self.unfolded(x)
+            with full_precision(x):
+                a, b = factor * a, factor * b  # relu(t · f) is t · relu(f) for t > 0
+                if m > self.width:
+                    return relu_of_sums(a, b, g.contiguous())
+                return pairs.product(torch.relu_(a.unsqueeze(2) + b.unsqueeze(1)), g, by_rows)
+        theta, phi, g = (at_least_float32(t).flatten(2).mT for t in self.lean_maps(x))
+        d, e = theta.shape[2], g.shape[2]
+        with full_precision(x):
+            if n * m * (d + e) <= (n + m) * d * e:
+                return pairs.product((theta @ phi.mT) * factor, g, by_rows)
+            return pairs.product(theta, (phi.mT @ g) * factor, by_rows)
+
+    def unfolded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, *S) → both summands of the concatenation form, and the rows of g, float32 or wider."""
+        theta, phi, g = (at_least_float32(t).flatten(2).mT for t in self.maps(x))
+        with full_precision(x):
+            return *self.halves(theta, phi), g
+
+    def foldable(self, x: Tensor) -> bool:
+        """Whether θ and φ may go into `concat`'s weights."""
+        return not self.sub_sample and self.bare(x, self.theta, self.phi)
+
+    def bare(self, x: Tensor, *layers: nn.Module | None) -> bool:
+        """Whether these are our 1×1 convolutions in x's precision, and nobody would miss a call of theirs."""
+        one, none = (1,) * self.dims, (0,) * self.dims
+        return full(x) and all(
+            type(layer) is CONV[self.dims]
+            and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == (one, one, none, 1)
+            and type(layer.weight) in (nn.Parameter, Tensor)
+            and layer.weight.dtype == x.dtype
+            and untouched(layer)
+            for layer in layers
+        )
+
+    def folded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as `unfolded`, by w_aᵀ (Θ x + t) = (Θᵀ w_a)ᵀ x + w_aᵀ t: two of the four large products less."""
+        assert self.concat is not None
+        directions, shifts = [], []
+        for layer, w in zip((self.theta, self.phi), self.concat.weight.chunk(2, 1), strict=True):
+            assert layer is not None
+            directions.append(w @ layer.weight.flatten(1))
+            shifts.append(w.new_zeros(1) if layer.bias is None else w @ layer.bias)
+        flat = x.flatten(2).mT
+        weight = torch.cat(directions).T.expand(x.shape[0], -1, -1)
+        a, b = (pairs.product(flat, weight, flat.is_contiguous()) + torch.cat(shifts)).unbind(2)
+        return a, b, self.g(x).flatten(2).mT
 
     def unbounded(self, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         """Rows of the embeddings → y: (B, N, e) of the modes without softmax, float32 or wider."""
@@ -173,6 +285,13 @@ class NonLocal(Block):
                 a, b = self.halves(theta, phi)
                 f = F.relu(a.unsqueeze(2) + b.unsqueeze(1))
         return {"rows": f * (self.scale / phi.shape[1])}
+
+
+def full(x: Tensor) -> bool:
+    """Whether layers compute in x's dtype, and that is float32 or wider."""
+    kind = x.device.type
+    low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return at_least_float32(x) is x and not low
 
 
 def halve(x: Tensor) -> Tensor:

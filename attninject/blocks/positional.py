@@ -21,8 +21,11 @@ from attninject.blocks.base import (
     static_shape,
 )
 from attninject.blocks.channel import SE
+from attninject.blocks.fast import context as fast
+from attninject.blocks.fast.dispatch import SMALL, untouched
+from attninject.blocks.fast.pointwise import pointwise
 from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
-from attninject.blocks.options import Bool, Int, Odd, OneOf, Options, Positive, Reduction
+from attninject.blocks.options import BACKEND, Bool, Int, Odd, OneOf, Options, Positive, Reduction
 
 
 class PointwiseSAM(GateBlock):
@@ -285,7 +288,7 @@ class SCSE(Block):
 
     arXiv:1803.02579, section 2: g_c is SE's, g_s = σ(1×1 convolution to one channel), the two maps are added;
     arXiv:1808.08127 compares ways to combine the two maps: `mode` add | max | multiply, element by element.
-    Options: `mode`, `reduction`, `bias` of all layers, `divisor`.
+    Options: `mode`, `reduction`, `bias` of all layers, `divisor`, `backend` as for SE.
 
     The product of two scaled maps holds x², which no gate makes x: under `multiply`, `identity` is `blend`.
     The sum's identity is the published g_c + g_s, each 1/2 at first; the maximum's gates are doubled.
@@ -299,7 +302,9 @@ class SCSE(Block):
         "reduction": Reduction(),
         "bias": Bool(),
         "divisor": Int(min=1),
+        "backend": BACKEND,
     }
+    lean_from = SMALL
 
     def __init__(
         self,
@@ -311,8 +316,12 @@ class SCSE(Block):
         reduction: float = 2,
         bias: bool = True,
         divisor: int = 1,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(channels, dims, init, mode=mode, reduction=reduction, bias=bias, divisor=divisor)
+        super().__init__(
+            channels, dims, init,
+            mode=mode, reduction=reduction, bias=bias, divisor=divisor, backend=backend,
+        )  # fmt: skip
         self.mode = mode
         inner = "identity" if self.identity else "paper"
         self.channel = SE(channels, dims=dims, init=inner, reduction=reduction, bias=bias, divisor=divisor)
@@ -341,6 +350,17 @@ class SCSE(Block):
             return torch.maximum(scale(x, channel), scale(x, spatial))
         product = at_least_float32(x).square() * (channel * spatial)  # overflows in float16
         return product if self.alpha is not None else product.to(x.dtype)
+
+    def leanable(self, x: Tensor) -> bool:
+        """The sum, if the layer that reads the map is the plain convolution it was built as."""
+        bare = type(self.spatial) is CONV[self.dims] and untouched(self.channel, self.spatial)
+        return self.mode == "add" and type(self.channel) is SE and bare
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · (g_c + g_s)."""
+        carriers, (mean, z) = fast.squeeze_project(x, self.spatial)
+        c, s = self.gate(self.channel.merged([mean], pointwise)), self.gate(at_least_float32(z))
+        return fast.scale_by_sum(x, c, s, carriers)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S)."""

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, he_init
+from attninject.blocks.fast import spatial as fast
+from attninject.blocks.fast.dispatch import SMALLER
 from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from attninject.blocks.options import Bool, OneOf, Options
+from attninject.blocks.options import BACKEND, Bool, OneOf, Options
 
 
 class SpatialAttention(Block):
     """CBAM's spatial attention: x · g(BN(conv k×k([max of x; mean of x]))), pooled over the channels.
 
     arXiv:1807.06521, eq. 3. Options: `kernel_size` 3 | 5 | 7, `bias` of the convolution, `norm` (the batch
-    norm behind it), `concat` max_mean | mean_max (the order of its two input channels), `gate` as for SE.
+    norm behind it), `concat` max_mean | mean_max (the order of its two input channels), `gate` and `backend` as for SE.
 
     Deviations: the paper's formula has no norm, the released code has: `norm=True` follows the code, and so
     does the order [max, mean] (the paper writes [mean, max], and so does timm's `SpatialAttn`, which is
@@ -30,7 +32,9 @@ class SpatialAttention(Block):
         "norm": Bool(),
         "concat": OneOf("max_mean", "mean_max"),
         "gate": OneOf(*GATES),
+        "backend": BACKEND,
     }
+    lean_from = SMALLER
 
     def __init__(
         self,
@@ -43,10 +47,12 @@ class SpatialAttention(Block):
         norm: bool = True,
         concat: str = "max_mean",
         gate: str = "sigmoid",
+        backend: str = "auto",
     ) -> None:
         super().__init__(
-            channels, dims, init, kernel_size=kernel_size, bias=bias, norm=norm, concat=concat, gate=gate
-        )
+            channels, dims, init,
+            kernel_size=kernel_size, bias=bias, norm=norm, concat=concat, gate=gate, backend=backend,
+        )  # fmt: skip
         self.concat = concat
         self.conv = CONV[dims](2, 1, kernel_size, padding=kernel_size // 2, bias=bias)
         self.norm = BATCH_NORM[dims](1) if norm else None
@@ -72,15 +78,24 @@ class SpatialAttention(Block):
         if self.norm is not None:
             self.norm.reset_parameters()
 
+    def read(self, largest: Tensor, mean: Tensor) -> Tensor:
+        """Maximum and mean over the channels, (B, 1, *S) → gate logits (B, 1, *S), float32 or wider."""
+        pooled = (largest, mean) if self.concat == "max_mean" else (mean, largest)
+        z = self.conv(torch.cat(pooled, 1))
+        return at_least_float32(z if self.norm is None else normalize(self.norm, z))
+
     def logits(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → gate logits (B, 1, *S), float32 or wider."""
-        pooled = [x.amax(1, keepdim=True), x.mean(1, keepdim=True)]
-        z = self.conv(torch.cat(pooled if self.concat == "max_mean" else pooled[::-1], 1))
-        return at_least_float32(z if self.norm is None else normalize(self.norm, z))
+        return self.read(x.amax(1, keepdim=True), x.mean(1, keepdim=True))
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         return scale(x, self.gate(self.logits(x)))
+
+    def lean(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · gate."""
+        carriers, descriptors = fast.pool(x)
+        return fast.scale(x, self.gate(self.read(*descriptors)), carriers)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, 1, *S)."""

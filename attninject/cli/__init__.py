@@ -21,6 +21,7 @@ VERBS = {  # verb: its module here
     "export": "export",
     "demo": "demo",
     "bench": "bench",
+    "zoo": "zoo",
 }
 
 DESCRIPTION = "Attention blocks injected into pretrained vision networks, without losing a weight."

@@ -1,13 +1,24 @@
-"""Measure attninject's own cost on this machine, as ratios taken side by side in one process."""
+"""Measure attninject's own cost on this machine, as ratios taken side by side in one process.
+
+`inject`: injection beside PEFT and torchvision. `blocks`: every block forward and backward beside timm's modules,
+the papers' formulas, and mmcv's where installed. `models`: training steps of whole networks beside timm's.
+`finetune`: steps of the training engine with a recipe beside those without. `digits`: five nets on digits, five seeds.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from attninject.cli import bench_training
 from attninject.cli.common import add_json, print_json, word
 
-HELP = "measure injection against its peers, in one process, as ratios"
-WHAT = ("inject",)
+HELP = "measure injection and blocks against their peers, in one process, as ratios"
+WHAT = ("inject", "blocks", "models", "finetune", "digits")
+DTYPES, FORMATS = ("float32", "bfloat16", "float16"), ("NCHW", "channels_last")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,20 +28,110 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds per figure (default 9)")
     parser.add_argument(
-        "--sites", type=_numbers, default=[100, 1000, 10000], metavar="N,…", help="sizes of the deep chain"
+        "--sites", type=_numbers, default=[100, 1000, 10000], metavar="N,…", help="inject: sizes of the chain"
     )
     add_json(parser)
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the figures there as JSON too")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
+    )
+    parser.add_argument("--quick", action="store_true", help="three rounds, small maps and images")
+    parser.add_argument("--compiled", action="store_true", help="blocks, models: our blocks compiled by inductor "
+                        "too (slow); finetune: the model compiled")  # fmt: skip
+    parser.add_argument("--batch", type=int, metavar="N", help="models, finetune: images per step")
+    parser.add_argument("--image", type=int, metavar="N", help="models, finetune: side of an image")
+    _add_speed(parser.add_argument_group("blocks and models: time and memory beside their peers"))
+    bench_training.add_arguments(parser)
+
+
+def _add_speed(group: Any) -> None:
+    group.add_argument("--only", type=_names, metavar="NAME,…", help="these rows, as se,cbam; all by default")
+    group.add_argument("--threads", type=int, default=1, metavar="N", help="within an operation (default 1)")
+    group.add_argument("--dtypes", type=_among(DTYPES), metavar="D,…", help=f"of {', '.join(DTYPES)}")
+    group.add_argument("--formats", type=_among(FORMATS), metavar="F,…", help=f"of {', '.join(FORMATS)}")
+    group.add_argument("--maps", type=_maps, metavar="BxCxHxW,…", help="blocks: maps, as 8x256x56x56")
+    group.add_argument("--details", action="store_true", help="every figure, not the ratios alone")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print Markdown tables, or JSON."""
-    from attninject.experiments import bench
+    makers = {
+        "inject": _inject,
+        "blocks": _blocks,
+        "models": _models,
+        "finetune": bench_training.finetune,
+        "digits": bench_training.digits,
+    }
+    result, words = makers[args.what](args)
+    if args.save:
+        import json
 
-    result = bench.inject(rounds=args.rounds, chain=args.sites)
+        args.save.write_text(json.dumps(result, indent=1), encoding="utf-8")
     if args.json:
         print_json(result)
     else:
-        print(bench.to_markdown(result))
+        print(words(result))
+
+
+Measured = tuple[dict[str, Any], Callable[[Any], str]]
+
+
+def _inject(args: argparse.Namespace) -> Measured:
+    from attninject.experiments import bench
+
+    return bench.inject(rounds=args.rounds, chain=args.sites), bench.to_markdown
+
+
+def _blocks(args: argparse.Namespace) -> Measured:
+    from attninject.experiments import bench_blocks, peers
+
+    given = _shared(args, peers.SUBJECTS)
+    maps = args.maps or ([(2, 64, 28, 28), (1, 64, 14, 14)] if args.quick else None)
+    result = bench_blocks.blocks(sizes=maps, **given)
+    return result, lambda found: bench_blocks.to_markdown(found, details=args.details)
+
+
+def _models(args: argparse.Namespace) -> Measured:
+    from attninject.experiments import bench_models
+
+    given = _shared(args, bench_models.NETWORKS)
+    batch, image = args.batch or (2 if args.quick else None), args.image or (64 if args.quick else None)
+    result = bench_models.networks(batch=batch, image=image, **given)
+    return result, lambda found: bench_models.to_markdown(found, details=args.details)
+
+
+def _shared(args: argparse.Namespace, rows: Any) -> dict[str, Any]:
+    """The arguments that both take; those not given are left to their defaults."""
+    if args.only:
+        known = word(rows, "row")
+        try:
+            args.only = [known(name) for name in args.only]
+        except argparse.ArgumentTypeError as error:
+            args.parser.error(f"argument --only: {error}")
+    given: dict[str, Any] = {
+        "device": _device(args),
+        "only": args.only,
+        "rounds": min(args.rounds, 3) if args.quick else args.rounds,
+        "threads": args.threads,
+        "compiled": args.compiled,
+        "dtypes": args.dtypes,
+        "progress": _progress,
+    }
+    return {**given, **({"formats": args.formats} if args.formats else {})}
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    found = torch.cuda.is_available()
+    if args.device == "cuda" and not found:
+        args.parser.error("argument --device: torch finds no CUDA device here")
+    return "cuda" if found and args.device != "cpu" else "cpu"
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _numbers(text: str) -> list[int]:
@@ -38,3 +139,23 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 100,1000") from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _among(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """An argparse type: a list of some of `choices`."""
+    known = word(choices, "name")
+    return lambda text: [known(name) for name in _names(text)]
+
+
+def _maps(text: str) -> list[tuple[int, ...]]:
+    try:
+        found = [tuple(int(n) for n in part.split("x")) for part in _names(text)]
+    except ValueError:
+        found = []
+    if not found or any(len(size) != 4 or min(size) < 1 for size in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of maps, such as 8x256x56x56,8x1024x14x14")
+    return found

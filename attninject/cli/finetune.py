@@ -1,6 +1,7 @@
 """Fine-tune a model with or without attention blocks: from an experiment file, from flags, or from both.
 
-On several devices: accelerate launch -m attninject finetune FILE, or torchrun -m attninject finetune FILE.
+On several devices: accelerate launch -m attninject finetune FILE, or torchrun -m attninject finetune FILE; each
+process holds the model (DDP), or a piece of it (--sharding fsdp2, or Accelerate's config).
 """
 
 from __future__ import annotations
@@ -60,11 +61,15 @@ def run(args: argparse.Namespace) -> None:
         file = Path(str(overrides["out"])) / "experiment.json"
     if file is None and "model" not in overrides:
         args.parser.error("give an experiment FILE, or --model and --out")
+    from attninject.training.devices import leave_processes
     from attninject.training.engine import run_experiment
     from attninject.training.experiment import read_experiment
 
     experiment = read_experiment(file, overrides)
     result = run_experiment(experiment, resume=args.resume, say=_silent if args.json else _say)
+    leave_processes()
+    if not result.main:
+        return
     if args.json:
         print_json({"experiment": experiment.to_dict(), "history": result.history, "best": result.best,
                     "warnings": result.warnings})  # fmt: skip

@@ -7,13 +7,9 @@ things need processes of their own: peak memory, whose high-water mark belongs t
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from attninject import api, models
+from attninject.experiments.measure import python, resident, saved_bytes, threads, timed
 
 RECIPE = "se_resnet"
 STEP_BATCH, STEP_SIZE = 4, 96
@@ -29,9 +26,7 @@ STEP_BATCH, STEP_SIZE = 4, 96
 
 def inject(rounds: int = 9, chain: Sequence[int] = (100, 1000, 10000)) -> dict[str, Any]:
     """Measure everything, with one thread; every time in seconds, every size in bytes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         return {
             "machine": {"torch": torch.__version__, "python": platform.python_version(), "rounds": rounds},
             "inject": time_injection(rounds),
@@ -40,8 +35,6 @@ def inject(rounds: int = 9, chain: Sequence[int] = (100, 1000, 10000)) -> dict[s
             "memory": peak_memory(max(3, rounds // 3)),
             "import": time_import(rounds),
         }
-    finally:
-        torch.set_num_threads(threads)
 
 
 # --- injection and its peers --------------------------------------------------------------------
@@ -71,14 +64,6 @@ def time_injection(rounds: int) -> dict[str, Any]:
         "fastest_of_build": {name: seconds / fastest["build"] for name, seconds in fastest.items()},
         "skipped": [] if peft is not None else ["peft is not installed"],
     }
-
-
-def timed(work: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """CPU seconds that `work(*args)` took, and what it returned; earlier garbage is not its business."""
-    gc.collect()
-    began = time.process_time()
-    result = work(*args)
-    return time.process_time() - began, result
 
 
 def _inject(model: nn.Module) -> nn.Module:
@@ -225,24 +210,12 @@ def time_step(rounds: int) -> dict[str, Any]:
 
 
 def bytes_saved_for_backward(model: nn.Module) -> int:
-    """Bytes that one forward in train mode keeps for its backward, each storage once: an exact count."""
-    kept: dict[int, torch.UntypedStorage] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
+    """Bytes that one forward in train mode keeps for its backward, parameters left out: an exact count."""
     was = model.training
     model.train()
     images = torch.zeros(STEP_BATCH, 3, STEP_SIZE, STEP_SIZE)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(images).sum()
-    total = sum(storage.nbytes() for storage in kept.values())
-    del loss
+    total = saved_bytes(lambda: model(images).sum(), model.parameters())
     model.load_state_dict(state)  # batch norm statistics
     model.train(was)
     return total
@@ -271,28 +244,9 @@ def peak_of(name: str) -> int:
     return resident()["VmHWM"] - before
 
 
-def resident() -> dict[str, int]:
-    """This process's resident size and its high-water mark in bytes, as the kernel counts them."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            fields = dict(line.split(":", 1) for line in status)
-        return {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")}
-    except OSError:  # not Linux: only the high-water mark is to be had
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return {"VmRSS": peak, "VmHWM": peak}
-
-
 def _in_child(expression: str) -> Any:
     code = f"import json; from attninject.experiments import bench; print(json.dumps({expression}))"
-    return json.loads(_python(code).splitlines()[-1])
-
-
-def _python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout
+    return json.loads(python(code).splitlines()[-1])
 
 
 # --- import -------------------------------------------------------------------------------------
@@ -306,7 +260,7 @@ def time_import(rounds: int) -> dict[str, Any]:
         "with_inject": f"import time, torch; {clock.format('import attninject; attninject.inject')}",
     }
     return {
-        name: statistics.median(float(_python(code)) for _ in range(min(rounds, 5)))
+        name: statistics.median(float(python(code)) for _ in range(min(rounds, 5)))
         for name, code in lines.items()
     }
 

@@ -12,7 +12,7 @@ _HOME = {
     "GradualUnfreezing": "freezing",
     "param_groups": "groups",
     "extend_optimizer": "groups",
-    "Result": "engine",
+    "Result": "loop",
     "finetune": "engine",
     "run_experiment": "engine",
     "trained": "engine",
@@ -34,10 +34,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .engine import Result, finetune, run_experiment, trained
+    from .engine import finetune, run_experiment, trained
     from .experiment import read_experiment
     from .freezing import GradualUnfreezing, freeze, trainable, unfreeze
     from .groups import extend_optimizer, param_groups
+    from .loop import Result
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from attninject.errors import DataError, MissingPackageError
+from attninject.training import runs
 from attninject.training.experiment import Data
 
 DIGITS_SIZE, DIGITS_TEST = 32, 0.3
@@ -135,10 +136,7 @@ def _folders(data: Data, seed: int) -> Images:
             )
     train_set, val_set = _folder(root / data.train_split), _folder(root / data.val_split)
     if train_set.classes != val_set.classes:
-        differ = sorted(set(train_set.classes) ^ set(val_set.classes))
-        raise DataError(
-            f"the classes under {root} differ between training and validation: {', '.join(differ[:6])}"
-        )
+        _refuse_classes(str(root), train_set.classes, val_set.classes)
     return Images(train_set, val_set, tuple(train_set.classes))
 
 
@@ -154,12 +152,13 @@ def _folder(path: Path) -> Any:
 
 
 def _timm(data: Data, seed: int) -> Images:
-    from timm.data import create_dataset
+    from timm.data import ImageDataset, create_dataset
 
     def make(split: str) -> Any:
         try:
             name, learning = str(data.name), split == data.train_split
-            return create_dataset(name, root=data.root, split=split, is_training=learning)
+            made = create_dataset(name, root=data.root, split=split, is_training=learning)
+            return Read(made) if isinstance(made, ImageDataset) else made
         except (AssertionError, OSError, RuntimeError, ValueError, ImportError) as error:
             raise DataError(
                 f"timm cannot open {data.name!r}, split {split!r}, in {data.root}: {error}"
@@ -199,24 +198,63 @@ def _opened(train: Any, val: Any, name: str) -> Images:
     for part in (train, val):
         if not hasattr(part, "__getitem__") or not hasattr(part, "__len__"):
             raise DataError(f"{name} can only be streamed; fine-tuning needs images that are found by number")
+    theirs = _class_names(val)
+    if _class_names(train) and theirs and _class_names(train) != theirs:
+        _refuse_classes(name, classes_of(train), theirs)
     return Images(train, val, classes_of(train))
+
+
+def _refuse_classes(where: str, ours: Sequence[str], theirs: Sequence[str]) -> None:
+    differ = sorted(set(ours) ^ set(theirs)) or ["another order"]
+    raise DataError(
+        f"the classes under {where} differ between training and validation: {', '.join(differ[:6])}"
+    )
 
 
 def classes_of(dataset: Any) -> tuple[str, ...]:
     """Names of the classes, from whatever the data set tells; at worst their numbers."""
-    mapping = getattr(dataset, "class_to_idx", None) or getattr(
-        getattr(dataset, "reader", None), "class_to_idx", None
-    )
-    names = getattr(dataset, "classes", None)
-    if isinstance(names, list | tuple) and names:
-        return tuple(str(n) for n in names)
-    if mapping:
-        return tuple(str(n) for n, _ in sorted(mapping.items(), key=lambda item: item[1]))
+    names = _class_names(dataset)
+    if names:
+        return names
     for field in ("targets", "labels", "_labels"):
         labels = getattr(dataset, field, None)
         if labels is not None and len(labels):
             return tuple(str(n) for n in range(int(max(int(x) for x in labels)) + 1))
     raise DataError(f"{type(dataset).__name__} does not tell its classes; give it an attribute `classes`")
+
+
+def _class_names(dataset: Any) -> tuple[str, ...] | None:
+    names = getattr(dataset, "classes", None)
+    if isinstance(names, list | tuple) and names:
+        return tuple(str(n) for n in names)
+    reader = getattr(dataset, "reader", None)
+    mapping = getattr(dataset, "class_to_idx", None) or getattr(reader, "class_to_idx", None)
+    if mapping:
+        return tuple(str(n) for n, _ in sorted(mapping.items(), key=lambda item: item[1]))
+    return None
+
+
+class Read(Dataset):
+    """A data set of timm's without its way with unreadable images, which puts others in their place unasked."""
+
+    def __init__(self, whole: Any) -> None:
+        self.whole, self.reader = whole, whole.reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        file, label = self.reader[index][:2]
+        with closing(file), Image.open(file) as image:
+            if label is None:
+                raise DataError("it has no label")
+            return image.convert("RGB"), label
+
+    def path(self, index: int) -> str:
+        """The file of an image, for messages."""
+        return str(self.whole.filename(index))
 
 
 class Part(Dataset):
@@ -238,7 +276,7 @@ class Part(Dataset):
 
 def path_of(dataset: Any, index: int) -> str:
     """The file of an image where the data set knows it, or its number."""
-    if isinstance(dataset, Part):
+    if isinstance(dataset, Part | Read):
         return dataset.path(index)
     samples = getattr(dataset, "samples", None)
     if isinstance(samples, list) and index < len(samples):
@@ -275,9 +313,15 @@ class Samples(Dataset):
     """(image, label, skipped) by (epoch, index); the transform draws from a generator of the sample's own."""
 
     def __init__(
-        self, dataset: Any, transform: Callable[[Any], Tensor] | None, seed: int, skip: bool
+        self,
+        dataset: Any,
+        transform: Callable[[Any], Tensor] | None,
+        seed: int,
+        skip: bool,
+        classes: int | None = None,
     ) -> None:
         self.dataset, self.transform, self.seed, self.skip = dataset, transform, seed, skip
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -297,8 +341,16 @@ class Samples(Dataset):
                         f"{path_of(self.dataset, index)} cannot be read as an image ({type(error).__name__}: "
                         f"{error}); mend it, or leave such images out with `unreadable: skip`"
                     ) from error
+                self._check_label(int(label), index)
                 return (image if self.transform is None else self.transform(image)), int(label), skipped
         raise DataError(f"not one of the {len(self.dataset)} images can be read")
+
+    def _check_label(self, label: int, index: int) -> None:
+        if self.classes is not None and not 0 <= label < self.classes:
+            raise DataError(
+                f"{path_of(self.dataset, index)} has label {label}; there are {self.classes} classes, "
+                f"from 0 to {self.classes - 1}"
+            )
 
 
 class Schedule:
@@ -359,7 +411,21 @@ def loader(samples: Samples, schedule: Schedule, workers: int, pin: bool) -> Dat
     )
 
 
+def batches(of: DataLoader) -> Iterator[Any]:
+    """The loader's batches; what a loader process refuses is said as it would be here, without its traceback."""
+    return _plainly(iter(of))  # made at once: it draws from the generator, which a step seeds anew
+
+
+def _plainly(iterator: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from iterator
+    except DataError as error:
+        _, found, said = str(error).strip().rpartition(f"{DataError.__name__}: ")
+        raise DataError(said if found else str(error)) from error
+
+
 def _quiet_worker(_: int) -> None:
+    runs.let_go_in_child()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 

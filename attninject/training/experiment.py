@@ -6,7 +6,6 @@ defaults. The command line makes a flag of every row.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -164,12 +163,15 @@ TRAIN: dict[str, tuple[Checker, str]] = {
     "cutmix": (_from_zero, "CutMix's alpha; 0: off"),
     "ema": (_maybe(_number("a decay between 0 and 1", 0, 0.999999999, above=True)),
         "decay of an average of the weights, which is then evaluated and saved"),
-    "precision": (choice("a precision", ("no", "bf16", "fp16")), "mixed precision"),
+    "precision": (_maybe(choice("a precision", ("no", "bf16", "fp16"))),
+        "mixed precision: no, bf16 or fp16; default: as Accelerate's config says, else no"),
     "clip": (_maybe(_rate), "clip the gradient's norm"),
     "channels_last": (boolean, "channels_last memory format"),
     "compile": (boolean, "torch.compile the model"),
     "checkpointing": (boolean, "gradient checkpointing, for models that offer it"),
     "sync_bn": (boolean, "SyncBatchNorm across GPUs"),
+    "sharding": (choice("a way to share the weights out", ("none", "fsdp2")),
+        "none: every process holds the model (DDP); fsdp2: each a piece (as accelerate launch --use_fsdp)"),
     "device": (choice("a device", ("auto", "cpu")), "auto: a GPU where there is one"),
     "seed": (_whole, "seed of weights, order, augmentation and dropout"),
     "save_every": (_maybe(_from_one), "optimizer steps between checkpoints; default: at epoch ends"),
@@ -226,12 +228,13 @@ class Training:
     mixup: float = 0.0
     cutmix: float = 0.0
     ema: float | None = None
-    precision: str = "no"
+    precision: str | None = None
     clip: float | None = None
     channels_last: bool = False
     compile: bool = False
     checkpointing: bool = False
     sync_bn: bool = False
+    sharding: str = "none"
     device: str = "auto"
     seed: int = 0
     save_every: int | None = None
@@ -347,8 +350,3 @@ def _check_together(made: Experiment) -> None:
     if train.unfreeze and train.freeze is None:
         report.add(nowhere, "`unfreeze` has nothing to undo without `freeze`")
     report.raise_if_any()
-
-
-def saved(path: Path, made: Experiment) -> None:
-    """Write the experiment beside its results, as a file that `read_experiment` reads."""
-    path.write_text(json.dumps(made.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -273,4 +273,5 @@ def _timm_twin(name: str, kind: str, state: dict[str, Tensor]) -> nn.Module:
         if not odd:
             return twin
         said.append(f"{full} {more or ''}: {len(odd)} tensors differ ({odd[0]})")
-    raise ExportError(f"like timm: no network of timm has these tensors ({'; '.join(said)})")
+    hint = "; timm rounds the width of SE to a multiple of 8: args {divisor: 8}" if kind == "se" else ""
+    raise ExportError(f"like timm: no network of timm has these tensors ({'; '.join(said)}){hint}")

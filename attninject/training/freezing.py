@@ -111,6 +111,20 @@ def _count(number: int) -> str:
     return str(number)
 
 
+def follow(model: nn.Module, copy: nn.Module) -> None:
+    """Unfreeze in a copy of a model, made while it was frozen, what is no longer frozen in the model."""
+    theirs = dict(copy.named_modules())
+    for path, module in model.named_modules():
+        twin = theirs[path]
+        for name, parameter in module._parameters.items():
+            ours = twin._parameters[name]
+            if parameter is not None and ours is not None and parameter.requires_grad:
+                ours.requires_grad_(True)
+        if edits.HELD not in module.__dict__ and twin.__dict__.pop(edits.HELD, None) is not None:
+            del twin.__dict__["train"]
+            twin.training = theirs[path.rpartition(".")[0]].training
+
+
 class GradualUnfreezing:
     """Unfreeze parts at the beginning of given epochs: `GradualUnfreezing(model, {2: -1, 4: "backbone"})`.
 

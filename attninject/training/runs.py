@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from attninject import __version__
-from attninject.errors import CheckpointError, RunError
+from attninject.errors import CheckpointError, DeltaError, RunError
 
 FORMAT = 1
 KEY = "attninject_checkpoint"
@@ -79,16 +80,25 @@ class Folder:
         except OSError:
             self._lock.seek(0)
             holder = self._lock.read().strip()
-            self._lock.close()
+            self._let_go()
             raise RunError(
                 f"another run is at work in {self.path}" + (f" (process {holder})" if holder else "")
             ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
+        _HELD.add(self)
 
     def end(self) -> None:
-        """Give the lock back."""
+        """Give the lock back; also where a loader process still has the file open."""
+        if self._lock is not None:
+            with suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._let_go()
+
+    def _let_go(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -119,7 +129,8 @@ class Folder:
         except Exception as error:
             from safetensors import SafetensorError
 
-            if not isinstance(error, OSError | SafetensorError):
+            cause = error.__cause__ if isinstance(error, DeltaError) else error
+            if not isinstance(cause, OSError | SafetensorError):
                 raise
             raise RunError(
                 f"{target} cannot be written ({error}); the run stops, {self.last_good()}"
@@ -202,6 +213,15 @@ class Folder:
             writer = csv.DictWriter(stream, columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
+
+
+_HELD: weakref.WeakSet[Folder] = weakref.WeakSet()
+
+
+def let_go_in_child() -> None:
+    """In a forked process: close the locks inherited, which would outlive the run that was killed."""
+    for folder in _HELD:
+        folder._let_go()
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_nothing_outside_the_registry_is_a_name(wrong):
     ("name", "args", "argument", "text"),
     [
         ("se", {"redution": 4}, "redution", "no argument 'redution'; did you mean 'reduction'?"),
-        ("se", {"xyz": 4}, "xyz", "it takes bias, divisor, gate, reduction, squeeze"),
+        ("se", {"xyz": 4}, "xyz", "it takes backend, bias, divisor, gate, reduction, squeeze"),
         ("se", {"reduction": 0}, "reduction", "or a fraction of the channels between 0 and 1, found 0"),
         ("se", {"reduction": -4}, "reduction", "expected a number >= 1"),
         ("se", {"reduction": "16"}, "reduction", "found '16'"),

@@ -188,7 +188,7 @@ def test_list_blocks_is_a_table(run) -> None:
 def test_list_alone_is_an_overview(run) -> None:
     """`attninject list` shows blocks, recipes and places, and how many models there are."""
     _, out, _ = run("list")
-    assert "recipes: bam, bam_resnet, cbam" in out
+    assert "recipes: bam, bam_mobilenet, bam_resnet, cbam" in out
     assert f"models: {len(models.names())};" in out
 
 

@@ -19,7 +19,7 @@ import attninject as ai
 from attninject import models
 from attninject.cli import main
 from attninject.training import read_experiment
-from attninject.training.engine import build
+from attninject.training.building import build
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "timm/test_convnext"  # layer norms only: no statistics of batches
@@ -94,6 +94,18 @@ def test_a_file_a_run_a_delta(run, images: Path, tmp_path: Path) -> None:
     )
     assert log(tmp_path / "b") == log(tmp_path / "a")
     assert again["best"] == max(again["history"], key=lambda row: row["top1"])
+
+
+def test_step_zero_of_the_command(run, images: Path, tmp_path: Path) -> None:
+    """Blocks that all of the network passes through: epoch 0 with them is epoch 0 without, to the last digit."""
+    rows, rules = [], ["--block se --place stage_end", "--block cbam --place stage_end", "--recipe null"]
+    for number, rule in enumerate(rules):
+        folder = tmp_path / str(number)
+        argv = [*rule.split(), "--epochs", "1", "--out", str(folder)]
+        assert run(str(experiment(images, tmp_path)), *argv)[0] == 0
+        rows.append([{k: row[k] for k in ("val_loss", "top1", "top5")} for row in log(folder)])
+    assert rows[0][0] == rows[1][0] == rows[2][0]
+    assert rows[0][1] != rows[2][1]
 
 
 def test_flags_lie_over_the_file(run, images: Path, tmp_path: Path) -> None:
@@ -236,16 +248,26 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
               "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 
 
+FSDP = [*ACCELERATE[:1], "--use_fsdp", "--fsdp_version", "2", *ACCELERATE[2:]]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_train_as_one(launcher: list[str], run, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "manner"),
+    [(TORCHRUN, "DDP"), (ACCELERATE, "DDP"), (FSDP, "FSDP2 in 10 units")],
+    ids=["torchrun", "accelerate", "accelerate_fsdp"],
+)
+def test_two_processes_train_as_one(
+    launcher: list[str], manner: str, run, images: Path, tmp_path: Path
+) -> None:
     """Half the batch on each of two processes: the same metrics before, the same weights after training."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     unfreeze = {"freeze": "backbone", "unfreeze": [{"epoch": 2, "what": "stages.3"}]}
     assert run(str(experiment(images, one, batch_size=8, **unfreeze)), "--device", "cpu")[0] == 0
     out = together(launcher, experiment(images, two, batch_size=4, device="cpu", **unfreeze))
-    assert out.count("epoch 2/2: train loss") == 1
+    assert out.count("epoch 2/2: train loss") == out.count("best: epoch") == 1
+    assert f"; 2 processes, {manner}\n" in out
     first, second = log(one / "a"), log(two / "a")
     assert first[0] == pytest.approx(second[0], rel=1e-6)
     assert [row["top1"] for row in first] == [row["top1"] for row in second]
@@ -253,6 +275,18 @@ def test_two_processes_train_as_one(launcher: list[str], run, images: Path, tmp_
     assert set(a) == set(b)
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("flag", "word"), [("FSDP", "FSDP 1"), ("DEEPSPEED", "DeepSpeed")])
+def test_other_engines_of_accelerate_are_refused(
+    flag: str, word: str, run, images: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """What `accelerate launch` hands down of the older FSDP, or of DeepSpeed, is named and not passed over."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{flag}", "true")
+    code, _, err = run(str(experiment(images, tmp_path, device="cpu")))
+    assert code == 1
+    assert f"asks for {word}; the engine has DDP and FSDP 2 (fsdp_version: 2)" in err
+    assert not (tmp_path / "a").exists()
 
 
 # --- export -------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -78,6 +80,9 @@ def test_unreadable_images_are_refused_or_skipped_and_counted(tmp_path: Path) ->
     settings = {**QUICK, "batch_size": 6, "epochs": 1}
     with pytest.raises(errors.DataError, match=r"blue/0\.png cannot be read as an image.*unreadable: skip"):
         finetune(net(), data, **settings)
+    with pytest.raises(errors.DataError, match=r"blue/0\.png cannot be read") as caught:
+        finetune(net(), {**data, "workers": 1}, **settings)
+    assert "\n" not in str(caught.value)  # a loader process's word, without its traceback
     result = finetune(net(), {**data, "unreadable": "skip"}, **settings)
     assert result.history[-1]["skipped"] == 1
     assert result.history[-1]["val_skipped"] == 1
@@ -90,6 +95,16 @@ def test_folders_that_do_not_serve(tmp_path: Path) -> None:
         images_of.open_images(Data("imagefolder", root=str(tmp_path / "nowhere")))
     with pytest.raises(errors.DataError, match=r"no folder .*train \(.* has no folders\).*val_fraction"):
         images_of.open_images(Data("imagefolder", root=str(tmp_path)))
+    for split in ("train", "val"):
+        (tmp_path / "empty" / split).mkdir(parents=True)
+    with pytest.raises(errors.DataError, match=r"empty/train is no image folder.*each class is a folder"):
+        images_of.open_images(Data("imagefolder", root=str(tmp_path / "empty")))
+    with pytest.raises(errors.DataError, match=r"timm cannot open 'folder', split 'train', in .*empty"):
+        images_of.open_images(Data("timm", root=str(tmp_path / "empty"), name="folder"))
+    with pytest.raises(errors.DataError, match="0 training images do not fill one step"):
+        finetune(net(), (Shades(0), Shades(3)), **QUICK)
+    with pytest.raises(errors.DataError, match="not one validation image"):
+        finetune(net(), (Shades(8), Shades(0)), **QUICK)
     root = folder(tmp_path / "a")
     (root / "val" / "violet").mkdir()
     with pytest.raises(errors.DataError, match=r"violet"):
@@ -110,6 +125,63 @@ def test_timms_and_torchvisions_data_sets(tmp_path: Path) -> None:
         images_of.open_images(Data("torchvision", root=root, name="CIFAR10"))
     with pytest.raises(errors.DataError, match="timm cannot open 'torch/cifar10'"):
         images_of.open_images(Data("timm", root=root, name="torch/cifar10"))
+
+
+@pytest.mark.parametrize("name", ["folder", "torch/image_folder"])
+def test_training_on_timms_data_sets(name: str, tmp_path: Path) -> None:
+    """By create_dataset's names: a folder data set of timm's and one of torchvision's learn the colours."""
+    data = {"kind": "timm", "name": name, "root": str(folder(tmp_path)), "size": 16, "augment": "none"}
+    result = finetune(net(), data, **{**QUICK, "batch_size": 6, "epochs": 4})
+    assert result.best["top1"] > result.history[0]["top1"]
+    assert result.history[-1]["train_loss"] < result.history[1]["train_loss"]
+
+
+def test_training_on_torchvisions_data_sets(tmp_path: Path) -> None:
+    """A data set of grey images on the disk (MNIST's files) trains in colour; its own split is used."""
+
+    def idx(array: np.ndarray) -> bytes:
+        head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+        return head + array.astype(np.uint8).tobytes()
+
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, count in (("train", 30), ("t10k", 20)):
+        labels = np.arange(count) % 10
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(
+            idx(np.ones((count, 28, 28)) * labels[:, None, None] * 25)
+        )
+    data = {"kind": "torchvision", "name": "MNIST", "root": str(tmp_path), "size": 16, "augment": "none"}
+    result = finetune(net(classes=10), data, **{**QUICK, "batch_size": 10, "epochs": 3})
+    assert result.history[-1]["step"] == 9
+    assert result.history[-1]["train_loss"] < result.history[1]["train_loss"]
+    assert result.history[-1]["top1"] * 20 == pytest.approx(round(result.history[-1]["top1"] * 20))
+
+
+def test_timm_puts_no_other_image_in_the_place_of_a_broken_one(tmp_path: Path) -> None:
+    """timm's own data sets pass over unreadable images unasked; here they are refused, or counted."""
+    root = folder(tmp_path)
+    (root / "train" / "red" / "2.png").write_bytes(b"not an image")
+    data = {"kind": "timm", "name": "folder", "root": str(root), "size": 16}
+    settings = {**QUICK, "batch_size": 6, "epochs": 1}
+    with pytest.raises(errors.DataError, match=r"red/2\.png cannot be read as an image.*unreadable: skip"):
+        finetune(net(), data, **settings)
+    assert finetune(net(), {**data, "unreadable": "skip"}, **settings).history[-1]["skipped"] == 1
+
+
+def test_classes_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    """Other classes for validation in timm's folders; a label beyond the classes of a data set of one's own."""
+    root = folder(tmp_path)
+    (root / "val" / "red").rename(root / "val" / "violet")
+    with pytest.raises(errors.DataError, match="differ between training and validation: red, violet"):
+        images_of.open_images(Data("timm", root=str(root), name="folder"))
+
+    class Four(Shades):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return super().__getitem__(index)[0], index % 4
+
+    with pytest.raises(errors.DataError, match=r"image \d+ of Four has label 3; there are 3 classes"):
+        finetune(net(), (Four(24), Shades(6)), **QUICK)
 
 
 def test_digits_are_the_offline_default() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def test_it_learns_and_writes_its_files(tmp_path: Path) -> None:
     result, lines = said(model=model, epochs=6, out=tmp_path / "a")
     assert [row["epoch"] for row in result.history] == list(range(7))
     assert result.best["top1"] > 0.8 > result.history[0]["top1"]
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+    assert {p.name for p in (tmp_path / "a").iterdir()} - {"tensorboard"} == {
         ".lock", "best.safetensors", "last.safetensors", "log.csv", "classes.txt", "checkpoint.safetensors",
         "checkpoint.previous.safetensors",
     }  # fmt: skip
@@ -63,6 +64,9 @@ def test_a_frozen_backbone_stays_and_the_delta_is_small(tmp_path: Path) -> None:
     moved = {k for k, t in model.state_dict().items() if not torch.equal(t, before[k])}
     assert moved
     assert all("cbam" in k or k.startswith("head") for k in moved)
+    ejected = ai.eject(copy.deepcopy(model)).state_dict()
+    assert set(ejected) == {k for k in before if "cbam" not in k}
+    assert all(torch.equal(t, before[k]) for k, t in ejected.items() if not k.startswith("head"))
     file = load_file(tmp_path / "a" / "best.safetensors")
     assert set(file) == {k for k in before if "cbam" in k or k.startswith("head")}
 
@@ -119,23 +123,132 @@ def test_timms_parts_fit_together(settings: dict[str, Any]) -> None:
     assert not torch.equal(model.units[0].se.fc2.weight, before["units.0.se.fc2.weight"])
 
 
-@pytest.mark.slow
-def test_compiled_and_checkpointed() -> None:
-    """torch.compile and timm's gradient checkpointing train to the weights of a plain run, up to rounding."""
+def compiled_with(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled run ends with the weights of a plain one, up to rounding."""
+    real, used = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda m, **kw: used.append(m) or real(m, backend=backend, **kw))
     plain, compiled = net(drop=0.0), net(drop=0.0)  # a compiled dropout draws other numbers
     settings = {**QUICK, "optimizer": "sgd"}
     finetune(plain, DATA, **settings)
+    assert used == []
     finetune(compiled, DATA, **settings, compile=True)
+    assert used == [compiled]
     for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    vits = []
+
+
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compile` trains through torch.compile (here with its quick backend) to the weights of a plain run."""
+    compiled_with("aot_eager", monkeypatch)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with the backend that users get."""
+    compiled_with("inductor", monkeypatch)
+
+
+def test_checkpointing_trades_memory_for_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's gradient checkpointing is switched on, and the run ends with the weights of a plain one."""
+    vits, calls = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         vit = models.build("timm/test_vit", num_classes=3, img_size=8, patch_size=4)
-        finetune(ai.inject(vit, "se"), DATA, **settings, checkpointing=checkpointing)
+        real = vit.blocks[0].attn.forward
+        vit.blocks[0].attn.register_forward_hook(lambda *_, on=checkpointing: calls.append(on))
+        finetune(
+            ai.inject(vit, "se"), DATA, **{**QUICK, "epochs": 1}, optimizer="sgd", checkpointing=checkpointing
+        )
+        assert vit.blocks[0].attn.forward == real
         vits.append(vit)
     for a, b in zip(*(v.parameters() for v in vits), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert calls.count(True) > calls.count(False)  # each forward of a checkpointed block runs twice
+
+
+def test_clipping_bounds_the_step() -> None:
+    """With plain SGD no step is longer than rate times bound; without clipping one is."""
+
+    def longest(**more: Any) -> float:
+        model, found = net(), [0.0]
+        before = [p.detach().clone() for p in model.parameters()]
+
+        def step(module: nn.Module, args: Any) -> None:
+            moved = sum(
+                (p.detach() - b).square().sum() for p, b in zip(module.parameters(), before, strict=True)
+            )
+            found.append(float(moved) ** 0.5)
+            before[:] = [p.detach().clone() for p in module.parameters()]
+
+        model.register_forward_pre_hook(step)
+        plain = {**QUICK, "optimizer": "momentum", "momentum": 0.0, "scheduler": "none", "weight_decay": 0.0}
+        finetune(model, DATA, **{**plain, "lr": 0.1, **more})
+        return max(found)
+
+    assert longest(clip=0.01) <= 0.1 * 0.01 * (1 + 1e-4) < longest()
+
+
+def test_channels_last_and_bf16_reach_the_layers() -> None:
+    """Weights and images lie in channels_last, convolutions compute in bfloat16, weights stay float32."""
+    model, seen = net(), set()
+
+    def look(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+        last = torch.channels_last
+        seen.add(
+            (
+                out.dtype,
+                args[0].is_contiguous(memory_format=last),
+                module.weight.is_contiguous(memory_format=last),
+            )
+        )
+
+    model.units[1].conv.register_forward_hook(look)
+    finetune(model, DATA, **QUICK, precision="bf16", channels_last=True)
+    assert seen == {(torch.bfloat16, True, True)}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_accelerates_precision_counts_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --mixed_precision bf16` is heard; a precision in the settings comes first."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for given, expected in (({}, torch.bfloat16), ({"precision": "no"}, torch.float32)):
+        model, seen = net(), set()
+        model.units[1].conv.register_forward_hook(lambda m, a, out, seen=seen: seen.add(out.dtype))
+        finetune(model, DATA, **{**QUICK, "epochs": 1}, **given)
+        assert seen == {expected}
+
+
+def test_accelerates_accumulation_does_not_divide_the_loss_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of steps in an Accelerate config changes nothing: `accumulate` is the setting here."""
+    plain, configured = net(), net()
+    finetune(plain, DATA, **QUICK, optimizer="sgd")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    finetune(configured, DATA, **QUICK, optimizer="sgd")
+    assert torch.equal(plain.head.weight, configured.head.weight)
+
+
+def test_mixup_and_cutmix_mix_images_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The net sees mixed images in training and plain ones in validation; the loss gets soft labels."""
+    from attninject.training import parts
+
+    shapes: list[tuple[int, ...]] = []
+    real = parts.make_loss
+
+    def listening(*args: Any) -> Any:
+        criterion, mixup = real(*args)
+        criterion.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[1].shape)))
+        return criterion, mixup
+
+    monkeypatch.setattr(parts, "make_loss", listening)
+    one, other, plain = net(), net(), net()
+    finetune(plain, DATA, **QUICK)
+    assert set(shapes) == {(8,)}
+    shapes.clear()
+    finetune(one, DATA, **QUICK, mixup=0.5)
+    finetune(other, DATA, **QUICK, cutmix=1.0)
+    assert set(shapes) == {(8, 3)}
+    weights = [m.head.weight for m in (plain, one, other)]
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights))
 
 
 def test_accumulation_is_the_larger_batch() -> None:
@@ -192,6 +305,63 @@ def test_dead_gates_are_named() -> None:
     assert said()[0].warnings == []
 
 
+def test_a_bar_in_a_terminal_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Where standard error is a terminal, steps are shown by a bar; else by a line now and then."""
+    import sys
+
+    lines = said(log_every=2)[1]
+    assert sum("epoch 1/2, step " in line for line in lines) == 3
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = said(log_every=2)[1]
+    assert not any(", step " in line for line in lines)
+    assert "epoch 2/2: 100%" in capsys.readouterr().err
+
+
+def test_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log's figures go to TensorBoard too; a resumed run takes back what lies beyond its checkpoint."""
+    import importlib.machinery
+    import sys
+    import types
+
+    written: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            written.append((tag, value, step))
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
+    finetune(net(), DATA, **QUICK, out=tmp_path / "without")
+    assert not (tmp_path / "without" / "tensorboard").exists()
+    installed, torchs = types.ModuleType("tensorboard"), types.ModuleType("torch.utils.tensorboard")
+    installed.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
+    torchs.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorboard", installed)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", torchs)
+    result = finetune(net(), DATA, **QUICK, out=tmp_path / "a", log_every=2)
+    assert written[0] == (str(tmp_path / "a" / "tensorboard"), 1)
+    assert written[-1] == "closed"
+    assert [w[1:] for w in written if w[0] == "top1"] == [
+        (row["top1"], row["step"]) for row in result.history
+    ]
+    assert [w[2] for w in written if w[0] == "step_loss"] == [2, 4, 6, 8, 10, 12]
+    assert {"val_loss", "train_loss", "lr/backbone", "lr/blocks_no_decay"} <= {w[0] for w in written}
+    finetune(net(), DATA, **{**QUICK, "epochs": 3}, out=tmp_path / "a", resume=True)
+    assert (str(tmp_path / "a" / "tensorboard"), 13) in written
+    written.clear()
+    finetune(net(), DATA, **QUICK)
+    assert written == []
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -208,6 +378,7 @@ def test_faults_in_settings_come_together() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"optimizer": "sgd", "momentum": 0.0}, "timm refuses 'sgd': Nesterov momentum requires a momentum"),
         ({"optimizer": "adamx"}, "timm has no 'adamx'; nearest: "),
         ({"scheduler": "cosin"}, "'cosin'"),
         ({"mixup": 1.0, "batch_size": 7}, "must be even, it is 7"),

@@ -45,25 +45,29 @@ def test_a_network_of_one_resolution_varies_its_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("init", ["identity", "paper"])
 def test_se_becomes_timms_own_seresnet(init: str, tmp_path: Path) -> None:
-    """timm's network with attn_layer="se" loads the file strictly and gives the same outputs."""
+    """timm's network with attn_layer="se", and its seresnet, load the file strictly and give the same outputs."""
     args = {"divisor": 8}
     model = stirred("timm/resnet18", block="se", place="residual_branch", init=init, args=args)
     export(model, tmp_path / "t.safetensors", "state_dict", size=64, like="timm", name="timm/resnet18")
-    theirs = models.build("timm/resnet18", block_args={"attn_layer": "se"}).eval()
+    x = torch.randn(2, 3, 64, 64)
+    for name, more in (("timm/resnet18", {"block_args": {"attn_layer": "se"}}), ("timm/seresnet18", {})):
+        theirs = models.build(name, **more).eval()
+        theirs.load_state_dict(load_file(tmp_path / "t.safetensors"))
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("block", "args"), [("cbam", {"bias": False, "concat": "mean_max"}), ("eca", {})])
+def test_published_blocks_become_timms(block: str, args: dict[str, Any], tmp_path: Path) -> None:
+    """attn_layer="cbam", whose module has other names, which are translated, and attn_layer="eca"."""
+    rule = {"block": block, "place": "residual_branch", "init": "paper", "args": args, "name": "se"}
+    model = stirred("timm/resnet18", **rule)
+    export(model, tmp_path / "t.safetensors", "state_dict", size=64, like="timm", name="timm/resnet18")
+    theirs = models.build("timm/resnet18", block_args={"attn_layer": block}).eval()
     theirs.load_state_dict(load_file(tmp_path / "t.safetensors"))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-def test_published_cbam_becomes_timms(tmp_path: Path) -> None:
-    """timm's CbamModule has other names, which are translated."""
-    args = {"bias": False, "concat": "mean_max"}
-    model = stirred(
-        "timm/resnet18", block="cbam", place="residual_branch", init="paper", args=args, name="se"
-    )
-    export(model, tmp_path / "t.safetensors", "state_dict", size=64, like="timm", name="timm/resnet18")
-    assert "layer1.0.se.spatial.conv.bn.running_mean" in load_file(tmp_path / "t.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,11 @@ def test_published_cbam_becomes_timms(tmp_path: Path) -> None:
             "timm/resnet18",
             "needs a batch norm",
         ),
-        ({"block": "se", "after": "layer1.*.bn2"}, "timm/resnet18", "no network of timm has these tensors"),
+        (
+            {"block": "se", "after": "layer1.*.bn2"},
+            "timm/resnet18",
+            "these tensors.*multiple of 8: args {divisor: 8}",
+        ),
         ({"block": "se", "after": "layer1.*.bn2"}, "torchvision/resnet18", "must be one of timm's"),
     ],
 )

@@ -20,6 +20,7 @@ from torch import nn
 
 import attninject as ai
 from attninject import errors
+from attninject.training import data as images_of
 from attninject.training import finetune, runs
 
 HERE = Path(__file__).parent
@@ -80,6 +81,44 @@ def test_every_optimizers_state_comes_back(optimizer: str, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         finetune(net(), (Stops(48, 70), DATA[1]), **settings, out=tmp_path / "a")
     finetune(model, DATA, **settings, out=tmp_path / "a", resume=True)
+    assert same(model, straight)
+
+
+def test_accumulation_average_and_precision_come_back(tmp_path: Path) -> None:
+    """Cut off between two forwards of a step, with EMA, bfloat16, CutMix and clipping: the same bits."""
+    settings = {**QUICK, "batch_size": 4, "accumulate": 3, "ema": 0.8, "precision": "bf16", "cutmix": 1.0,
+                "clip": 0.5, "save_every": 1, "channels_last": True}  # fmt: skip
+    straight, model = net(), net()
+    expected = finetune(straight, DATA, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net(), (Stops(48, 78), DATA[1]), **settings, out=tmp_path / "a")
+    assert runs.read_meta(tmp_path / "a" / runs.CHECKPOINT)["batch"] == 2
+    found = finetune(model, DATA, **settings, out=tmp_path / "a", resume=True)
+    assert same(model, straight)
+    assert same(found.model, expected.model)
+
+
+def test_loader_processes_change_no_bit(tmp_path: Path) -> None:
+    """With loader processes, cut off in the second epoch and resumed from the first one's end: the same bits."""
+
+    class Fails(Shades):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            if index == 11 and (tmp_path / "fails").exists():
+                raise OSError("gone")
+            return super().__getitem__(index)
+
+    def end_of_first(text: str) -> None:
+        if text.startswith("epoch 1/2: train loss"):
+            (tmp_path / "fails").touch()
+
+    images = Fails(48), DATA[1]
+    straight, model = net(), net()
+    finetune(straight, DATA, **QUICK)
+    with pytest.raises(errors.DataError, match="image 11 of Fails cannot be read"):
+        finetune(net(), images, **{**QUICK, "say": end_of_first}, workers=2, out=tmp_path / "a")
+    (tmp_path / "fails").unlink()
+    result = finetune(model, images, **QUICK, workers=1, out=tmp_path / "a", resume=True)
+    assert [row["epoch"] for row in result.history] == [0, 1, 2]
     assert same(model, straight)
 
 
@@ -229,6 +268,23 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     finetune(net(), DATA, **QUICK, out=tmp_path / "a")
 
 
+def test_loader_processes_of_a_killed_run_hold_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader process closes its copy of the lock and leaves the run's; with the run's gone the folder is free."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    first, second = runs.Folder(tmp_path), runs.Folder(tmp_path)
+    first.begin(resume=False)
+    assert first._lock is not None
+    of_the_run = os.dup(first._lock.fileno())  # as after a fork, two hold one lock
+    images_of._quiet_worker(0)
+    with pytest.raises(errors.RunError, match="another run is at work"):
+        second.begin(resume=False)
+    os.close(of_the_run)
+    second.begin(resume=False)
+    second.end()
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No space left: an error with the last good checkpoint, which is still whole; no litter."""
     real = os.fsync
@@ -245,6 +301,41 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
     assert not list((tmp_path / "a").glob("*.tmp")) + list((tmp_path / "a").glob(".*.tmp"))
     monkeypatch.undo()
     assert resume(tmp_path / "a", epochs=2).history[-1]["epoch"] == 2
+
+
+def test_a_disk_that_takes_no_more(run: Path) -> None:
+    """Real writes that fail at a size limit, of the delta and of the checkpoint: named; the old files stay."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    delta_size, checkpoint = (run / runs.BEST).stat().st_size, (run / runs.CHECKPOINT).read_bytes()
+    for limit, name in ((delta_size - 100, runs.LAST), (len(checkpoint) - 100, runs.CHECKPOINT)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(
+                errors.RunError, match=rf"a/{name} cannot be written.*last good checkpoint is"
+            ):
+                resume(run, epochs=4)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (run / runs.CHECKPOINT).read_bytes() == checkpoint
+        assert not list(run.glob(".*.tmp"))
+    assert resume(run, epochs=4).history[-1]["epoch"] == 4
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only place, with and without a folder there: said before training."""
+    real = Path.open
+
+    def refused(path: Path, *args: Any, **kw: Any) -> Any:
+        if path.name == ".lock":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, *args, **kw)
+
+    with pytest.raises(errors.RunError, match=r"/proc/attninject cannot be written: .*choose another `out`"):
+        finetune(net(), DATA, **QUICK, out="/proc/attninject")  # where nobody makes a folder, not even root
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(errors.RunError, match="cannot be written: Read-only file system; choose another"):
+        finetune(net(), DATA, **QUICK, out=tmp_path)
 
 
 def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:

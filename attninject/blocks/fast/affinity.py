@@ -1,0 +1,151 @@
+"""Lean forms of DANet's attentions: between positions, block by block, and between channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attninject.blocks.attend import full_precision
+from attninject.blocks.fast.function import Lean
+from attninject.blocks.fast.primitives import by_rows, columns, flat, laid_out_as
+
+_BLOCK = 2**19
+"""Logits of one block of queries on a CPU, which the cache should hold."""
+
+
+class Attend(Lean):
+    """v softmax(qᵀ k)ᵀ, a block of queries at a time; the backward computes each block's softmax again."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Maps q: (B, d, *S), k: (B, d, *T), v: (B, e, *T) → (B, e, *S), laid out as q."""
+        size = q.shape[2:]
+        if q.is_contiguous():
+            out = v.new_empty(v.shape[0], v.shape[1], *size)
+        else:
+            out = v.new_empty(v.shape[0], *size, v.shape[1]).movedim(-1, 1)
+        q, k, v, y = (flat(t).mT for t in (q, k, v, out))  # a row per position, wherever it lies
+        for sample, rows in _blocks(q):
+            torch.mm(_softmax(q[sample, rows], k[sample]), v[sample], out=y[sample, rows])
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep the three maps and nothing of the matrix."""
+        Lean.keep(ctx, *inputs)
+
+    @staticmethod
+    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """The formula, with its matrix."""
+        q, k, v = (t.flatten(2) for t in inputs)
+        return ((v @ torch.softmax(q.mT @ k, 2).mT).unflatten(2, inputs[0].shape[2:]),)
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """With P the softmax: ∂v = g P, ∂P = gᵀ v, ∂l = P (∂P − Σ P ∂P), ∂q = k ∂lᵀ, ∂k = q ∂l."""
+        maps = ctx.saved_tensors
+        assert grads[0] is not None
+        found = tuple(_zeros(t) for t in maps)
+        q, k, v, dq, dk, dv = (flat(t).mT for t in (*maps, *found))
+        g = flat(grads[0]).mT  # of any strides: a copy at most
+        for b, rows in _blocks(q):
+            p, block = _softmax(q[b, rows], k[b]), g[b, rows]
+            dv[b].addmm_(p.T, block)
+            dl = block @ v[b].T
+            torch.ops.aten._softmax_backward_data.out(dl, p, 1, p.dtype, grad_input=dl)
+            torch.mm(dl, k[b], out=dq[b, rows])
+            dk[b].addmm_(dl.T, q[b, rows])
+        return found
+
+
+def _zeros(t: Tensor) -> Tensor:
+    """Zeros laid out as t by rows or by columns, so that a flat view can be filled."""
+    dense = t.is_contiguous() or t.movedim(1, -1).is_contiguous()
+    return torch.zeros_like(t) if dense else t.new_zeros(t.shape)
+
+
+def _blocks(q: Tensor) -> Iterator[tuple[int, slice]]:
+    step = max(1, _BLOCK // q.shape[1])
+    for sample in range(q.shape[0]):
+        for start in range(0, q.shape[1], step):
+            yield sample, slice(start, start + step)
+
+
+def _softmax(q: Tensor, k: Tensor) -> Tensor:
+    logits = q @ k.T
+    return torch.softmax(logits, 1, out=logits)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Σ_j softmax_j(q_iᵀ k_j) v_j, float32 or wider: maps q: (B, d, *S), k: (B, d, *T), v: (B, e, *T)."""
+    with full_precision(q):
+        return Attend.apply(q, k, v)
+
+
+class Mix(Lean):
+    """y = x + γ A X, A = softmax(± X Xᵀ), X = x with its positions in a row."""
+
+    @staticmethod
+    def forward(x: Tensor, gamma: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        """x: (B, C, *S), float32 or wider, gamma: (1,) → y, and A: (B, C, C)."""
+        dense = flat(x)
+        energy = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+        torch.baddbmm(energy, dense, dense.transpose(1, 2), beta=0, alpha=sign, out=energy)
+        a = torch.softmax(energy, 2, out=energy)
+        y = torch.empty_like(x)
+        _multiply(dense, a, dense, gamma, flat(y))
+        return y, a
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep x, γ and A."""
+        x, gamma, ctx.sign = inputs
+        ctx.mark_non_differentiable(output[1])
+        Lean.keep(ctx, x, gamma, extra=[output[1]])
+
+    @staticmethod
+    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """The formula."""
+        x, gamma = inputs
+        dense = x.flatten(2)
+        a = torch.softmax(ctx.sign * (dense @ dense.transpose(1, 2)), 2)
+        return x + gamma * (a @ dense).view(x.shape), None
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂A = γ g Xᵀ, ∂E = ± A (∂A − Σ A ∂A), ∂X = g + γ Aᵀ g + (∂E + ∂Eᵀ) X, ∂γ = Σ A ∘ g Xᵀ."""
+        given = grads[0]
+        x, gamma, a = ctx.saved_tensors
+        assert given is not None
+        dense, g = flat(x), flat(laid_out_as(given, x))
+        da = torch.bmm(g, dense.transpose(1, 2))  # still without γ
+        dgamma = torch.dot(a.view(-1), da.view(-1)).to(gamma.dtype).view_as(gamma)
+        if not ctx.needs_input_grad[0]:
+            return None, dgamma, None
+        de = torch.ops.aten._softmax_backward_data.out(da, a, 2, a.dtype, grad_input=da)
+        out = torch.empty_like(x)
+        y = flat(out)
+        _multiply(g, a.transpose(1, 2), g, gamma, y)
+        _multiply(y, de + de.transpose(1, 2), dense, ctx.sign * gamma, y)
+        return out, dgamma, None
+
+
+def _multiply(x: Tensor, a: Tensor, z: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """out = x + γ a z for maps (B, C, N) of one layout and a: (B, C, C)."""
+    if x.device.type == "cpu":
+        factor = gamma.item()
+    else:  # no waiting for the device
+        factor, a = 1, gamma.to(a.dtype) * a
+    if by_rows(x):
+        torch.baddbmm(x, a, z, alpha=factor, out=out)
+    else:
+        torch.baddbmm(columns(x), columns(z), a.transpose(1, 2), alpha=factor, out=columns(out))
+
+
+def mix(x: Tensor, gamma: Tensor, invert: bool) -> Tensor:
+    """x + γ softmax(∓X Xᵀ) X for x: (B, C, *S), float32 or wider; the minus if `invert`."""
+    with full_precision(x):
+        return Mix.apply(x, gamma, -1.0 if invert else 1.0)[0]

@@ -1,0 +1,132 @@
+"""Lean forms of x · f with one factor per channel: pooled descriptors of x, and scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attninject.blocks.attend import full_precision
+from attninject.blocks.fast.function import Lean, carrier
+from attninject.blocks.fast.primitives import (
+    affine,
+    channel_dot,
+    flat,
+    laid_out_as,
+    maxima_shares,
+    pieces,
+    room,
+)
+
+
+class Squeeze(Lean):
+    """x → its means and maxima over positions, and two carriers: for g, of x's shape, and for the factor."""
+
+    @staticmethod
+    def forward(x: Tensor, kinds: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """x: (B, C, *S) → carrier of g, carrier of f, and (B, C, 1, …) for each of `kinds`, avg or max."""
+        pooled = _pooled(x, kinds)
+        return (carrier(x, x.shape), carrier(x, pooled[0].shape), *pooled)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Means need nothing of x; maxima need x and themselves."""
+        x, ctx.kinds = inputs
+        ctx.shape, ctx.strides = x.shape, x.stride()
+        if "max" in ctx.kinds:
+            Lean.keep(ctx, x, extra=[output[2 + ctx.kinds.index("max")]])
+        else:
+            Lean.keep(ctx)
+
+    @classmethod
+    def differentiate(cls, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """As the base class, but means without x."""
+        if "max" in ctx.kinds:
+            return super().differentiate(ctx, grads)
+        return (None if grads[2] is None else (grads[2] / ctx.shape[2:].numel()).expand(ctx.shape)), None
+
+    @staticmethod
+    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """The same descriptors."""
+        return None, None, *_pooled(inputs[0], ctx.kinds)
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂x = g · f + d_avg / N + d_max at the maxima."""
+        g, f, *descriptors = grads
+        like = next(t for t in grads if t is not None)
+        d = dict(zip(ctx.kinds, descriptors, strict=True))
+        out = torch.empty_strided(ctx.shape, ctx.strides, dtype=like.dtype, device=like.device)
+        y = flat(out)
+        mean = d.get("avg")
+        shift = None if mean is None else mean.flatten(1) / y.shape[2]
+        if g is None:
+            y.zero_() if shift is None else y.copy_(shift.unsqueeze(2).expand_as(y))
+        elif f is None:
+            y.copy_(flat(g)) if shift is None else torch.add(flat(g), shift.unsqueeze(2), out=y)
+        elif shift is None:
+            torch.mul(flat(laid_out_as(g, out)), f.flatten(2), out=y)
+        else:
+            affine(flat(laid_out_as(g, out)), f.flatten(1), shift, y)
+        largest = d.get("max")
+        if largest is not None:
+            x, maxima = ctx.saved_tensors
+            add_at_maxima(y, flat(x), maxima.flatten(2), largest.flatten(2))
+        return out, None
+
+
+def _pooled(x: Tensor, kinds: Sequence[str]) -> list[Tensor]:
+    axes = tuple(range(2, x.ndim))
+    return [x.mean(axes, keepdim=True) if kind == "avg" else x.amax(axes, keepdim=True) for kind in kinds]
+
+
+def add_at_maxima(y: Tensor, x: Tensor, maxima: Tensor, d: Tensor) -> None:
+    """y += d where x has its maxima over positions: y, x: (B, C, N), maxima, d: (B, C, 1)."""
+    spare = room(x)
+    for part in pieces(x):
+        mask = spare[: part.stop - part.start]
+        shares = maxima_shares(x[part], maxima[part], d[part], 2, mask)
+        y[part].addcmul_(mask, shares)
+
+
+class Scale(Lean):
+    """y = x · f, f: one factor per channel; tells `Squeeze` what g and f are."""
+
+    @staticmethod
+    def forward(x: Tensor, f: Tensor, g_carrier: Tensor, f_carrier: Tensor) -> Tensor:
+        """x: (B, C, *S), f: (B, C, 1, …) of the same dtype → x · f."""
+        return x * f
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep both factors."""
+        Lean.keep(ctx, *inputs[:2])
+
+    @staticmethod
+    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """The product."""
+        return (inputs[0] * inputs[1],)
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂f = Σ_n g · x; the rest of ∂x is left to `Squeeze`."""
+        (g,) = grads
+        x, f = ctx.saved_tensors
+        assert g is not None
+        g = laid_out_as(g, x)
+        df = channel_dot(flat(g), flat(x)).to(f.dtype).view_as(f) if ctx.needs_input_grad[1] else None
+        return None, df, g, f
+
+
+def squeeze(x: Tensor, kinds: tuple[str, ...]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """x: (B, C, *S) → what `scale` needs, and the descriptors (B, C, 1, …) of the `kinds` avg and max."""
+    with full_precision(x):
+        g_carrier, f_carrier, *pooled = Squeeze.apply(x, kinds)
+    return (g_carrier, f_carrier), pooled
+
+
+def scale(x: Tensor, factor: Tensor, carriers: tuple[Tensor, Tensor]) -> Tensor:
+    """x · factor in x's dtype, `factor`: (B, C, 1, …) from the descriptors that came with the carriers."""
+    return Scale.apply(x, factor.to(x.dtype), *carriers)

@@ -1,0 +1,248 @@
+"""Lean forms of global context (a weighted mean for all positions, scaled or added) and of scSE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attninject.blocks.attend import full_precision
+from attninject.blocks.fast.function import Lean, carrier
+from attninject.blocks.fast.primitives import (
+    channel_dot,
+    flat,
+    laid_out_as,
+    mix_channels,
+    mix_positions,
+    pieces,
+    products,
+    room,
+    wide,
+)
+from attninject.blocks.gate import at_least_float32
+
+
+class Context(Lean):
+    """x → Σ_j softmax_j(w · x_j + b) x_j, and carriers of g and of the factor."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """x: (B, C, *S), weight: (1, C, 1, …) → carriers, the context (B, C, 1, …), the weights (B, N)."""
+        dense = flat(x)
+        weights = _weights(dense, weight, bias)
+        context = mix_positions(dense, weights).view(*x.shape[:2], *(1,) * (x.ndim - 2))
+        return carrier(x, x.shape), carrier(x, context.shape), context, weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep x, w, b and the weights."""
+        ctx.mark_non_differentiable(output[3])
+        Lean.keep(ctx, *inputs, extra=[output[3]])
+
+    @staticmethod
+    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """The same context."""
+        x, weight, bias = inputs
+        rows = x.flatten(2)
+        logits = at_least_float32((rows * weight.to(x.dtype).flatten(2)).sum(1))
+        logits = logits if bias is None else logits + bias
+        context = (rows * torch.softmax(logits, 1).to(x.dtype).unsqueeze(1)).sum(2)
+        return None, None, context.view(*x.shape[:2], *(1,) * (x.ndim - 2)), None
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂a = xᵀ ds, ∂l = a (∂a − Σ a ∂a), ∂w = x ∂l, ∂x = g · f + ds aᵀ + w ∂lᵀ."""
+        g, f, ds, _ = grads
+        x, weight, bias, a = ctx.saved_tensors
+        dense = flat(x)
+        ds = a.new_zeros(dense.shape[:2]) if ds is None else ds.flatten(1)
+        da = mix_channels(dense, ds).to(a.dtype)
+        dl = a * (da - (a * da).sum(1, keepdim=True))
+        dw = mix_positions(dense, dl).sum(0).to(weight.dtype).view_as(weight)
+        db = None if bias is None else dl.sum().to(bias.dtype).view_as(bias)
+        out = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        if out is not None:
+            y = flat(out)
+            rank_one = [(ds, a), (weight.flatten().expand_as(ds), dl)]
+            terms = [(u.to(x.dtype).unsqueeze(2), v.to(x.dtype).unsqueeze(1)) for u, v in rank_one]
+            g = None if g is None else flat(laid_out_as(g, x))
+            for part in pieces(dense):
+                source = _scaled(g, f, part, y[part])
+                for u, v in terms:
+                    source = torch.addcmul(source, u[part], v[part], out=y[part])
+        return out, dw, db
+
+
+def _weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: (B, C, N) → softmax over the positions of w · x + b: (B, N), float32 or wider."""
+    logits = at_least_float32(mix_channels(x, weight.flatten().expand(x.shape[:2])))
+    return torch.softmax(logits if bias is None else logits + bias.to(logits.dtype), 1)
+
+
+def _scaled(g: Tensor | None, f: Tensor | None, part: slice, spare: Tensor) -> Tensor:
+    """g · f in one piece, in `spare` unless it is g itself; f: (B, C, 1, …), None for 1; zero without g."""
+    if g is None:
+        return spare.zero_()
+    return g[part] if f is None else torch.mul(g[part], f.flatten(2)[part], out=spare)
+
+
+class Affine(Lean):
+    """y = x · f + b with a factor and a summand per channel, either of which may be missing."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, f: Tensor | None, b: Tensor | None, g_carrier: Tensor, f_carrier: Tensor
+    ) -> Tensor:
+        """x: (B, C, *S), f, b: (B, C, 1, …) of the same dtype → x · f + b."""
+        y = x if f is None else x * f
+        if b is None:
+            return y
+        return x + b if f is None else y.add_(b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep x only where a factor needs it."""
+        x, f, b = inputs[:3]
+        ctx.summand = b is not None
+        Lean.keep(ctx, *((None, None) if f is None else (x, f)))
+
+    @classmethod
+    def differentiate(cls, ctx: Any, grads: Any) -> tuple[Tensor | None, ...]:
+        """By hand, since b is not kept: the formula is linear in it."""
+        (g,) = grads
+        x, f = ctx.saved_tensors
+        axes = tuple(range(2, g.ndim))
+        db = g.sum(axes, keepdim=True) if ctx.summand else None
+        if f is None:
+            return g, None, db, None, None
+        return g * f, (g * x).sum(axes, keepdim=True), db, None, None
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂f = Σ_n g · x, ∂b = Σ_n g; the rest of ∂x is left to whoever pooled x."""
+        (g,) = grads
+        x, f = ctx.saved_tensors
+        assert g is not None
+        axes, df = tuple(range(2, g.ndim)), None
+        if f is not None:
+            df = channel_dot(flat(laid_out_as(g, x)), flat(x)).to(f.dtype).view_as(f)
+        db = g.sum(axes, keepdim=True) if ctx.summand else None
+        return None, df, db, g, f
+
+
+def context(x: Tensor, conv: nn.Module) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """x: (B, C, *S) and a 1×1 convolution to one channel → what `affine_of` needs, and the context."""
+    with full_precision(x):
+        g, f, pooled, _ = Context.apply(x, conv.weight, conv.bias)
+    return (g, f), pooled
+
+
+def affine_of(x: Tensor, f: Tensor | None, b: Tensor | None, carriers: tuple[Tensor, Tensor]) -> Tensor:
+    """x · f + b in x's dtype, from a descriptor that came with the carriers."""
+    f, b = (None if t is None else t.to(x.dtype) for t in (f, b))
+    return Affine.apply(x, f, b, *carriers)
+
+
+# --- scSE -----------------------------------------------------------------------------------------
+
+
+class SqueezeProject(Lean):
+    """x → its means over positions, w · x + b at each position, and carriers of g, c and s."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """x: (B, C, *S), weight: (1, C, 1, …) → three carriers, (B, C, 1, …) and (B, 1, *S)."""
+        mean = x.mean(tuple(range(2, x.ndim)), keepdim=True)
+        z = mix_channels(flat(x), weight.flatten().expand(x.shape[:2])).view(x.shape[0], 1, *x.shape[2:])
+        z = z if bias is None else z + bias.to(z.dtype)
+        return carrier(x, x.shape), carrier(x, mean.shape), carrier(x, z.shape), mean, z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep x, w and b."""
+        Lean.keep(ctx, *inputs)
+
+    @staticmethod
+    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """The same two descriptors."""
+        x, weight, bias = inputs
+        z = (x * weight.to(x.dtype)).sum(1, keepdim=True)
+        z = z if bias is None else z + bias.to(z.dtype)
+        return None, None, None, x.mean(tuple(range(2, x.ndim)), keepdim=True), z
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂x = g · (c + s) + d_mean / N + w ∂zᵀ, ∂w = x ∂z."""
+        g, c, s, d_mean, dz = grads
+        x, weight, bias = ctx.saved_tensors
+        dense, dw, db, out = flat(x), None, None, None
+        if dz is not None:
+            dw = mix_positions(dense, dz.flatten(1)).sum(0).to(weight.dtype).view_as(weight)
+            db = None if bias is None else dz.sum(dtype=wide(dz)).to(bias.dtype).view_as(bias)
+        if ctx.needs_input_grad[0]:
+            out = torch.empty_like(x)
+            g = None if g is None else flat(laid_out_as(g, x))
+            for part in pieces(dense):
+                y = flat(out)[part]
+                if g is None or c is None or s is None:
+                    y.zero_()
+                else:
+                    torch.add(c.flatten(2)[part], s.flatten(2)[part], out=y).mul_(g[part])
+                if dz is not None:
+                    y.addcmul_(weight.to(x.dtype).flatten(2), dz.flatten(2)[part])
+                if d_mean is not None:
+                    y.add_(d_mean.flatten(2)[part] / dense.shape[2])
+        return out, dw, db
+
+
+class ScaleBySum(Lean):
+    """y = x · (c + s); tells `SqueezeProject` what g, c and s are."""
+
+    @staticmethod
+    def forward(x: Tensor, c: Tensor, s: Tensor, *carriers: Tensor) -> Tensor:
+        """x: (B, C, *S), c: (B, C, 1, …), s: (B, 1, *S), float32 or wider → y in x's dtype."""
+        out = torch.empty_like(x)
+        spare = room(flat(x), wide(x))
+        for part in pieces(flat(x)):
+            factor = spare[: part.stop - part.start]
+            torch.add(c.flatten(2)[part], s.flatten(2)[part], out=factor)
+            torch.mul(flat(x)[part], factor.to(x.dtype), out=flat(out)[part])
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep the three factors."""
+        Lean.keep(ctx, *inputs[:3])
+
+    @staticmethod
+    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """The formula."""
+        x, c, s = inputs
+        return (x * (c + s).to(x.dtype),)
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂c = Σ_n g · x, ∂s = Σ_c g · x."""
+        (given,) = grads
+        x, c, s = ctx.saved_tensors
+        assert given is not None
+        given = laid_out_as(given, x)
+        g, dense = flat(given), flat(x)
+        dc, ds = products(g, dense, (2, 1))
+        return None, dc.to(c.dtype).view_as(c), ds.to(s.dtype).view_as(s), given, c.to(x.dtype), s.to(x.dtype)
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def squeeze_project(x: Tensor, conv: nn.Module) -> tuple[Three, tuple[Tensor, Tensor]]:
+    """x: (B, C, *S) and a 1×1 convolution to one channel → carriers; means and the convolution's result."""
+    with full_precision(x):
+        g, c, s, mean, z = SqueezeProject.apply(x, conv.weight, conv.bias)
+    return (g, c, s), (mean, z)
+
+
+def scale_by_sum(x: Tensor, c: Tensor, s: Tensor, carriers: Three) -> Tensor:
+    """x · (c + s) in x's dtype."""
+    return ScaleBySum.apply(x, c, s, *carriers)

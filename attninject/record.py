@@ -1,0 +1,171 @@
+"""What a run of a model leaves behind: its values, operations and module calls, in order.
+
+Tensors in recorded arguments and results are replaced by a `Ref`; what walks such trees is here too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in the recorded arguments or results of a call: an index into `Record.values`."""
+
+    value: int
+
+
+@dataclass(eq=False)
+class Value:
+    """One version of one tensor. An in-place operation makes a new version on the same storage."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: int
+    twin: Tensor  # on the meta device, of the same shape and strides
+    device: torch.device
+
+
+@dataclass(eq=False)
+class Op:
+    """One ATen operation in a module's own forward, outside its children."""
+
+    time: int
+    name: str
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    writes: frozenset[int]  # storages
+    reads: frozenset[int]
+    call: Call
+    func: Any = None
+    given: tuple[Any, dict[str, Any]] = ((), {})  # its arguments; a tensor or a `Ref` for each of `ins`
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module."""
+
+    module: nn.Module
+    parent: Call | None
+    number: int  # counts this module's calls within one run of the parent, from 1
+    start: int
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    out: Any = None
+    exotic: str = ""  # class of a nested result that is no plain tuple, list or dict
+    end: int = -1
+    events: list[Op | Call] = field(default_factory=list)
+    runs: dict[int, int] = field(default_factory=dict)  # id of a child -> its calls in this run
+
+    @functools.cached_property
+    def ins(self) -> tuple[int, ...]:
+        """Values among the arguments, in order."""
+        return tuple(r.value for r in refs((self.args, self.kwargs)))
+
+    @functools.cached_property
+    def outs(self) -> tuple[int, ...]:
+        """Values among the results, in order."""
+        return tuple(r.value for r in refs(self.out))
+
+    def ops(self) -> Iterator[Op]:
+        """Every operation of the call, those inside its children too."""
+        for event in self.events:
+            if isinstance(event, Op):
+                yield event
+            else:
+                yield from event.ops()
+
+    @functools.cached_property
+    def writes(self) -> frozenset[int]:
+        """Storages that the call wrote to."""
+        return frozenset().union(*(op.writes for op in self.ops()))
+
+
+class Record:
+    """What one run showed. Calls are listed in the order in which they began."""
+
+    def __init__(self, model: nn.Module, mode: str) -> None:
+        self.model = model
+        self.mode = mode
+        self.values: list[Value] = []
+        self.calls: list[Call] = []
+        self.by_module: dict[int, list[Call]] = {}
+        self.stand_ins: dict[int, Tensor] = {}  # id of a tensor of the model -> its stand-in in the run
+        self.constants: set[int] = set()  # values that are tensors of the model
+        self.constant_of: dict[int, int] = {}  # id of a tensor of the model -> its value
+        self.born: dict[int, int] = {}  # storage -> time at which it was first seen
+        self.input_values: tuple[int, ...] = ()
+        self.iterating: set[int] = set()  # ids of modules that go over their own children in their forward
+        self.complete = False
+        self.hooks = False  # whether the hooks of the model's owner ran
+
+    def calls_of(self, module: nn.Module) -> list[Call]:
+        """The calls of one module, in order."""
+        return self.by_module.get(id(module), [])
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        """Shape of a value."""
+        return self.values[value].shape
+
+
+def map_tensors(tree: Any, fn: Callable[[Tensor], Any]) -> Any:
+    """Apply `fn` to every tensor in nested tuples, lists and dicts; other things stay as they are."""
+    return _map(tree, Tensor, fn)
+
+
+def map_refs(tree: Any, fn: Callable[[Ref], Any]) -> Any:
+    """Apply `fn` to every `Ref` in nested tuples, lists and dicts."""
+    return _map(tree, Ref, fn)
+
+
+def map_values(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """Apply `fn` to every tensor and every `Ref`, in order: the arguments that an `Op` was `given`."""
+    return _map(tree, (Tensor, Ref), fn)
+
+
+_LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, slice})
+
+
+def _map(tree: Any, kind: type | tuple[type, ...], fn: Callable[[Any], Any]) -> Any:
+    if type(tree) in _LEAVES:  # the many, quickly
+        return tree
+    if isinstance(tree, kind):
+        return fn(tree)
+    if isinstance(tree, tuple):
+        items = [_map(t, kind, fn) for t in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [_map(t, kind, fn) for t in tree]
+    if isinstance(tree, Mapping):
+        return {k: _map(v, kind, fn) for k, v in tree.items()}
+    return tree
+
+
+def refs(tree: Any) -> list[Ref]:
+    """All `Ref`s of a tree, in order."""
+    found: list[Ref] = []
+    map_refs(tree, found.append)
+    return found
+
+
+@functools.cache
+def written_arguments(op: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an ATen operation writes to."""
+    return tuple(
+        (i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write
+    )
+
+
+def written_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that this call of an ATen operation writes to."""
+    found: list[Tensor] = []
+    for position, name in written_arguments(op):
+        map_tensors(args[position] if position < len(args) else kwargs.get(name), found.append)
+    return found
