@@ -92,7 +92,7 @@ def add_at_maxima(y: Tensor, x: Tensor, maxima: Tensor, d: Tensor) -> None:
 
 
 class Scale(Lean):
-    """y = x · f, f: one factor per channel; tells `Squeeze` what g and f are."""
+    """y = x · f, f: one factor per channel; tells `Squeeze` what g and f are. See also `spatial.ScaleAt`."""
 
     @staticmethod
     def forward(x: Tensor, f: Tensor, g_carrier: Tensor, f_carrier: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attninject.blocks.attend import full_precision
+from attninject.blocks.fast.channel import Scale
 from attninject.blocks.fast.function import Lean, carrier
 from attninject.blocks.fast.primitives import (
     channel_dot,
@@ -74,23 +75,8 @@ def add_descriptors(
         torch.addcmul(shift, out, shares, out=out)
 
 
-class ScaleAt(Lean):
-    """y = x · s, s: one factor per position; tells `Pool` what g and s are."""
-
-    @staticmethod
-    def forward(x: Tensor, s: Tensor, g_carrier: Tensor, s_carrier: Tensor) -> Tensor:
-        """x: (B, C, *S), s: (B, 1, *S) of the same dtype → x · s."""
-        return x * s
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep both factors."""
-        Lean.keep(ctx, *inputs[:2])
-
-    @staticmethod
-    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        """The product."""
-        return (inputs[0] * inputs[1],)
+class ScaleAt(Scale):
+    """y = x · s, s: (B, 1, *S), one factor per position; tells `Pool` what g and s are."""
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
