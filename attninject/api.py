@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from . import edits, planning, rewrite
 from .blocks import registry
 from .errors import NoMatchError, VerificationError
+from .flow import Spot
 from .layout import Layout
 from .matching import Scene
 from .patterns import compile_pattern, nearest
-from .places import PLACES, Spot
+from .places import PLACES
 from .planning import Plan
 from .probe import Inputs, probe
 from .recipe import Recipe, Rule, load_recipe, recipe_names, rule_from_fields
@@ -88,6 +89,8 @@ def inject(
         VerificationError: `verify` found a difference; the model was restored.
     """
     if isinstance(recipe, Plan):
+        if root or args or rule:
+            raise TypeError("a plan is resolved already; give root, args and fields of a rule to plan()")
         given = recipe
         planning.refuse_unsupported(model)
         given.check(model)
@@ -230,6 +233,7 @@ def sites(model: nn.Module, pattern: str = "**", *, root: str = "", example_inpu
         NoMatchError: the pattern matches no module; the nearest names are given.
     """
     planning.refuse_unsupported(model)
+    planning.check_root(model, root)
     wanted = compile_pattern(pattern)
     with edits.as_original(model):
         record, _ = probe(model, example_inputs, partial=True)
@@ -237,7 +241,8 @@ def sites(model: nn.Module, pattern: str = "**", *, root: str = "", example_inpu
     names = {id(m): n for n, m in reversed(scene.names.items()) if wanted.matches(n)}
     if not names:
         near = nearest(pattern, [n for n in scene.names if n])
-        raise NoMatchError(f"no module matches {pattern!r}; the nearest names are {', '.join(near)}")
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise NoMatchError(f"no module matches {pattern!r}{hint}")
     found = []
     for call in record.calls:
         if id(call.module) in names:

@@ -24,6 +24,7 @@ from torch import nn
 from attninject import __version__, api, edits
 from attninject.blocks import registry
 from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
+from attninject.patterns import listed
 
 FORMAT = 1
 METADATA_KEY = "attninject"
@@ -53,14 +54,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
         raise DeltaError("the model has no injected blocks, so there is nothing to save: inject first")
     state = _tensors(model)
     chosen = _chosen(model, state)
-    prefixes = [site["qualified"] for site in sites]
+    prefixes = _prefixes(sites)
     record = {
         "format": FORMAT,
         "versions": _versions(),
         "base": base or _timm_name(model),
         "sites": sites,
         "fingerprint": {
-            "tensors": {key: _signature(t) for key, t in state.items() if not _under(key, prefixes)},
+            "tensors": {key: _signature(t) for key, t in state.items() if not key.startswith(prefixes)},
             "values": {key: _digest(t) for key, t in state.items() if key not in chosen},
         },
     }
@@ -126,7 +127,7 @@ def load(
 def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
     """Keys that the file holds: blocks, and whatever training may have changed since injection."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    blocks = list(api.injected(model))
+    blocks = tuple(f"{name}." for name in api.injected(model))
     kept = edits.kept_by_freeze(model)
 
     def may_differ(key: str) -> bool:
@@ -139,7 +140,7 @@ def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
         frozen = holder.__dict__.get(edits.FROZEN, {}).get(key.rpartition(".")[2], False)
         return frozen or edits.changed_since_injection(parameter, unknown=False)
 
-    return {key for key in state if _under(key, blocks) or may_differ(key)}
+    return {key for key in state if key.startswith(blocks) or may_differ(key)}
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -160,8 +161,9 @@ def _detached(state: Mapping[str, torch.Tensor], chosen: Iterable[str]) -> dict[
     return result
 
 
-def _under(key: str, modules: Iterable[str]) -> bool:
-    return any(key.startswith(f"{name}.") for name in modules)
+def _prefixes(sites: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the keys of the blocks' tensors begin with."""
+    return tuple(f"{site['qualified']}." for site in sites)
 
 
 def _signature(tensor: torch.Tensor) -> str:
@@ -196,16 +198,22 @@ def _timm_name(model: nn.Module) -> str | None:
 def _recorded(model: nn.Module) -> list[dict[str, Any]]:
     """Every injected block as a rule that finds its one site again; several at a site stay in order."""
     sites = edits.sites_of(model)
-    return [
-        {
-            "qualified": site.name,
-            "mechanism": site.mechanism,
-            "layout": str(site.layout),
-            "rule": _rule(site, insertion),
-        }
-        for path, _, insertion in edits.insertions(model)
-        for site in (sites[f"{path}.{insertion.name}".lstrip(".")],)
-    ]
+    found = []
+    for name, _, insertion in edits.insertions(model):
+        site = sites[name]
+        if site is None:
+            raise DeltaError(
+                f"{name} was replaced since its injection, so nobody knows how to make it; eject it first"
+            )
+        found.append(
+            {
+                "qualified": site.name,
+                "mechanism": site.mechanism,
+                "layout": str(site.layout),
+                "rule": _rule(site, insertion),
+            }
+        )
+    return found
 
 
 def _rule(site: Any, insertion: edits.Insertion) -> dict[str, Any]:
@@ -312,9 +320,9 @@ def _check_base(
             f"the model already carries injected blocks; load {path} into a clean base (ai.eject)"
         )
     state = _tensors(model)
-    prefixes = [site["qualified"] for site in record["sites"]]
+    prefixes = _prefixes(record["sites"])
     here = {key: _signature(t) for key, t in state.items()}
-    in_file = {key: s for key, s in signatures.items() if not _under(key, prefixes)}
+    in_file = {key: s for key, s in signatures.items() if not key.startswith(prefixes)}
     expected = record["fingerprint"]["tensors"] if strict else {}
     values = record["fingerprint"]["values"]
     if strict and set(values) != set(expected) - set(in_file):
@@ -326,11 +334,8 @@ def _check_base(
     said = said or _differences(fits, here if strict else {k: _shape_of(s) for k, s in here.items()})
     if not said and strict:
         other = [key for key, digest in values.items() if _digest(state[key]) != digest]
-        said = (
-            f"{len(other)} of {len(values)} frozen tensors have other values ({_some(other)})"
-            if other
-            else ""
-        )
+        if other:
+            said = f"{len(other)} of {len(values)} frozen tensors have other values ({listed(other)})"
     if said:
         made_for = f" ({record['base']})" if isinstance(record.get("base"), str) else ""
         raise DeltaError(
@@ -367,7 +372,7 @@ def _plan(
             f"{found.get(other[0], 'absent')} in this model; give the example_inputs of the injection"
         )
     for site in plan.sites:
-        held = [_shape_of(s) for key, s in signatures.items() if _under(key, [site.name])]
+        held = [_shape_of(s) for key, s in signatures.items() if key.startswith(f"{site.name}.")]
         if site.parameters > sum(_count(shape) for shape in held):
             raise DeltaError(f"{path}: {site.name} needs {site.parameters:,} parameters, the file has fewer")
     return plan
@@ -380,9 +385,9 @@ def _differences(expected: Mapping[str, str], here: Mapping[str, str], both_ways
     other = [key for key in expected if key in here and expected[key] != here[key]]
     said = []
     if missing:
-        said.append(f"{len(missing)} of its tensors are not in this model ({_some(missing)})")
+        said.append(f"{len(missing)} of its tensors are not in this model ({listed(missing)})")
     if surplus:
-        said.append(f"{len(surplus)} tensors of this model are unknown to it ({_some(surplus)})")
+        said.append(f"{len(surplus)} tensors of this model are unknown to it ({listed(surplus)})")
     if other:
         said.append(
             f"{len(other)} differ ({other[0]}: {expected[other[0]]} in the file, {here[other[0]]} here)"
@@ -394,9 +399,9 @@ def _check_blocks(
     model: nn.Module, record: Mapping[str, Any], signatures: Mapping[str, str], path: Path, strict: bool
 ) -> None:
     """Compare the injected blocks' tensors with the file's, name by name."""
-    prefixes = [site["qualified"] for site in record["sites"]]
-    made = {key: _signature(t) for key, t in _tensors(model).items() if _under(key, prefixes)}
-    held = {key: s for key, s in signatures.items() if _under(key, prefixes)}
+    prefixes = _prefixes(record["sites"])
+    made = {key: _signature(t) for key, t in _tensors(model).items() if key.startswith(prefixes)}
+    held = {key: s for key, s in signatures.items() if key.startswith(prefixes)}
     if not strict:
         made = {key: _shape_of(s) for key, s in made.items()}
         held = {key: _shape_of(s) for key, s in held.items()}
@@ -413,7 +418,3 @@ def _shape_of(signature: str) -> str:
 
 def _count(shape: str) -> int:
     return math.prod(int(extent) for extent in shape.split("x")) if shape != "scalar" else 1
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")

@@ -1,4 +1,4 @@
-"""What injection leaves in a model, as data: which blocks hang where. Reads only."""
+"""What injection leaves in a model, as data: which blocks hang where. What is set aside here is put back."""
 
 from __future__ import annotations
 
@@ -92,15 +92,15 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 def injected_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Qualified name → block, in the order of `named_modules`."""
-    return {f"{p}.{i.name}".lstrip("."): getattr(h, i.name) for p, h, i in insertions(model)}
+    return {name: getattr(holder, i.name) for name, holder, i in insertions(model)}
 
 
 def insertions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Insertion]]:
-    """Path and object of each holder, with one insertion of it, in the order of `named_modules`."""
+    """Qualified name of each block, its holder, and its insertion there, in the order of `named_modules`."""
     for path, module in model.named_modules():
         if found := injected_in(module):
             for insertion in found.edit:
-                yield path, module, insertion
+                yield f"{path}.{insertion.name}".lstrip("."), module, insertion
 
 
 def sites_of(model: nn.Module) -> dict[str, Any]:

@@ -68,6 +68,7 @@ NORMS = _words("native_layer_norm native_group_norm layer_norm group_norm rsqrt 
 BATCH_NORMS = _words("native_batch_norm cudnn_batch_norm batch_norm")
 POOLS = _words("avg_pool1d avg_pool2d avg_pool3d")
 _PRODUCTS = _words("mul div mm bmm baddbmm")
+_NOISE = _words("randn randn_like normal normal_functional rand rand_like")
 # Affine in what depends on the input, or pooling alone: such a path bends nothing.
 _STRAIGHT = (
     WEIGHTED | MOVES | BATCH_NORMS | POOLS | _PRODUCTS
@@ -139,6 +140,8 @@ class Flow:
         self.layered = 0  # of these, by a convolution, a linear layer or a norm
         self.bent = 0  # made by an activation, a softmax, a norm, a product of live values
         self.active = 0  # the same without norms
+        self.noise = 0  # random numbers
+        self.sampled = 0  # products of live values with random numbers
         for i in record.constants:
             self.learned |= self.bit(i)
         for i in record.calls[0].ins:
@@ -196,12 +199,15 @@ class Flow:
                 made |= self.bit(o)
                 self.ancestors[self.number[o]] |= past
                 self.time[self.number[o]] = step.time
+        kinds = {kind(op) for op in step.ops}
+        drawn = kinds & _NOISE or (given & self.noise and kinds <= MOVES | {"detach"})
+        self.noise |= made if drawn else 0
         if not given & self.live:
             self.learned |= made if given & self.learned else 0
             return
         self.live |= made
         self.made |= made
-        kinds = {kind(op) for op in step.ops}
+        self.sampled |= made if given & self.noise and kinds & _PRODUCTS else 0
         learned = given & self.learned
         self.taught |= made if learned else 0
         self.weighted |= made if learned and kinds & WEIGHTED else 0

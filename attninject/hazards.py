@@ -16,8 +16,8 @@ from torch import fx, nn
 
 from .edits import base_class
 from .errors import InPlaceHazardError, TraceRefused
+from .flow import Spot
 from .matching import Scene, call_node
-from .places import Spot
 from .record import Call, Op
 from .trace import Effect, LocalGraph, find, targets
 
@@ -67,10 +67,10 @@ class _Sides:
         views: set[fx.Node] = set()  # of the result, written to by another name
         self.returned, started = set(), False
         for node in graph.nodes:
-            mine = [a for a in node.all_input_nodes if a in effects and effects[a].storages & self.shared]
             if node is site or not started:
                 started |= node is site
                 continue
+            mine = [a for a in node.all_input_nodes if a in effects and effects[a].storages & self.shared]
             sides = {a in behind for a in mine}
             self.read(sides)
             self.aliased |= any(a in views for a in mine)
@@ -196,14 +196,14 @@ def at_module(scene: Scene, spot: Spot, path: str) -> Copies:
     sides = _Sides(path, frozenset({storage}))
     sides.writes[True] = inside
     sides.returned = {True} if spot.position == "after" or _gives(scene, call, storage) else set()
-    if _is_chain(owner.module):
+    if is_chain(owner.module):
         _along(scene, sides, call)
         return Copies(sides.writes[False], written=sides.writes[True])
     try:
         local = scene.graph(owner.module)
         node = call_node(local.eval, call)
         if node is not None:
-            return in_graph(scene, local, spot, node, _graph_operand(node, spot), path)
+            return in_graph(scene, local, spot, node, graph_operand(node, spot), path)
     except TraceRefused:
         pass
     if _doubtful(scene, spot, storage, inside, later):
@@ -211,7 +211,12 @@ def at_module(scene: Scene, spot: Spot, path: str) -> Copies:
     return Copies(True)
 
 
-def _graph_operand(node: fx.Node, spot: Spot) -> int | str:
+def graph_operand(node: fx.Node, spot: Spot) -> int | str:
+    """The spot's operand, which its node must have.
+
+    Raises:
+        TraceRefused: the forward was called with it, the graph does without.
+    """
     operand = spot.operand
     known = operand < len(node.args) if isinstance(operand, int) else operand in node.kwargs
     if known or spot.position == "after":
@@ -247,7 +252,7 @@ def _outward(scene: Scene, sides: _Sides, call: Call) -> None:
     if True not in sides.returned and not sides.writes[True]:  # only the original goes on
         if any(op.time > call.end for s in sides.shared for op in scene.writers.get(s, ())):
             sides.write({False})
-    elif _is_chain(parent.module):
+    elif is_chain(parent.module):
         _along(scene, sides, call)
     else:
         _in_parent(scene, sides, call, parent)
@@ -284,6 +289,7 @@ def _gives(scene: Scene, call: Call, storage: int) -> bool:
     return any(scene.record.values[o].storage == storage for o in call.outs)
 
 
-def _is_chain(module: nn.Module) -> bool:
+def is_chain(module: nn.Module) -> bool:
+    """Whether a module is a Sequential that does nothing but call its children in turn."""
     cls = base_class(module)
     return issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward

@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 
 from .errors import LayoutError
 
-LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NCDHW", "NDHWC")
 DIMS = {"NCHW": 2, "NHWC": 2, "NLC": 1, "NCL": 1, "NCDHW": 3, "NDHWC": 3}
 RANK = {"NCHW": 4, "NHWC": 4, "NLC": 3, "NCL": 3, "NCDHW": 5, "NDHWC": 5}
 CHANNELS_LAST = ("NHWC", "NLC", "NDHWC")
@@ -28,7 +27,7 @@ class Layout:
     """A layout as measured at a site.
 
     Attributes:
-        kind: one of `LAYOUTS`; `NLC` are tokens.
+        kind: a key of `RANK`; `NLC` are tokens.
         prefix: tokens in front that are no positions.
         grid: (H, W) of the other tokens, (D, H, W) in a video; None when they form no grid.
         ordered: False where neighbours in the tensor are none in the image: windows in the batch or beside the
@@ -190,6 +189,18 @@ def _side_effects_count() -> bool:
 
 
 # --- measuring ---------------------------------------------------------------------------------
+
+
+def frame(shape: tuple[int, ...], given: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Batch and spatial size of the input as a tensor of this shape knows them.
+
+    A map of two dimensions in a net for clips (batch, frames, channels, height, width) or volumes is one frame's,
+    frame by frame or with the frames in the batch.
+    """
+    if len(given) != 5 or len(shape) != 4:
+        return given[0], given[2:]
+    folded = shape[0] in (given[0] * given[1], given[0] * given[2])
+    return (shape[0] if folded else given[0]), given[3:]
 
 
 def measure(

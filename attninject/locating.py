@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
-from torch import fx, nn
+import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import hazards
-from .edits import CONTAINERS, base_class, injected_in
+from .edits import CONTAINERS, base_class
 from .errors import CannotRewriteError, TraceRefused
+from .flow import Spot, output_key
 from .matching import Scene, call_node, node_of
-from .places import Spot, output_key
 from .record import Call, Op
 from .trace import LocalGraph, Target, public_forwards, targets
 
@@ -48,6 +49,7 @@ def locate(scene: Scene, spot: Spot, path: str) -> Location:
         InPlaceHazardError: no identity could keep the function there.
     """
     owner = spot.owner
+    _check_bypass(owner, path)
     reason = _not_rewritable(scene, owner)
     if not reason:
         assert owner is not None
@@ -59,6 +61,26 @@ def locate(scene: Scene, spot: Spot, path: str) -> Location:
     if isinstance(spot.event, Op):
         return _operation_in_root(scene, spot, path, reason)
     return _at_module(scene, spot, path, reason)
+
+
+def _check_bypass(owner: Call | None, path: str) -> None:
+    """Refuse what torch's encoder layer calls while training and passes by in eval mode without gradients."""
+    around = owner
+    while around is not None:
+        layer = around.module
+        if isinstance(layer, nn.TransformerEncoderLayer) and _has_fast_path(layer):
+            raise CannotRewriteError(
+                f"{path}: in eval mode without gradients nn.TransformerEncoderLayer takes a fast path that calls none "
+                "of its children, so a block there would not run; name the layer itself, or call "
+                "torch.backends.mha.set_fastpath_enabled(False) wherever the model is built"
+            )
+        around = around.parent
+
+
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    own = base_class(layer).forward is nn.TransformerEncoderLayer.forward
+    fits = layer.self_attn.batch_first and bool(layer.activation_relu_or_gelu)
+    return own and fits and torch.backends.mha.get_fastpath_enabled()
 
 
 def _not_rewritable(scene: Scene, owner: Call | None) -> str:
@@ -105,16 +127,9 @@ def _in_graph(scene: Scene, local: LocalGraph, owner: Call, spot: Spot, path: st
     target = targets(local.eval)[node]
     if local.train is not local.eval and target not in targets(local.train).values():
         raise TraceRefused("the call is not in its training graph")
-    operand = _operand(node, spot) if spot.position == "before" else spot.operand
+    operand = hazards.graph_operand(node, spot)
     copies = hazards.in_graph(scene, local, spot, node, operand, path)
     return Location(owner.module, spot.position, target, operand, spot.output, local, "graph", "", copies)
-
-
-def _operand(node: fx.Node, spot: Spot) -> int | str:
-    operand = spot.operand
-    if operand in node.kwargs or (isinstance(operand, int) and operand < len(node.args)):
-        return operand
-    raise TraceRefused(f"operand {operand!r} is not in its graph")
 
 
 # --- at a module -------------------------------------------------------------------------------
@@ -138,12 +153,10 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     copies = hazards.at_module(scene, spot, path)
     moved = _carrier(scene, spot)
     carrier = moved.event
-    if isinstance(carrier, Call) and isinstance(carrier.module, _NormBase):
-        moved = _beside_norm(scene, moved, path)
-        if moved.owner is not call.parent or moved.event is not carrier:
-            again = locate(scene, moved, path) if not _is_final(scene, moved) else None
-            if again is not None:
-                return again
+    if isinstance(carrier, Call) and _bears_none(carrier.module):
+        moved = _beside(scene, moved, path, reason)
+        if not _not_rewritable(scene, moved.owner):
+            return locate(scene, moved, path)
     carrier = moved.event
     assert isinstance(carrier, Call)
     _check_carrier(scene, carrier, moved, path)
@@ -153,27 +166,17 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     )
 
 
-def _is_final(scene: Scene, spot: Spot) -> bool:
-    """Whether the block hangs right there: its owner's graph is not to be rewritten."""
-    return bool(_not_rewritable(scene, spot.owner))
-
-
 def _carrier(scene: Scene, spot: Spot) -> Spot:
     """Go down Sequentials (and modules that go over their own children) to the child that ends or begins them."""
     call = spot.event
     assert isinstance(call, Call)
-    cls = base_class(call.module)
-    plain = issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward
     children = [e for e in call.events if isinstance(e, Call)]
-    if (
-        not children
-        or not (plain or id(call.module) in scene.record.iterating)
-        or issubclass(cls, nn.ModuleDict)
-    ):
+    goes_over = hazards.is_chain(call.module) or id(call.module) in scene.record.iterating
+    if not children or not goes_over or isinstance(call.module, nn.ModuleDict):
         return spot
     child = children[-1] if spot.position == "after" else children[0]
-    runs = len(scene.record.calls_of(child.module)) == len(scene.record.calls_of(call.module))
-    if not runs or isinstance(child.module, _NormBase):
+    as_often = len(scene.record.calls_of(child.module)) == len(scene.record.calls_of(call.module))
+    if not as_often or _bears_none(child.module) or "forward" in child.module.__dict__:
         return spot
     if spot.position == "after" and child.outs == call.outs and spot.output is None:
         return _carrier(scene, Spot(child, "after", spot.value, output_key(child, spot.value)))
@@ -182,11 +185,16 @@ def _carrier(scene: Scene, spot: Spot) -> Spot:
     return spot
 
 
-def _beside_norm(scene: Scene, spot: Spot, path: str) -> Spot:
-    """A batch norm carries no block, since converting or freezing norms replaces it.
+def _bears_none(module: nn.Module) -> bool:
+    """Whether no block hangs on it: converting norms replaces them, and ending a parametrization swaps a class."""
+    return isinstance(module, _NormBase) or hasattr(module, "parametrizations")
 
-    `after` moves before the norm's only consumer, or after the Sequential that it ends; `before` moves after
-    the norm's only producer.
+
+def _beside(scene: Scene, spot: Spot, path: str, reason: str) -> Spot:
+    """Where the block of a norm or a parametrized module hangs.
+
+    `after` moves before the module's only consumer, or after the Sequential that it ends; `before` moves after
+    the only producer of its input.
     """
     call = spot.event
     assert isinstance(call, Call)
@@ -196,19 +204,38 @@ def _beside_norm(scene: Scene, spot: Spot, path: str) -> Spot:
     if spot.position == "after":
         users = [e for e in events if e is not call and spot.value in e.ins]
         if spot.value not in owner.outs and len(users) == 1 and isinstance(users[0], Call):
-            if not isinstance(users[0].module, _NormBase):
+            if not _bears_none(users[0].module):
                 return _carrier(scene, Spot(users[0], "before", spot.value))
         elif not users and owner.outs == call.outs and isinstance(owner.module, nn.Sequential):
             return Spot(owner, "after", spot.value)
-        raise CannotRewriteError(
-            f"{path}: a batch norm cannot carry a block, and this one neither ends a Sequential "
-            "nor has a single module as its consumer; name the module behind it"
+    else:
+        makers = [e for e in events if e is not call and spot.value in e.outs and spot.value not in e.ins]
+        users = [e for e in events if spot.value in e.ins]
+        if (
+            len(makers) == len(users) == 1
+            and isinstance(makers[0], Call)
+            and not _bears_none(makers[0].module)
+        ):
+            return _carrier(scene, Spot(makers[0], "after", spot.value, output_key(makers[0], spot.value)))
+    raise CannotRewriteError(f"{path}: {_bearing(scene, spot, call)} ({reason})")
+
+
+def _bearing(scene: Scene, spot: Spot, call: Call) -> str:
+    """Why nothing serves, and what to name instead."""
+    what = f"{base_class(call.module).__name__} is parametrized; remove the parametrization first, or"
+    if isinstance(call.module, _NormBase):
+        what = (
+            "a batch norm cannot carry a block, and this one neither ends a Sequential nor has a single module as its "
+            "consumer;"
+            if spot.position == "after"
+            else "a batch norm cannot carry a block;"
         )
-    makers = [e for e in events if e is not call and spot.value in e.outs and spot.value not in e.ins]
-    users = [e for e in events if spot.value in e.ins]
-    if len(makers) == len(users) == 1 and isinstance(makers[0], Call):
-        return _carrier(scene, Spot(makers[0], "after", spot.value, output_key(makers[0], spot.value)))
-    raise CannotRewriteError(f"{path}: a batch norm cannot carry a block; name the module in front of it")
+    events = call.parent.events if call.parent else []
+    makers = [
+        e.module for e in events if isinstance(e, Call) and e is not call and set(e.outs) & set(call.ins)
+    ]
+    near = [scene.path(m) for m in makers if id(m) in scene.paths]
+    return f"{what} name the module in front of it{f', {near[0]},' if near else ''} or the one around it"
 
 
 def _check_carrier(scene: Scene, carrier: Call, spot: Spot, path: str) -> None:
@@ -216,15 +243,15 @@ def _check_carrier(scene: Scene, carrier: Call, spot: Spot, path: str) -> None:
     cls = base_class(module)
     if "forward" in module.__dict__:
         raise CannotRewriteError(
-            f"{path}: the instance has a forward of its own (an attribute), which would win"
+            f"{path}: the instance has a forward of its own (an attribute), which would win; name a module beside it, "
+            "or patch the class in place of the instance"
         )
     if id(module) in scene.record.iterating and not issubclass(cls, CONTAINERS):
         raise CannotRewriteError(
             f"{path}: {cls.__name__} goes over its own children, so a new one would be called as a layer; "
             "name one of its children"
         )
-    known = injected_in(module)
-    if isinstance(module, _NormBase) and known is None:
+    if isinstance(module, _NormBase):
         raise CannotRewriteError(f"{path}: a batch norm cannot carry a block")
     if hasattr(module, "parametrizations"):
         raise CannotRewriteError(f"{path}: {cls.__name__} is parametrized; remove the parametrization first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -18,16 +18,20 @@ from .errors import (
     NoSuchPlaceError,
     NotCalledError,
     NoTensorError,
+    PlanError,
     SeveralCallsError,
     TraceRefused,
 )
-from .layout import Layout, evident, measure
-from .patterns import Pattern, compile_pattern, nearest
-from .places import Map, Spot, channels_of
+from .flow import Spot
+from .layout import Layout, evident, frame, measure
+from .patterns import Pattern, compile_pattern, listed, nearest
+from .places import Map
 from .positions import Positions
+from .reading import read_positions
 from .recipe import Every, Rule
 from .record import Call, Op, Record, Ref, refs
 from .trace import Arguments, LocalGraph, check, find, targets, trace
+from .units import channels_of
 
 
 class Scene:
@@ -56,8 +60,17 @@ class Scene:
                 self.names[path[len(prefix) :]] = module
 
     def path(self, module: nn.Module) -> str:
-        """The module's (first) name in the whole model."""
-        return self.paths[id(module)]
+        """The module's (first) name in the whole model.
+
+        Raises:
+            CannotRewriteError: it has none, since its owner keeps it in a plain list or the like.
+        """
+        if id(module) in self.paths:
+            return self.paths[id(module)]
+        raise CannotRewriteError(
+            f"the model calls a {type(module).__name__} that is not among its modules; register it (nn.ModuleList in "
+            "place of a plain list) or name another module"
+        )
 
     @functools.cached_property
     def places(self) -> Map:
@@ -155,22 +168,31 @@ class Scene:
         shape = self.record.shape(spot.value)
         given = self.record.shape(self.record.input_values[0])
         channels = self._channels(spot)
-        quick = measure(shape, given[0], given[2:], channels)
+        batch, size = frame(shape, given)
+        quick = measure(shape, batch, size, channels)
         if (
             quick is not None
             and quick.kind != "NLC"
-            and (shape.count(channels) == 1 or evident(shape, given[2:]) == quick)
+            and (shape.count(channels) == 1 or evident(shape, size) == quick)
         ):
             return quick
         if found := self.positions.find(spot.value):
             return found.layout
         twin = self._twin(spot)
-        return measure(shape, given[0], given[2:], channels, twin) if twin else quick
+        return measure(shape, batch, size, channels, twin) if twin else quick
 
     @functools.cached_property
     def positions(self) -> Positions:
         """Which position of the map each element of a value belongs to."""
         return Positions(self.record)
+
+    def unread(self, value: int) -> bool:
+        """Whether nothing behind looks at the positions among a sequence's tokens."""
+        return bool(self.record.complete and self.positions.numbered(value) and value not in self._read)
+
+    @functools.cached_property
+    def _read(self) -> frozenset[int]:
+        return read_positions(self.record, self.positions)
 
     def _channels(self, spot: Spot) -> int | None:
         if isinstance(spot.event, Call) and spot.output is None:
@@ -189,7 +211,7 @@ class Scene:
             return None
         shape = other.shape(spot.value)
         same_rank = len(shape) == len(self.record.shape(spot.value))
-        return (shape, other.shape(other.input_values[0])[2:]) if same_rank else None
+        return (shape, frame(shape, other.shape(other.input_values[0]))[1]) if same_rank else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +222,6 @@ class Match:
     path: str  # layer1.0.bn3, layer1.0::add
     module: nn.Module  # that the filters look at: the matched module, or the operation's owner
     layout: Layout | None
-
     channels: int | None
 
 
@@ -224,7 +245,8 @@ def match(rule: Rule, scene: Scene, label: str) -> tuple[list[Match], list[str]]
             spots = scene.places.spots(rule.place)
         except NoSuchPlaceError as error:
             raise NoSuchPlaceError(f"{label}: {error}") from error
-        found = [_as_match(scene, s) for s in spots]
+        first = {(id(s.event), s.position, s.value): s for s in (_in_first_run(scene, s) for s in spots)}
+        found = [_as_match(scene, s) for s in _with_positions(scene, list(first.values()), label, notes)]
     else:
         found = _by_pattern(rule, scene, label, notes)
     kept = [m for m in sorted(found, key=lambda m: m.spot.time) if _passes(rule, scene, m)]
@@ -232,6 +254,37 @@ def match(rule: Rule, scene: Scene, label: str) -> tuple[list[Match], list[str]]
     if not picked:
         raise AllExcludedError(_nothing_left(rule, label, found, kept))
     return picked, notes
+
+
+def _with_positions(scene: Scene, spots: list[Spot], label: str, notes: list[str]) -> list[Spot]:
+    """Without those at vectors (batch, channels), as in a residual head behind the pooling, unless all are."""
+    vectors = [s for s in spots if len(scene.record.shape(s.value)) == 2]
+    if not vectors or len(vectors) == len(spots):
+        return spots
+    owners = [s.event.module if isinstance(s.event, Call) else s.event.call.module for s in vectors]
+    names = list(dict.fromkeys(scene.path(m) or "the root" for m in owners))
+    notes.append(f"{label}: left aside, since vectors have no positions: {listed(names, 4)}")
+    return [s for s in spots if s not in vectors]
+
+
+def _in_first_run(scene: Scene, spot: Spot) -> Spot:
+    """The same spot in the first run of its owner, whose later runs have the same sites; itself where they differ."""
+    owner, event = spot.owner, spot.event
+    if owner is None or (first := scene.record.calls_of(owner.module)[0]) is owner:
+        return spot
+    if len(first.events) != len(owner.events):
+        return spot
+    twin = next(b for a, b in zip(owner.events, first.events, strict=True) if a is event)
+    if _what(twin) != _what(event):
+        return spot
+    given, its = (event.outs, twin.outs) if spot.position == "after" else (event.ins, twin.ins)
+    if len(given) != len(its) or spot.value not in given:
+        return spot
+    return replace(spot, event=twin, value=its[given.index(spot.value)])
+
+
+def _what(event: Call | Op) -> object:
+    return event.module if isinstance(event, Call) else event.name
 
 
 def _as_match(scene: Scene, spot: Spot) -> Match:
@@ -245,8 +298,8 @@ def _as_match(scene: Scene, spot: Spot) -> Match:
         if (beside := _before_its_reader(scene, spot)) is not None:
             return beside
         raise CannotRewriteError(
-            f"{scene.path(owner)}: the value sits inside the forward of {type(owner).__name__}, and {refused}"
-            f"{_instead(scene, event.call)}"
+            f"{scene.path(owner) or 'the root'}: the value sits inside the forward of {type(owner).__name__}, "
+            f"and {refused}{_instead(scene, event.call)}"
         ) from refused
     return _match(scene, spot, f"{scene.path(owner)}::{name}", owner)
 
@@ -270,11 +323,11 @@ def _before_its_reader(scene: Scene, spot: Spot) -> Match | None:
 
 def _instead(scene: Scene, call: Call) -> str:
     """What to name in place of an operation in a forward that has no graph: the modules that it calls."""
-    called = [e.module for e in call.events if isinstance(e, Call)]
-    names = list(dict.fromkeys(scene.path(m) for m in called))
+    called = [e.module for e in call.events if isinstance(e, Call) and id(e.module) in scene.paths]
+    names = list(dict.fromkeys(map(scene.path, called)))
     if not names:
         return f"; name {scene.path(call.module) or 'another module'} itself with after or before"
-    return f"; name a module that it calls with after or before: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+    return f"; name a module that it calls with after or before: {listed(names, 4)}"
 
 
 def _match(scene: Scene, spot: Spot, path: str, module: nn.Module) -> Match:
@@ -325,6 +378,7 @@ def _by_pattern(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[
     spots: dict[Any, Match] = {}
     uncalled: list[str] = []
     unused: list[Pattern] = []
+    unfit: PlanError | None = None
     for pattern in patterns:
         found: list[Match] = []
         named = False
@@ -333,7 +387,13 @@ def _by_pattern(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[
                 found += _operations(rule, scene, pattern, name, module, position, label)
             elif pattern.matches(name):
                 named = True
-                hits = list(_calls(rule, scene, name, module, position, label))
+                try:
+                    hits = list(_calls(rule, scene, name, module, position, label))
+                except PlanError as error:
+                    if _wanted(rule, name, module):
+                        raise
+                    unfit = error  # of a module that the filters leave out anyway
+                    continue
                 found += hits
                 uncalled += [] if hits else [name]
         if not (named or found):
@@ -343,9 +403,11 @@ def _by_pattern(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[
     if len(unused) == len(patterns):
         raise NoMatchError(_no_match(patterns[0], scene, label))
     notes += [_no_match(pattern, scene, label) for pattern in unused]
+    if not spots and not uncalled and unfit:
+        raise unfit
     if not spots:
         raise NotCalledError(
-            f"{label}: {', '.join(sorted(uncalled)[:5])}{', …' if len(uncalled) > 5 else ''} "
+            f"{label}: {listed(sorted(uncalled), 5)} "
             f"{'is' if len(uncalled) == 1 else 'are'} never called in the model's forward"
         )
     if uncalled:
@@ -357,9 +419,24 @@ def _no_match(pattern: Pattern, scene: Scene, label: str) -> str:
     word = str(pattern).split("::")[0]
     near = nearest(word, [n for n in scene.names if n])
     hint = f"; the nearest names are {', '.join(near)}" if near else ""
+    if there := _operation_names(pattern, scene):
+        hint = f"; the operations there are {listed(there, 8)}"
     what = "operation" if pattern.operation is not None else "module"
     where = f" under {scene.root_path!r}" if scene.root_path else ""
     return f"{label}: no {what}{where} matches {str(pattern)!r}{hint}"
+
+
+def _operation_names(pattern: Pattern, scene: Scene) -> list[str]:
+    """What the operations are called in the owners that a pattern names; [] where it names none."""
+    found: list[str] = []
+    for name, module in scene.names.items():
+        if pattern.owner is None or not pattern.owner.matches(name) or not module._modules:
+            continue
+        if scene.record.calls_of(module):
+            with contextlib.suppress(TraceRefused):
+                named = targets(scene.graph(module).eval).values()
+                found += [target.name for target in named if target.kind == "op"]
+    return list(dict.fromkeys(found))
 
 
 def _calls(
@@ -434,21 +511,20 @@ def _no_tensor(position: str, tree: Any, key: Any, name: str, label: str) -> str
     else:
         options = []
     advice = f"; choose one with output: {' or '.join(map(repr, options))}" if options else ""
-    return f"{label}: the output of {name} is a {type(tree).__name__}, no tensor{advice}"
+    return f"{label}: the output of {name or 'the root'} is a {type(tree).__name__}, no tensor{advice}"
 
 
 def _operations(
     rule: Rule, scene: Scene, pattern: Pattern, name: str, module: nn.Module, position: str, label: str
 ) -> Iterator[Match]:
     """Operations in the forward of one owner; an owner without a faithful graph has none by name."""
-    if not module._modules and not scene.record.calls_of(module):
-        return
     if not pattern.owner or not pattern.owner.matches(name):
         return
     by_wildcard = any(c in str(pattern.owner) for c in "*?[{:")
     if by_wildcard and not module._modules and type(module).__module__.startswith("torch.nn."):
         return  # torch's own layers are named by their calls
-    if not scene.record.calls_of(module):
+    calls = scene.record.calls_of(module)
+    if not calls:
         return
     try:
         local = scene.graph(module)
@@ -456,14 +532,13 @@ def _operations(
         if not by_wildcard:
             raise CannotRewriteError(
                 f"{label}: the operations of {name or 'the root'} ({type(module).__name__}) cannot be named: {refused}"
-                f"{_instead(scene, scene.record.calls_of(module)[0])}"
+                f"{_instead(scene, calls[0])}"
             ) from refused
         return
-    operation_call = scene.record.calls_of(module)[0]
     for node, target in targets(local.eval).items():
         if target.kind != "op" or not pattern.match_operation(name, target.name):
             continue
-        spot = _operation_spot(rule, local, node, operation_call, position)
+        spot = _operation_spot(rule, local, node, calls[0], position)
         path = f"{scene.path(module)}::{target.name}"
         if spot is None:
             raise NoTensorError(f"{label}: {path} has no tensor there; choose another with input: or output:")
@@ -498,16 +573,20 @@ def _event_of(call: Call, local: LocalGraph, node: Any) -> Op | None:
 # --- filters -----------------------------------------------------------------------------------
 
 
-def _passes(rule: Rule, scene: Scene, found: Match) -> bool:
-    if rule.type and not ({c.__name__ for c in type(found.module).__mro__} & set(rule.type)):
+def _wanted(rule: Rule, name: str, module: nn.Module) -> bool:
+    """Whether a module passes the filters that ask for its class and its name alone."""
+    if rule.type and not ({c.__name__ for c in type(module).__mro__} & set(rule.type)):
         return False
+    return not any(compile_pattern(text).matches(name) for text in rule.exclude)
+
+
+def _passes(rule: Rule, scene: Scene, found: Match) -> bool:
     inner = found.path[len(scene.root_path) + 1 :] if scene.root_path else found.path
-    module_name = inner.split("::")[0]
-    for text in rule.exclude:
+    if not _wanted(rule, inner.split("::")[0], found.module):
+        return False
+    for text in rule.exclude if "::" in inner else ():
         pattern = compile_pattern(text)
-        if pattern.matches(module_name):
-            return False
-        if "::" in inner and pattern.operation is not None and pattern.match_operation(*inner.split("::")):
+        if pattern.operation is not None and pattern.match_operation(*inner.split("::")):
             return False
     if rule.stages and scene.places.stage_of(found.spot.time) not in _stages(rule, scene):
         return False
@@ -549,10 +628,10 @@ def _picked(pick: Any, group: list[Match]) -> list[Match]:
 def _nothing_left(rule: Rule, label: str, found: list[Match], kept: list[Match]) -> str:
     filters = [f for f in ("type", "exclude", "stages", "min_channels") if getattr(rule, f)]
     if kept:
-        return f"{label}: pick: {rule.pick} chooses none of the {len(kept)} sites that are left"
-    sample = ", ".join(m.path for m in found[:3])
+        pick = list(rule.pick) if isinstance(rule.pick, tuple) else rule.pick
+        return f"{label}: pick: {pick} chooses none of the {len(kept)} sites that are left"
     kinds = ", ".join(sorted({type(m.module).__name__ for m in found}))
     return (
-        f"{label}: {len(found)} sites match ({sample}{', …' if len(found) > 3 else ''}; {kinds}), "
+        f"{label}: {len(found)} sites match ({listed([m.path for m in found])}; {kinds}), "
         f"but {' and '.join(filters) or 'the filters'} leave none of them"
     )

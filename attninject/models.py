@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from attninject.errors import UnknownModelError
+from attninject.patterns import listed
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".safetensors")
 NESTED_UNDER = ("state_dict", "model")
@@ -293,8 +294,15 @@ def _renamed(tensors: Mapping[str, torch.Tensor], prefix: str) -> Any:
 
 def _load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path, full: str) -> None:
     try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
+        try:
+            model.load_state_dict(tensors, strict=True)
+        except (
+            ValueError
+        ):  # torchvision's MnasNet asks for its module's version, which safetensors do not keep
+            today = OrderedDict(tensors)
+            today._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+            model.load_state_dict(today, strict=True)
+    except (RuntimeError, ValueError) as error:
         raise UnknownModelError(
             f"{path} does not fit {full}: {_misfit(model.state_dict(), tensors)}"
         ) from error
@@ -313,9 +321,9 @@ def _misfit(wanted: Mapping[str, Any], given: Mapping[str, torch.Tensor]) -> str
         )
     said = []
     if missing:
-        said.append(f"{len(missing)} keys of the model are missing ({_some(missing)})")
+        said.append(f"{len(missing)} keys of the model are missing ({listed(missing)})")
     if surplus:
-        said.append(f"{len(surplus)} keys are unknown to the model ({_some(surplus)})")
+        said.append(f"{len(surplus)} keys are unknown to the model ({listed(surplus)})")
     if other:
         key = other[0]
         said.append(
@@ -329,10 +337,6 @@ def _is_head(other: list[str], wanted: Mapping[str, Any], given: Mapping[str, to
     """Only first dimensions differ, all in the same way: the number of classes."""
     changes = {(wanted[key].shape[:1], given[key].shape[:1]) for key in other}
     return len(changes) == 1 and all(wanted[key].shape[1:] == given[key].shape[1:] for key in other)
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
 
 
 def _one_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from re import _parser as sre  # type: ignore[attr-defined]
@@ -97,12 +97,13 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     ['cbam_resnet']
     """
     wanted = word[:MAX_REGEX_LENGTH].lower()
-    sorted_words = _in_word_order(wanted)
-    matcher = difflib.SequenceMatcher(autojunk=False)
+    given, ordered = (
+        difflib.SequenceMatcher(b=text, autojunk=False) for text in (wanted, _in_word_order(wanted))
+    )
     scored: list[tuple[float, str]] = []
     for candidate in dict.fromkeys(candidates):
         lowered = candidate[:MAX_REGEX_LENGTH].lower()
-        score = max(_ratio(matcher, wanted, lowered), _ratio(matcher, sorted_words, _in_word_order(lowered)))
+        score = max(_ratio(given, lowered), _ratio(ordered, _in_word_order(lowered)))
         if min(len(wanted), len(lowered)) > 2 and (wanted in lowered or lowered in wanted):
             score = max(score, 0.6)
         if score >= 0.6:
@@ -110,13 +111,17 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     return [candidate for _, candidate in sorted(scored)[:n]]
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few of some names, for a message: `a, b, c, …`."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
 def _in_word_order(name: str) -> str:
     return "_".join(sorted(re.split(r"[_./\- ]+", name)))
 
 
-def _ratio(matcher: difflib.SequenceMatcher[str], a: str, b: str) -> float:
-    matcher.set_seq2(a)  # the sequence that the matcher indexes, the same for every candidate
-    matcher.set_seq1(b)
+def _ratio(matcher: difflib.SequenceMatcher[str], text: str) -> float:
+    matcher.set_seq1(text)  # the second sequence, which the matcher indexes, stays
     quick = matcher.real_quick_ratio() >= 0.6 and matcher.quick_ratio() >= 0.6
     return matcher.ratio() if quick else 0.0
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .edits import base_class
 from .errors import NoSuchPlaceError
 from .flow import Flow, Spot, output_key
 from .record import Call, Record
 from .residuals import ResidualAdd, branch_end, producer, residual_adds
-from .units import Units, channels_of, contains, resolution
-
-__all__ = ["PLACES", "Map", "Spot", "channels_of", "output_key"]
+from .trace import public_forwards
+from .units import Units, contains, resolution
 
 
 class Map:
@@ -34,9 +34,13 @@ class Map:
         """Residual adds within the root."""
         return [a for a in residual_adds(self.flow) if self.within(a.owner)]
 
+    @functools.cached_property
+    def _named(self) -> set[int]:
+        return {id(m) for m in self.root.module.modules()}
+
     def within(self, call: Call) -> bool:
-        """Whether the call happened within the root."""
-        return call is self.root or contains(self.root, call)
+        """Whether the call happened within the root, in a module that has a name there (none has one in a plain list)."""
+        return (call is self.root or contains(self.root, call)) and id(call.module) in self._named
 
     @functools.cached_property
     def units(self) -> list[Call]:
@@ -115,7 +119,7 @@ class Map:
         """Nets without units: the last activation before each drop of the resolution."""
         groups: list[tuple[tuple[int, ...], list[Spot], bool]] = []
         for call in self.record.calls:
-            leaf = not any(isinstance(e, Call) for e in call.events)
+            leaf = _is_leaf(call)
             at = resolution(self.record, call.outs[0], call.module) if call.outs else None
             if not leaf or not self.within(call) or not at or max(at) == 1:
                 continue
@@ -126,7 +130,20 @@ class Map:
             if same and bits & self.flow.active and not bits & self.flow.taught:
                 groups[-1][1].append(_after(call, call.outs[0]))
             groups[-1] = (at, groups[-1][1], groups[-1][2] or bool(bits & self.flow.weighted))
-        return [spots[-1] for _, spots, heavy in groups if spots and heavy]
+        return [self._summed(spots[-1]) for _, spots, heavy in groups if spots and heavy]
+
+    def _summed(self, end: Spot) -> Spot:
+        """The spot, or behind the residual sum in the root's own forward whose branch it ends."""
+        at, sums = (
+            self.resolution(end),
+            [a for a in self.adds if a.op.call is self.root and a.op.time > end.time],
+        )
+        if public_forwards(base_class(self.root.module)):
+            return end  # they would pass by what is put into this one
+        for add in sums:
+            if self.flow.depends(add.branch, end.value) and resolution(self.record, add.out) == at:
+                return Spot(add.op, "after", add.out)
+        return end
 
     @functools.cached_property
     def spans(self) -> list[tuple[int, int]]:
@@ -154,10 +171,28 @@ class Map:
         raise NoSuchPlaceError(
             f"this {type(self.root.module).__name__} has no place {place!r}; "
             + (f"it has {', '.join(others)}" if others else "name modules with `after` or `before`")
+            + self._unseen()
+        )
+
+    def _unseen(self) -> str:
+        """What a message adds where the net calls modules that it does not hold as its own."""
+        calls = (c for c in self.record.calls if contains(self.root, c) and id(c.module) not in self._named)
+        classes = sorted(
+            {type(c.module).__name__ for c in calls if type(c.module).__module__[:6] != "torch."}
+        )
+        return (
+            f"; not seen are modules in a plain list or the like ({', '.join(classes)}): put them in an nn.ModuleList"
+            if classes
+            else ""
         )
 
 
 # --- the places --------------------------------------------------------------------------------
+
+
+def _is_leaf(call: Call) -> bool:
+    """Whether a call is one layer's; what makes the weight of a parametrized one does not count."""
+    return hasattr(call.module, "parametrizations") or not any(isinstance(e, Call) for e in call.events)
 
 
 def _after(call: Call, value: int) -> Spot:
@@ -192,7 +227,7 @@ def _stem_end(net: Map) -> list[Spot]:
     value, frame = first.ins[0], first.parent
     while frame is not None and net.within(frame):
         made = producer(frame, value)
-        if isinstance(made, Call):
+        if isinstance(made, Call) and net.within(made):
             return [_after(made, value)]
         frame = None if made else frame.parent
     return [Spot(first, "before", value)]
@@ -205,8 +240,7 @@ def _head_input(net: Map) -> list[Spot]:
     last = net.stages[-1]
     at = net.resolution(last)
     for call in net.record.calls:
-        leaf = not any(isinstance(e, Call) for e in call.events)
-        if leaf and net.within(call) and call.start > last.time and call.outs:
+        if _is_leaf(call) and net.within(call) and call.start > last.time and call.outs:
             if resolution(net.record, call.outs[0], call.module) != at:
                 break
             last = _after(call, call.outs[0]) if _can_carry(call) else last

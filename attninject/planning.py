@@ -34,10 +34,11 @@ from .errors import (
 from .layout import RANK, Layout
 from .locating import Location, locate, watchable
 from .matching import Match, Scene, match
+from .patterns import listed, nearest
 from .probe import Inputs, hooked, probe, run
 from .recipe import FrozenDict, Recipe, Rule
 from .record import Record, map_tensors
-from .snapshot import rng_kept
+from .snapshot import PATCHING, rng_kept, undoing
 from .trace import LocalGraph
 
 
@@ -190,10 +191,10 @@ def refuse_unsupported(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, found {type(model).__name__}")
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if type(model).__name__ == "OptimizedModule" or model.__dict__.get("_compiled_call_impl") is not None:
         raise UnsupportedModelError("the model is compiled; inject first, then torch.compile it")
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or "fsdp" in kind.lower():
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, wrappers) or type(model).__name__ == "FullyShardedDataParallel":
         raise UnsupportedModelError(
             f"the model is wrapped in {type(model).__name__}; inject into model.module first"
         )
@@ -243,8 +244,8 @@ def make(
         PlanError: of the kind that fits; see `errors`.
     """
     refuse_unsupported(model)
-    _check_root(model, root)
-    with _uncollected():
+    check_root(model, root)
+    with PATCHING, _uncollected():
         return _make(model, recipe, root, example_inputs, strict)
 
 
@@ -252,12 +253,9 @@ def make(
 def _uncollected() -> Iterator[None]:
     """No garbage collection for a while: a record is many small objects, none of them garbage, and looking takes long."""
     was_on = gc.isenabled()
-    gc.disable()
-    try:
+    with undoing(gc.enable if was_on else gc.disable):
+        gc.disable()
         yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _make(model: nn.Module, recipe: Recipe, root: str, example_inputs: Any, strict: bool) -> Plan:
@@ -272,16 +270,17 @@ def _make(model: nn.Module, recipe: Recipe, root: str, example_inputs: Any, stri
             ) from failed
 
 
-def _check_root(model: nn.Module, root: str) -> None:
-    try:
-        model.get_submodule(root)
-    except AttributeError:
-        from .patterns import nearest
+def check_root(model: nn.Module, root: str) -> None:
+    """Refuse a root that the model does not have.
 
-        near = nearest(root, [n for n, _ in model.named_modules() if n])
-        raise NoMatchError(
-            f"root: no module is called {root!r}; the nearest names are {', '.join(near)}"
-        ) from None
+    Raises:
+        NoMatchError: with the nearest names.
+    """
+    names = [n for n, _ in model.named_modules(remove_duplicate=False)]
+    if root not in names:
+        near = nearest(root, names[1:])
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise NoMatchError(f"root: no module is called {root!r}{hint}")
 
 
 class _Incomplete(Exception):
@@ -300,7 +299,7 @@ class _Planner:
         self.notes: list[str] = []
         if not self.record.hooks and (names := hooked(model)):
             self.notes.append(
-                f"the hooks of {', '.join(n or 'the model' for n in names[:3])}{', …' if len(names) > 3 else ''} were "
+                f"the hooks of {listed([n or 'the model' for n in names])} were "
                 "not run: should one change a shape, the shapes above are those without it"
             )
 
@@ -353,11 +352,20 @@ class _Planner:
             raise
         self.notes += notes
         steps: dict[Any, Step] = {}
+        idle: list[str] = []
         for m in found:
             place = locate(self.scene, m.spot, m.path)
             key = (id(place.holder), place.position, place.target, place.operand, place.output)
             if key not in steps:  # a carrier that several owners call has one block
-                steps[key] = self.step(index, rule, m, place, label)
+                steps[key] = made = self.step(index, rule, m, place, label)
+                idle += (
+                    [made.site.name] if made.site.layout.prefix and self.scene.unread(m.spot.value) else []
+                )
+        if idle:
+            self.notes.append(
+                f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
+                "which bypass blocks: there a block changes nothing and learns nothing"
+            )
         return list(steps.values())
 
     def step(self, index: int, rule: Rule, m: Match, location: Location, label: str) -> Step:
@@ -421,11 +429,16 @@ class _Planner:
         if layout is None:
             found = self.scene.positions.find(m.spot.value)
             why = found.why if found and found.why else "do not say which are batch, channels and positions"
-            raise LayoutError(f"{label}: the axes of {m.path}, {tuple(shape)}, {why}; say it with layout:")
+            known = len(shape) in RANK.values()
+            fix = "say it with layout:" if known else "blocks need 3 to 5 axes, so name a site before"
+            raise LayoutError(f"{label}: the axes of {m.path}, {tuple(shape)}, {why}; {fix}")
         if spec.spatial and not layout.is_map:
             held = f"{shape[1]} tokens" if layout.kind == "NLC" else f"{layout.kind} {tuple(shape)}"
             lie = "that form no grid" if layout.ordered else "in windows or an order of the network's own"
-            raise LayoutError(f"{label}: {m.path} holds {held} {lie}, and {spec.name} works on positions")
+            raise LayoutError(
+                f"{label}: {m.path} holds {held} {lie}, and {spec.name} works on positions; take a block that works "
+                "on tokens too, see `attninject list blocks`"
+            )
         if layout.dims in spec.dims:
             return layout
         if layout.kind in ("NLC", "NCL") and 1 in spec.dims and not spec.spatial:
@@ -516,32 +529,31 @@ def block_cost(rule: Rule, channels: int, dims: int, positions: tuple[int, ...])
         BlockError, TooFewChannelsError: the block cannot be built so.
         IdentityError: a foreign class changes the function, and `init` is `identity`.
     """
-    cost = _cost(rule.block, rule.args, rule.init, channels, dims, positions)
     spec = registry.resolve(rule.block)
-    if rule.init == "identity" and spec.family == "registered":
-        _check_foreign(rule.block, rule.args, channels, dims)
+    if spec.family != "registered":
+        return _cost(rule.block, rule.args, rule.init, channels, dims, positions)
+    cls: type = spec.cls  # not the name, which may be registered anew for an edited class
+    cost = _cost(cls, rule.args, rule.init, channels, dims, positions)
+    if rule.init == "identity":
+        _check_foreign(cls, rule.args, channels, dims)
     return cost
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_foreign(block: str | type, args: FrozenDict, channels: int, dims: int) -> None:
+def _check_foreign(block: type, args: FrozenDict, channels: int, dims: int) -> None:
     with rng_kept():
         built = registry.create_block(block, channels, init="identity", dims=dims, **args)
     try:
         kept = registry.is_identity(built, channels, dims)
     except Exception as error:
         raise IdentityError(
-            f"{_block_name(block)} fails on a random map of {channels} channels: {type(error).__name__}: {error}"
+            f"{block.__name__} fails on a random map of {channels} channels: {type(error).__name__}: {error}"
         ) from error
     if not kept:
         raise IdentityError(
-            f"{_block_name(block)} changes the function at init; ask for init: blend (x + α(f(x) − x), α = 0) "
+            f"{block.__name__} changes the function at init; ask for init: blend (x + α(f(x) − x), α = 0) "
             "or init: paper (as it is)"
         )
-
-
-def _block_name(block: str | type) -> str:
-    return block if isinstance(block, str) else block.__name__
 
 
 def macs_of(record: Record) -> int:
@@ -560,7 +572,7 @@ def macs_of(record: Record) -> int:
             total += math.prod(shapes[0]) * shapes[1][-1]
         elif kind in ("addmm", "baddbmm"):
             total += math.prod(shapes[1]) * shapes[2][-1]
-        elif "attention" in kind and "scaled_dot_product" in kind:
+        elif "scaled_dot_product" in kind:
             (*batch, n, d), keys, values = shapes[0], shapes[1][-2], shapes[2][-1]
             total += math.prod(batch) * n * keys * (d + values)
     return total // max(1, record.shape(record.input_values[0])[0])
@@ -571,7 +583,7 @@ def macs_of(record: Record) -> int:
 
 def table(plan: Plan) -> str:
     """The plan for people: rules with their counts, then a row per site, then the sums."""
-    lines = [f"{plan.recipe.name} on {plan.model_name}: {len(plan.sites)} sites"]
+    lines = [f"{plan.recipe.name} on {plan.model_name}: {_sites(len(plan.sites))}"]
     for index, rule in enumerate(plan.recipe.rules):
         own = [s for s in plan.sites if s.rule == index]
         where = (
@@ -581,7 +593,7 @@ def table(plan: Plan) -> str:
         args = ", ".join(f"{k}={v}" for k, v in rule.args.items())
         detail = f" ({args})" if args else ""
         lines.append(
-            f"rule {index + 1}: {rule.block_name}{detail}, {where}, init {rule.init}: {len(own)} sites"
+            f"rule {index + 1}: {rule.block_name}{detail}, {where}, init {rule.init}: {_sites(len(own))}"
         )
     header = ("site", "shape", "layout", "new module", "how", "parameters", "MACs")
     rows = [header, *(_row(s) for s in plan.sites)]
@@ -626,9 +638,13 @@ def _sum(what: str, new: int, base: int) -> str:
     return f"{what}: {show(base)} + {show(new)} = {show(base + new)} (+{100 * new / max(base, 1):.1f} %)"
 
 
+def _sites(count: int) -> str:
+    return "1 site" if count == 1 else f"{count} sites"
+
+
 def human(count: int) -> str:
-    """12.3 M for 12,345,678."""
+    """12.3 M for 12,345,678, 4.10 G for 4,096,000,000: always three digits from 1,000."""
     for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if count >= limit:
-            return f"{count / limit:.3g} {unit}"
+            return f"{count / limit:#.3g}".rstrip(".") + f" {unit}"
     return str(count)

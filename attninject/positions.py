@@ -9,6 +9,7 @@ positions loses them. What is left at a site says where its grid is, and which l
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class Marks:
 
     numbers: Tensor
     source: Source
+
+    @functools.cached_property
+    def some(self) -> bool:
+        """Whether there is a position among the numbers."""
+        return bool((_once(self.numbers) != NONE).any())
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,11 @@ class Positions:
         except _TooMany:
             return None
 
+    def numbered(self, value: int) -> bool | None:
+        """Whether some elements of a value belong to a position; None where that got lost."""
+        marks = self.marks.get(value)
+        return None if marks is None else marks.some
+
     def follow(self, op: Op) -> None:
         """Number the results of one operation."""
         known = [self.marks.get(i) for i in op.ins]
@@ -108,7 +119,7 @@ class Positions:
         """Do with the numbers what was done with the values."""
         sources = {m.source.extents: m.source for m in known if m is not None}
         if len(sources) > 1:  # of two maps, or a class token that went through another one
-            sources = {m.source.extents: m.source for m in known if m is not None and _any(m.numbers)}
+            sources = {m.source.extents: m.source for m in known if m is not None and m.some}
         if len(sources) != 1:
             return []
         source = next(iter(sources.values()))
@@ -160,11 +171,6 @@ def _thinned(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
         there = torch.arange(shape[axis]) * numbers.shape[axis] // shape[axis]
         numbers = numbers.index_select(axis, there)
     return numbers.expand(shape)
-
-
-def _any(numbers: Tensor) -> bool:
-    """Whether there is a position among the numbers."""
-    return bool((_once(numbers) != NONE).any())
 
 
 def _once(numbers: Tensor) -> Tensor:
@@ -319,7 +325,7 @@ _MAKES = frozenset(
     }
 )  # fmt: skip
 
-_LOSES = ("sort", "topk", "gather", "scatter", "index", "cumsum", "fft", "lstm", "gru")
+_LOSES = ("sort", "topk", "gather", "scatter", "index", "cumsum")
 
 
 def _alike(shapes: list, known: list[Marks | None], shape: tuple[int, ...]) -> Marks | None:

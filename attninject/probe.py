@@ -12,6 +12,7 @@ import inspect
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .errors import ProbeError, UnsupportedModelError
 from .record import Call, Op, Record, Ref, Value, map_tensors, written_tensors
 from .shapes import execute, meta_like, short_recurrences
-from .snapshot import rng_kept, stand_ins, undoing
+from .snapshot import PATCHING, rng_kept, stand_ins, undoing
 
 # --- recording ---------------------------------------------------------------------------------
 
@@ -157,8 +158,6 @@ class _Husk:
 
     @staticmethod
     def of(tensor: Tensor, recorder: _Recorder) -> Any:
-        import weakref
-
         husk = _Husk(id(tensor), storage_of(tensor), recorder)
         storage_ref = torch.multiprocessing.reductions.StorageWeakRef(tensor.untyped_storage())
         # the weak storage reference keeps the address from being used again
@@ -172,14 +171,15 @@ class _Husk:
 @contextlib.contextmanager
 def calls_through(handler: Callable[[Callable, nn.Module, tuple, dict], Any]) -> Iterator[None]:
     """Send every module call of this process through `handler` (torch.fx's tracer works the same way)."""
-    original = nn.Module.__call__
+    with PATCHING:
+        original = nn.Module.__call__
 
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return handler(original, module, args, kwargs)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return handler(original, module, args, kwargs)
 
-    with undoing(lambda: setattr(nn.Module, "__call__", original)):
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        yield
+        with undoing(lambda: setattr(nn.Module, "__call__", original)):
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            yield
 
 
 @contextlib.contextmanager
@@ -246,10 +246,7 @@ def _required_arguments(model: nn.Module) -> tuple[int, list[str]]:
 def _declared_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     channels, nd = _first_conv(model) or (3, 2)
-    holders = (
-        model,
-        getattr(model, "patch_embed", None),
-    )  # timm's transformers were perhaps built for another size
+    holders = (model, getattr(model, "patch_embed", None))  # perhaps built for another size than declared
     for size in (getattr(h, name, None) for h in holders for name in ("img_size", "image_size")):
         if isinstance(size, int) and not isinstance(size, bool):
             yield (channels, *(size,) * nd)

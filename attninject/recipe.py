@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from . import yamlio
 from .errors import Fault, PatternError, RecipeError, UnknownBlockError
-from .patterns import compile_pattern
+from .patterns import compile_pattern, nearest
 from .yamlio import (
     BAD,
     Checker,
@@ -199,6 +199,9 @@ def rule_from_fields(**given: Any) -> Rule:
 
     None means "not given"; `block` may be a class.
     """
+    if all(value is None for value in given.values()):
+        text = "nothing to inject: give a recipe, or block= with one of after=, before= and place="
+        raise RecipeError([Fault(text)])
     report = Report()
     rule = _rule(_from_python(given, report), report)
     report.raise_if_any()
@@ -429,7 +432,8 @@ def _recipe(node: Node, report: Report, default_name: str) -> Recipe | None:
 
 def _rules(node: Node, report: Report) -> Any:
     if not isinstance(node.value, list) or not node.value:
-        return report.expected(node, "a list of rules")
+        hint = "; put - in front of each rule" if isinstance(node.value, dict) else ""
+        return report.expected(node, "a list of rules", hint)
     top = Report(report.file, "", report.faults)
     rules = [_rule(item, top.within(f"rule {number}")) for number, item in enumerate(node.value, 1)]
     return BAD if None in rules else tuple(rules)
@@ -439,10 +443,11 @@ def _rule(node: Node, report: Report) -> Rule | None:
     if not isinstance(node.value, dict):
         return cast(None, report.expected(node, "a mapping with `block` and `after`, `before` or `place`"))
     before = len(report.faults)
-    values = checked_fields(node, _FIELDS, "field", report)
+    values = checked_fields(node, _FIELDS, "field", report, "; a block's own options go under `args`")
     _check_together(node, values, report)
     if "block" not in values:
-        report.add(node, "`block` is missing")
+        if not _misspelt(node, ("block",)):
+            report.add(node, "`block` is missing")
     elif values["block"] is not BAD and values.get("args") is not BAD:
         block, args = node.value["block"][1], node.value.get("args", (None, Node({})))[1]
         _check_block_args(block, args, values.get("args", FrozenDict()), report.within("args"))
@@ -454,7 +459,7 @@ def _rule(node: Node, report: Report) -> Rule | None:
 def _check_together(node: Node, values: Mapping[str, Any], report: Report) -> None:
     """What fields demand or forbid one another."""
     where = [key for key in ("after", "before", "place") if key in values]
-    if not where:
+    if not where and not _misspelt(node, ("after", "before", "place")):
         report.add(node, "one of `after`, `before` and `place` is missing: where does the block go?")
     for key in where[1:]:
         report.add(node.value[key][0], f"`{key}` and `{where[0]}` exclude each other; make two rules of them")
@@ -464,6 +469,11 @@ def _check_together(node: Node, values: Mapping[str, Any], report: Report) -> No
         report.add(node.value["output"][0], "`output` goes with `after`, not with `before`")
     if "call" in values and where == ["place"]:
         report.add(node.value["call"][0], "`call` goes with `after` or `before`, not with `place`")
+
+
+def _misspelt(node: Node, fields: tuple[str, ...]) -> bool:
+    """Whether an unknown field is reported as one of these: it is not missing besides."""
+    return any(set(nearest(str(key), _FIELDS, 1)) & set(fields) for key in node.value if key not in _FIELDS)
 
 
 def _check_block_args(block: Node, args: Node, values: FrozenDict, report: Report) -> None:

@@ -134,15 +134,13 @@ _LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.devic
 
 
 def _map(tree: Any, kind: type | tuple[type, ...], fn: Callable[[Any], Any]) -> Any:
-    if type(tree) in _LEAVES:  # the many, quickly
-        return tree
+    if isinstance(tree, (tuple, list)):
+        items = [t if type(t) in _LEAVES else _map(t, kind, fn) for t in tree]  # the many leaves, quickly
+        if isinstance(tree, list):
+            return items
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     if isinstance(tree, kind):
         return fn(tree)
-    if isinstance(tree, tuple):
-        items = [_map(t, kind, fn) for t in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, list):
-        return [_map(t, kind, fn) for t in tree]
     if isinstance(tree, Mapping):
         return {k: _map(v, kind, fn) for k, v in tree.items()}
     return tree

@@ -62,6 +62,8 @@ def _residual(flow: Flow, op: Op, known: dict[int, ResidualAdd]) -> ResidualAdd 
         inside = flow.only(branch, shortcut)
         fork = _fork(flow, branch, shortcut, op, known)
         beside = flow.only(fork, branch)
+        if inside & flow.sampled:
+            continue  # a sample, mean + deviation · noise, as in a variational autoencoder
         if not flow.bit(branch) & flow.live or (beside and not flow.bit(shortcut) & flow.live):
             continue
         layers = inside & flow.bent and inside & flow.layered

@@ -39,7 +39,8 @@ from .edits import (
 from .errors import CannotRewriteError, TraceRefused
 from .layout import EXTENT, Extent, Layout, note_extent, run_block
 from .probe import Inputs, run
-from .trace import MISSING, PRESENT, Arguments, LocalGraph, Read, check, find, trace
+from .snapshot import undoing
+from .trace import IN_PLACE, MISSING, PRESENT, Arguments, LocalGraph, Read, check, find, trace
 
 # --- apply and revert --------------------------------------------------------------------------
 
@@ -78,8 +79,8 @@ def revert(model: nn.Module, names: Sequence[str]) -> None:
     wanted = set(names)
     gone: dict[int, list[Insertion]] = {}
     in_use: set[int] = set()  # extents that blocks which stay look at
-    for path, holder, insertion in insertions(model):
-        if f"{path}.{insertion.name}".lstrip(".") in wanted:
+    for name, holder, insertion in insertions(model):
+        if name in wanted:
             gone.setdefault(id(holder), []).append(insertion)
         else:
             in_use.add(id(getattr(holder, insertion.name).__dict__.get(EXTENT)))
@@ -107,12 +108,16 @@ def revert(model: nn.Module, names: Sequence[str]) -> None:
 def _all_or_nothing(holders: list[nn.Module]) -> Iterator[None]:
     """Put classes, attributes and children of some modules back when the body raises."""
     saved = [Contents(holder) for holder in holders]
+
+    def put_back() -> None:
+        for contents in saved:
+            contents.restore()
+
     try:
         yield
     except BaseException:
-        for contents in saved:
-            contents.restore()
-        raise
+        with undoing(put_back):
+            raise
 
 
 def _attach(holder: nn.Module, insertion: Insertion, block: nn.Module) -> None:
@@ -459,8 +464,7 @@ def _value_after(graph: fx.Graph, node: fx.Node, output: int | str | None) -> fx
 
 
 _OUT_OF_PLACE = {
-    getattr(operator, f"i{n}"): getattr(operator, n if n not in ("and", "or") else f"{n}_")
-    for n in ("add", "sub", "mul", "truediv", "floordiv", "matmul", "pow", "and", "or", "xor", "mod")
+    getattr(operator, f"i{n}"): getattr(operator, n if n not in ("and", "or") else f"{n}_") for n in IN_PLACE
 }
 
 
@@ -527,12 +531,8 @@ def _copy(holder: nn.Module, copy_state: Callable, memo: dict[int, Any] | None =
     new = type(holder).__new__(type(holder))
     if memo is not None:
         memo[id(holder)] = new
-    new.__setstate__(copy_state(_state(holder)))
+    new.__setstate__(copy_state(holder.__getstate__()))
     return new
-
-
-def _state(holder: nn.Module) -> Any:
-    return holder.__getstate__() if hasattr(holder, "__getstate__") else dict(holder.__dict__)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -547,7 +547,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 
 def _rebuild(
-    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None, watched: bool = False
+    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None, watched: bool
 ) -> nn.Module:
     settled = arguments is None
     cls: Any = generate(base, edit, None, watched) if settled else _pending(base, edit, arguments, watched)  # type: ignore[arg-type]
@@ -556,7 +556,6 @@ def _rebuild(
 
 def _pending(base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments, watched: bool) -> type:
     """A class for the moment between a holder's making and its state: settles once the children are there."""
-
     key = (base, edit, arguments, watched, "pending")
     if key in _classes:
         return _classes[key]

@@ -57,6 +57,11 @@ def _upsampled(x: Tensor, size: Any, *rest: Any, **options: Any) -> Any:
     return x.new_empty(shape).to(memory_format=torch.channels_last) if last else x.new_empty(shape)
 
 
+def _sampled(x: Tensor, grid: Tensor, *options: Any) -> Any:
+    fits = x.ndim == grid.ndim == 4 and grid.shape[-1] == 2 and x.shape[0] == grid.shape[0]
+    return x.new_empty((*x.shape[:2], *grid.shape[1:3])) if fits and x.dtype == grid.dtype else None
+
+
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, **options: Any) -> Any:
     same = bias.dtype == a.dtype == b.dtype and a.shape[1] == b.shape[0] and bias.shape[-1] in (1, b.shape[1])
     return a.new_empty((a.shape[0], b.shape[1])) if same and bias.ndim == 1 else None
@@ -91,10 +96,10 @@ def _softmax(x: Tensor, dim: int, *rest: Any) -> Any:
 _aten = torch.ops.aten
 _SHAPED: dict[Any, Callable[..., Any]] = {
     _aten.native_batch_norm.default: _eval_norm,
-    _aten.cudnn_batch_norm.default: _eval_norm,
     _aten.native_layer_norm.default: _layer_norm,
     _aten.upsample_bilinear2d.default: _upsampled,
     _aten.upsample_bicubic2d.default: _upsampled,
+    _aten.grid_sampler_2d.default: _sampled,
     _aten.addmm.default: _addmm,
     _aten.add.Tensor: _two,
     _aten.mul.Tensor: _two,

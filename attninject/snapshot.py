@@ -7,13 +7,18 @@ change in a module (plain attributes, caches in lists and dicts, modes) is put b
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Held while code of the whole process is patched: else two threads that plan put back each other's patches.
+PATCHING = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -59,6 +64,10 @@ def generators() -> Any:
     return random.getstate(), torch.get_rng_state().tolist(), name, keys is not None and keys.tolist(), rest
 
 
+_CONTAINERS = (dict, list, set)
+_EMPTY: tuple[()] = ()  # the contents of any empty container: most of a module's are hooks that nobody set
+
+
 class Snapshot:
     """The `__dict__` of every module under a root, with the contents of plain containers in it."""
 
@@ -68,15 +77,17 @@ class Snapshot:
         seen: set[int] = set()
         for _, _, saved in self.attributes:
             for value in saved.values():
-                self._save(value, seen)
+                if isinstance(value, _CONTAINERS):
+                    self._save(value, seen)
 
     def _save(self, value: Any, seen: set[int]) -> None:
-        if not isinstance(value, (dict, list, set)) or id(value) in seen:
+        if id(value) in seen:
             return
         seen.add(id(value))
-        self.containers.append((value, value.copy()))
+        self.containers.append((value, value.copy() if value else _EMPTY))
         for item in value.values() if isinstance(value, dict) else value:
-            self._save(item, seen)
+            if isinstance(item, _CONTAINERS):
+                self._save(item, seen)
 
     def changed(self) -> bool:
         """Whether anything differs from what was saved (by identity)."""
@@ -99,10 +110,12 @@ class Snapshot:
 def _same(now: Any, saved: Any) -> bool:
     if len(now) != len(saved):
         return False
-    if isinstance(now, dict):
-        return all(k in now and now[k] is v for k, v in saved.items())
+    if not saved:
+        return True
+    if isinstance(now, dict):  # the order of the keys counts too: state_dict has one
+        return all(map(operator.is_, now, saved)) and all(map(operator.is_, now.values(), saved.values()))
     if isinstance(now, list):
-        return all(a is b for a, b in zip(now, saved, strict=True))
+        return all(map(operator.is_, now, saved))
     return now == saved
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,11 @@ from .errors import TraceRefused
 from .probe import Mode
 from .record import Call, Op, Record, Ref, map_refs, map_tensors, written_tensors
 from .shapes import execute
-from .snapshot import Snapshot, generators, rng_kept, undoing
+from .snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
 
-MISSING = type(
-    "Missing", (), {"__repr__": lambda self: "MISSING"}
-)()  # value of an attribute that is not there
-PRESENT = type("Present", (), {"__repr__": lambda self: "PRESENT"})()  # a child, whichever it is
+# The values of an attribute that is not there, and of a child, whichever it is.
+MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
+PRESENT = type("Present", (), {"__repr__": lambda self: "PRESENT"})()
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _ITERATION = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
@@ -143,9 +143,7 @@ class LocalGraph:
     train: fx.Graph
     reads: tuple[Read, ...]
     effects: Mapping[fx.Node, Effect] = field(default_factory=dict)  # of eval
-    train_effects: Mapping[fx.Node, Effect] = field(
-        default_factory=dict
-    )  # of train, where it is another graph
+    train_effects: Mapping[fx.Node, Effect] = field(default_factory=dict)  # of train, if another graph
 
     def fits(self, owner: nn.Module, forward: Callable, arguments: Arguments) -> bool:
         """Whether a trace of `owner` would give this very graph: same code, arguments and attributes."""
@@ -180,13 +178,14 @@ def operation_name(node: fx.Node) -> str:
     if (
         getattr(node.target, "__module__", "") == "_operator"
         and name.startswith("i")
-        and name[1:] in _IN_PLACE
+        and name[1:] in IN_PLACE
     ):
         name = name[1:]
     return name
 
 
-_IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "matmul", "pow", "and", "or", "xor", "mod"}
+# Python's in-place operators, without the i in front.
+IN_PLACE = frozenset({"add", "sub", "mul", "truediv", "floordiv", "matmul", "pow", "and", "or", "xor", "mod"})
 
 
 def targets(graph: fx.Graph) -> dict[fx.Node, Target]:
@@ -238,7 +237,7 @@ def _in_place(name: str) -> Callable:
     return method
 
 
-for _name in sorted(_IN_PLACE):
+for _name in sorted(IN_PLACE):
     setattr(_Proxy, f"__i{_name}__", _in_place(f"i{_name}"))
 
 
@@ -271,7 +270,7 @@ class _Reads:
     """Collects the attributes that modules are asked for; filled slots read as None."""
 
     def __init__(self, owner: nn.Module, hidden: frozenset[str]) -> None:
-        self.owner, self.hidden = owner, hidden
+        self.owner, self.hidden, self.thread = owner, hidden, threading.get_ident()
         self.on = False
         self.found: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
         self.iterates = False
@@ -286,8 +285,9 @@ class _Reads:
             self.on = was_on
 
     def get(self, module: nn.Module, name: str) -> Any:
-        if not self.on or name in _INTERNAL or name.startswith("__"):
-            if self.on and module is self.owner and name in _ITERATION:
+        on = self.on and threading.get_ident() == self.thread
+        if not on or name in _INTERNAL or name.startswith("__"):
+            if on and module is self.owner and name in _ITERATION:
                 self.iterates = True
             return object.__getattribute__(module, name)
         if module is self.owner:
@@ -383,30 +383,30 @@ class _Tracer(fx.Tracer):
 
 @contextlib.contextmanager
 def _guarded(reads: _Reads) -> Iterator[None]:
-    """Record attribute reads; refuse what a graph would silently lose: writes, checkpoints, contexts."""
+    """Record attribute reads; refuse what a graph would silently lose: writes, checkpoints, contexts.
 
-    def refuse(why: str) -> Callable:
+    Other threads may go on making modules; calling one, torch.fx's own patch would be in their way.
+    """
+
+    def refuse(why: str, original: Callable) -> Callable:
         def refused(*args: Any, **kwargs: Any) -> Any:
-            raise TraceRefused(why)
+            if threading.get_ident() == reads.thread:
+                raise TraceRefused(why)
+            return original(*args, **kwargs)
 
         return refused
 
-    grad = "its forward depends on the grad mode"
-    cast = "its forward sets autocast"
-    patches: list[tuple[Any, str, Any]] = [
-        (torch.utils.checkpoint, "CheckpointFunction", refuse("it checkpoints its children")),
-        (
-            torch.utils.checkpoint,
-            "_checkpoint_without_reentrant_generator",
-            refuse("it checkpoints its children"),
-        ),
-        (torch._C, "_set_grad_enabled", refuse(grad)),
-        (torch, "is_grad_enabled", refuse(grad)),
-        (torch.amp.autocast_mode.autocast, "__enter__", refuse(cast)),
-        (nn.Module, "__setattr__", refuse("its forward writes an attribute")),
-        (nn.Module, "__delattr__", refuse("its forward writes an attribute")),
+    children, grad = "it checkpoints its children", "its forward depends on the grad mode"
+    refusals: list[tuple[Any, str, str]] = [
+        (torch.utils.checkpoint, "CheckpointFunction", children),
+        (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", children),
+        (torch._C, "_set_grad_enabled", grad),
+        (torch, "is_grad_enabled", grad),
+        (torch.amp.autocast_mode.autocast, "__enter__", "its forward sets autocast"),
+        (nn.Module, "__setattr__", "its forward writes an attribute"),
+        (nn.Module, "__delattr__", "its forward writes an attribute"),
     ]
-    saved = [(holder, name, getattr(holder, name)) for holder, name, _ in patches]
+    saved = [(holder, name, getattr(holder, name)) for holder, name, _ in refusals]
 
     def put_back() -> None:
         with contextlib.suppress(AttributeError):
@@ -415,8 +415,8 @@ def _guarded(reads: _Reads) -> Iterator[None]:
             setattr(holder, name, value)
 
     with undoing(put_back):
-        for holder, name, value in patches:
-            setattr(holder, name, value)
+        for (holder, name, why), (_, _, original) in zip(refusals, saved, strict=True):
+            setattr(holder, name, refuse(why, original))
         nn.Module.__getattribute__ = lambda self, name: reads.get(self, name)  # type: ignore[method-assign, arg-type]
         yield
 
@@ -462,7 +462,7 @@ def _trace_once(
     before, drawn = Snapshot(owner), generators()
     try:
         with rng_kept(), undoing(before.restore):
-            with _guarded(reads), _NoWrites():
+            with PATCHING, _guarded(reads), _NoWrites():
                 graph = tracer.trace(owner)
             dirty, random_drawn = before.changed(), drawn != generators()
     except TraceRefused:
@@ -610,9 +610,8 @@ class _Replay(Mode):
         if tuple(given) != event.ins:
             raise TraceRefused(f"its graph gives {node.target} other inputs than its forward does")
         self.seen = list(event.ops())
-        for value in (
-            o for op in self.seen if op.writes for o in op.outs
-        ):  # what it wrote to has a new version
+        written = (o for op in self.seen if op.writes for o in op.outs)
+        for value in written:  # has a new version
             twin = id(self.record.values[value].twin)
             if twin in self.current:
                 self.current[twin] = value

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from .edits import CONTAINERS, base_class
 from .flow import Flow
-from .layout import measure
+from .layout import frame, measure
 from .record import Call, Record
 from .residuals import ResidualAdd
 
@@ -39,7 +39,7 @@ def resolution(record: Record, value: int, module: object = None) -> tuple[int, 
         return None
     shape, given = record.shape(value), record.shape(record.input_values[0])
     channels = channels_of(module)
-    layout = measure(shape, given[0], given[2:], channels) if len(shape) > 2 else None
+    layout = measure(shape, *frame(shape, given), channels) if len(shape) > 2 else None
     if layout is None or shape[1:-1] == (1,):
         return None
     at = layout.positions(shape)

@@ -224,7 +224,9 @@ def _syntax_message(error: yaml.MarkedYAMLError) -> str:
     if error.problem and "expected alphabetic or numeric character" in error.problem:
         hint = '; a pattern that begins with * needs quotes: "**.bn3"'
     elif error.problem and "mapping values are not allowed here" in error.problem:
-        hint = "; a text with a colon needs quotes"
+        hint = "; a text with a colon needs quotes, and the keys of one mapping begin in the same column"
+    elif error.problem and r"'\t'" in error.problem:
+        return "a tab stands where a value or key should begin; indent with spaces"
     return f"{error.problem}{context}{hint}"
 
 
@@ -491,8 +493,10 @@ def plain_value(node: Node, report: Report) -> Any:
     return report.expected(node, "a number, a text, true or false, a list or a mapping")
 
 
-def checked_fields(node: Node, checkers: Mapping[str, Checker], kind: str, report: Report) -> dict[str, Any]:
-    """The checked values of a mapping's known keys; unknown keys are reported."""
+def checked_fields(
+    node: Node, checkers: Mapping[str, Checker], kind: str, report: Report, besides: str = ""
+) -> dict[str, Any]:
+    """The checked values of a mapping's known keys; unknown keys are reported, with what else they may have meant."""
     values = {}
     for key, (key_node, value) in node.value.items():
         if value.value is None and value.line is None:
@@ -500,6 +504,6 @@ def checked_fields(node: Node, checkers: Mapping[str, Checker], kind: str, repor
         if key in checkers:
             values[key] = checkers[key](value, report.within(key))
         else:
-            hint = did_you_mean(key, checkers) or f"; known are {', '.join(checkers)}"
+            hint = did_you_mean(key, checkers) or f"; known are {', '.join(checkers)}{besides}"
             report.add(key_node, f"unknown {kind} {quoted(key)}{hint}")
     return values

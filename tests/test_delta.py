@@ -591,3 +591,12 @@ def test_a_copy_of_an_injected_model_saves_the_same(tmp_path: Path) -> None:
     ai.save(model, tmp_path / "a.safetensors")
     ai.save(copy.deepcopy(model), tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_block_that_was_replaced_is_not_saved(tmp_path: Path) -> None:
+    """Nobody could make the module in its place again; the message names it."""
+    model = inject(base())
+    model.units[0].cbam = nn.Identity()
+    with pytest.raises(errors.DeltaError, match=r"units\.0\.cbam was replaced .* eject it first"):
+        ai.save(model, tmp_path / "run.safetensors")
+    assert list(tmp_path.iterdir()) == []

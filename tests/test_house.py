@@ -19,7 +19,7 @@ PACKAGE = ROOT / "attninject"
 # From the ground up: a module imports only what stands before it (or beside it, in its own room).
 ORDER = (
     "errors", "patterns", "layout", "blocks", "yamlio", "recipe", "record", "snapshot", "shapes", "probe",
-    "positions", "trace", "edits", "flow", "residuals", "units", "places", "matching", "hazards", "locating",
+    "positions", "trace", "edits", "flow", "reading", "residuals", "units", "places", "matching", "hazards", "locating",
     "planning", "rewrite", "api", "compiling", "looking", "delta", "models", "training", "experiments", "cli",
     "__main__",
 )  # fmt: skip

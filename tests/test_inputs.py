@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import attninject as ai
-from attninject import errors
+from attninject import errors, planning
 
 
 def residual(self, x):
@@ -154,10 +154,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str, dict[str, Any]
         {},
     ),
     "parametrized carrier": (
-        lambda: changed(lambda m: parametrizations.weight_norm(m.stem)),
+        lambda: nn.Sequential(*(parametrizations.weight_norm(nn.Conv2d(3, 3, 1)) for _ in range(2))),
         errors.CannotRewriteError,
         "ParametrizedConv2d is parametrized; remove the parametrization first",
-        {"after": "stem"},
+        {"after": "0"},
     ),
     "complex values": (
         Complex,
@@ -183,6 +183,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str, dict[str, Any]
         errors.ProbeError,
         r"it takes \(\*, mask, pixels\); give example_inputs=",
         {"example_inputs": None},
+    ),
+    "two axes": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+        errors.LayoutError,
+        r"the axes of 3, \(2, 5\), .*; blocks need 3 to 5 axes, so name a site before",
+        {"after": "3"},
     ),
     "non-tensor": (
         lambda: Around(Through(lambda self, x: (self.a(x), "text"))),
@@ -218,6 +224,52 @@ def test_a_model_wrapped_by_ddp_or_fsdp_is_refused() -> None:
             ai.plan(sharded, **rule())
     finally:
         dist.destroy_process_group()
+
+
+def test_a_root_that_is_not_there_is_said_with_the_nearest_names() -> None:
+    """`sites` and `plan` alike; and nothing is promised where nothing is near."""
+    for verb in (ai.sites, lambda model, **where: ai.plan(model, **rule(), **where)):
+        with pytest.raises(
+            errors.NoMatchError, match=r"root: no module is called 'iner'; the nearest .* inner"
+        ):
+            verb(small(), root="iner")
+        with pytest.raises(errors.NoMatchError, match=r"no module is called 'zzz'$"):
+            verb(small(), root="zzz")
+
+
+def test_what_a_plan_has_settled_is_not_given_again() -> None:
+    """Arguments beside a plan would be lost without a word."""
+    model = small()
+    plan = ai.plan(model, **rule())
+    for more in ({"args": {"reduction": 2}}, {"root": "inner"}, {"after": "stem"}):
+        with pytest.raises(TypeError, match=r"a plan is resolved already; .* to plan\(\)"):
+            ai.inject(model, plan, **more)
+    assert ai.injected(model) == {}
+
+
+def test_a_block_registered_anew_is_looked_at_anew() -> None:
+    """A notebook's cell that is edited and run again: cost and identity are those of the new class."""
+
+    def define(width: int, factor: int) -> None:
+        class Edited(nn.Module):
+            def __init__(self, channels: int) -> None:
+                super().__init__()
+                self.unused = nn.Parameter(torch.zeros(width))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x * factor
+
+        ai.register_block("edited")(Edited)
+
+    def plan() -> ai.Plan:
+        return ai.plan(small(), block="edited", after="inner.a", example_inputs=images())
+
+    for width in (1, 5):
+        define(width, factor=1)
+        assert plan().parameters == width
+    define(5, factor=2)
+    with pytest.raises(errors.IdentityError, match="changes the function at init"):
+        plan()
 
 
 # --- handled -----------------------------------------------------------------------------------
@@ -279,6 +331,10 @@ HANDLED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "pruned": (lambda: changed(lambda m: prune.l1_unstructured(m.inner.a, "weight", 0.5)), {}),
     "parametrized owner": (parametrized_owner, {}),
+    "class of a file called fsdp_net": (
+        lambda: type("Net", (Around,), {"__module__": "fsdp_net"})(Through(residual)),
+        {},
+    ),
     "hook that changes values": (lambda: changed(lambda m: m.inner.a.register_forward_hook(doubled)), {}),
     "hook on the carrier": (
         lambda: changed(lambda m: m.stem.register_forward_hook(doubled)),
@@ -399,3 +455,25 @@ def test_a_recurrent_layer_is_probed_by_its_products() -> None:
     assert operations < 100
     ai.inject(model, plan)
     assert torch.equal(model(x), base(x))
+
+
+def test_an_unknown_operation_is_answered_with_those_that_are_there() -> None:
+    """`layer1.0::ad` is refused with `add`, since nothing else lists the operations of a forward."""
+    model = torchvision.models.resnet18()
+    with pytest.raises(errors.NoMatchError, match=r"no operation matches .*; the operations there are add$"):
+        ai.plan(model, block="se", after="layer1.0::ad")
+    with pytest.raises(errors.AllExcludedError, match=r"pick: \[9\] chooses none of the 8 sites"):
+        ai.plan(model, block="se", place="residual_branch", pick=[9])
+
+
+def test_one_site_is_one_site() -> None:
+    """The plan's table counts in English, and figures keep three digits."""
+    shown = str(ai.plan(torchvision.models.resnet18(), block="se", after="layer1.0.bn2"))
+    assert "1 site\n" in shown
+    assert "1 sites" not in shown
+    assert [planning.human(n) for n in (999, 1000, 18_000, 4_096_000_000)] == [
+        "999",
+        "1.00 k",
+        "18.0 k",
+        "4.10 G",
+    ]

@@ -216,6 +216,25 @@ def test_class_and_register_tokens_are_no_positions() -> None:
     assert {str(s.layout) for s in plan.sites} == {"NLC 5+4×4"}
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_blocks_at_positions_that_nobody_reads_are_announced(pool: str) -> None:
+    """Behind a class-token head's last attention the plan's note names just the blocks that get no gradient."""
+    base = vit(global_pool=pool)
+    plan = ai.plan(base, block="cbam", place="residual_branch")
+    notes = [n for n in plan.notes if "nothing reads the positions" in n]
+    model = ai.inject(base, plan).train()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    idle = [
+        name
+        for name, block in ai.injected(model).items()
+        if all(p.grad is None or not p.grad.any() for p in block.parameters())
+    ]
+    assert idle == (["blocks.5.cbam", "blocks.5.cbam_2"] if pool == "token" else [])
+    assert [n.partition("behind ")[2].partition(", only")[0] for n in notes] == (
+        [", ".join(idle)] if idle else []
+    )
+
+
 def test_copies_of_a_net_on_tokens_know_their_own_size() -> None:
     """After deepcopy and pickle, each copy tells grids by its own layer; eject leaves that layer as it was."""
     import pickle

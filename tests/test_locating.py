@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -45,6 +46,77 @@ def unchanged_and_called_once(model: nn.Module, before: torch.Tensor, x: torch.T
             assert not torch.equal(model(x), before), f"{name} does nothing"
             other.load_state_dict(saved)
         assert torch.equal(model(x), before)
+
+
+class Encoder(nn.Module):
+    """Patches through one of torch's own encoder layers."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, 4)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, **{"batch_first": True, **options})
+
+    def forward(self, x):
+        return self.layer(self.patch(x).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("where", [{"after": "layer.linear2"}, {"place": "residual_branch"}])
+def test_a_block_that_torchs_fast_path_would_pass_by_is_refused(where: dict) -> None:
+    """A block inside nn.TransformerEncoderLayer would train and then be left out of every evaluation."""
+    with pytest.raises(errors.CannotRewriteError, match="name the layer itself"):
+        plan(Encoder(), **where)
+
+
+def test_an_encoder_layer_without_a_fast_path_takes_blocks_inside() -> None:
+    """With an activation of one's own its children are called in eval mode too; the layer itself may always be named."""
+    for model, where in ((Encoder(activation=nn.SiLU()), "layer.linear2"), (Encoder(), "layer")):
+        x = images()
+        inject(model.eval(), after=where)
+        with torch.no_grad():
+            before = model(x)
+            for p in next(iter(ai.injected(model).values())).parameters():
+                p.add_(0.3)
+            assert not torch.equal(model(x), before)
+
+
+# --- a batch norm or a parametrized layer carries nothing --------------------------------------
+
+
+def test_a_block_of_a_parametrized_layer_hangs_on_its_only_reader() -> None:
+    """The GAN's way: after a convolution under spectral norm means before the activation that alone reads it."""
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(conv, nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(8, 4, 1)).eval()
+    x = images()
+    before = model(x).detach()
+    inject(model, after="0")
+    assert list(ai.injected(model)) == ["1.se"]
+    unchanged_and_called_once(model, before, x)
+
+
+def test_a_sequential_whose_last_layer_was_patched_carries_the_block_itself() -> None:
+    """A forward set on an instance would pass by what its class was given, so the block stays a level above."""
+    model = Around(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())).eval()
+    model.inner[1].forward = nn.functional.silu
+    x = images()
+    before = model(x).detach()
+    inject(model, after="inner")
+    assert list(ai.injected(model)) == ["inner.se"]
+    unchanged_and_called_once(model, before, x)
+    with pytest.raises(errors.CannotRewriteError, match="patch the class"):
+        plan(model, after="inner.1")
+
+
+def halves(self, x):
+    """Python's randomness, so no graph; its norm has no single module as its reader."""
+    y = self.norm(self.a(x))
+    return y * 2 + y if random.random() < 0.5 else y + y * 2
+
+
+def test_a_norm_that_carries_nothing_says_why_and_what_to_name() -> None:
+    """The reason that kept the owner's forward from being rewritten, and the layer in front of the norm."""
+    with pytest.raises(errors.CannotRewriteError, match=r"in front of it, inner\.a,") as caught:
+        plan(Around(Through(halves, norm=nn.BatchNorm2d(8))), after="inner.norm")
+    assert "draws random numbers" in str(caught.value)
 
 
 # --- names and homes ---------------------------------------------------------------------------
@@ -450,6 +522,27 @@ def talk(self, x):
 
 
 TALKATIVE = lambda: Around(Through(talk, note=Untensored(), unused=nn.ReLU(), empty=nn.Identity()))  # noqa: E731
+
+
+def twice(self, x):
+    """Calls one activation twice, and a child whose result is no tensor."""
+    self.note(x)
+    return self.act(self.b(self.act(self.a(x))))
+
+
+@pytest.mark.parametrize("rule", [{"type": "Conv2d"}, {"exclude": ["inner.act", "inner.note"]}])
+def test_a_module_that_the_filters_leave_out_is_no_fault(rule: dict) -> None:
+    """`after: "**"` with `type: Conv2d` puts a block after every convolution, whatever else is called how often."""
+    model = Around(Through(twice, act=nn.ReLU(), note=Untensored()))
+    convolutions = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert convolutions <= {s.path for s in plan(model, after="**", **rule, strict=False).sites}
+
+
+def test_a_fault_at_the_only_modules_of_a_pattern_is_told_though_filters_leave_them_out() -> None:
+    """Nothing to put a block at is an error still, with a reason."""
+    model = Around(Through(twice, act=nn.ReLU(), note=Untensored()))
+    with pytest.raises(errors.SeveralCallsError, match="is called 2 times"):
+        plan(model, after="inner.act", type="Conv2d")
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,14 @@ def test_files_that_are_no_weights_are_refused(content: object, expected: str, t
     assert expected in message(models.build, SMALL, str(file))
 
 
+def test_a_model_that_asks_for_its_version_takes_safetensors(tmp_path: Path) -> None:
+    """MnasNet's state dict has a version that safetensors cannot hold; its weights load all the same."""
+    wanted = torchvision.models.mnasnet0_5().state_dict()
+    safetensors.torch.save_file(dict(wanted), tmp_path / "m.safetensors")
+    found = models.build("torchvision/mnasnet0_5", str(tmp_path / "m.safetensors")).state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 def test_a_delta_file_is_no_base(tmp_path: Path) -> None:
     """A file of `ai.save` given as base weights is refused with the call that reads it."""
     file = tmp_path / "run.safetensors"

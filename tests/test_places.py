@@ -99,6 +99,164 @@ def test_places_below_a_root_are_those_of_the_root() -> None:
     assert [s.path for s in plan.sites] == [f"body.layer{n}.1" for n in (1, 2, 3, 4)]
 
 
+class Twins(nn.Module):
+    """One backbone for two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [torchvision.models.resnet.BasicBlock(8, 8) for _ in range(3)]
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), *blocks)
+
+    def forward(self, a, b):
+        return self.backbone(a) - self.backbone(b)
+
+
+@pytest.mark.parametrize("place", ["shortcut", "residual_branch", "block_end"])
+def test_a_shared_backbone_has_each_place_once(place: str) -> None:
+    """The blocks of a backbone that runs for each image of a pair are one block each, counted once by `pick`."""
+    model = Twins()
+    rule = {"block": "se", "place": place, "args": {"reduction": 2}}
+    assert [s.path.split(":")[0][:10] for s in ai.plan(model, **rule).sites] == [
+        f"backbone.{i}" for i in (1, 2, 3)
+    ]
+    assert len(ai.plan(model, **rule, pick={"every": 2}).sites) == 2
+    ai.inject(model, **rule, verify=True)
+
+
+class Clips(nn.Module):
+    """An image backbone over the frames of a clip: one after another, or all in the batch."""
+
+    def __init__(self, folded: bool) -> None:
+        super().__init__()
+        basic = torchvision.models.resnet.BasicBlock
+        down = nn.Sequential(nn.Conv2d(16, 32, 1, 2), nn.BatchNorm2d(32))
+        stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU())
+        self.cnn = nn.Sequential(stem, basic(16, 16), basic(16, 32, 2, down), basic(32, 32))
+        self.folded = folded
+
+    def forward(self, clip):
+        if self.folded:
+            return self.cnn(clip.flatten(0, 1)).mean((2, 3))
+        return torch.stack([self.cnn(clip[:, t]).mean((2, 3)) for t in range(clip.shape[1])])
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("place", ["stem_end", "block_start", "block_end", "stage_end", "shortcut"])
+def test_the_frames_of_a_clip_are_images(folded: bool, place: str) -> None:
+    """A net for images that goes over a clip has an image's places and axes, though as many channels as pixels a side."""
+    where = {
+        "block": "cbam",
+        "place": place,
+        "args": {"reduction": 2},
+        "example_inputs": torch.randn(2, 3, 3, 32, 32),
+    }
+    sites = ai.plan(Clips(folded).eval(), **where).sites
+    assert len(sites) == {"stem_end": 1, "stage_end": 2}.get(place, 3)
+    assert {str(s.layout) for s in sites} == {"NCHW"}
+    assert {s.shape[0] for s in sites} == {6 if folded else 2}
+
+
+class Nine(nn.Module):
+    """A small residual net as in many tutorials: Sequentials, and the sums in the model's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def layer(a: int, b: int, stride: int = 1) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU())
+
+        self.conv1, self.res1 = layer(3, 8, 2), nn.Sequential(layer(8, 8), layer(8, 8))
+        self.conv2, self.res2 = layer(8, 16, 2), nn.Sequential(layer(16, 16), layer(16, 16))
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = self.res1(x) + x
+        x = self.conv2(x)
+        return (self.res2(x) + x).mean((2, 3))
+
+
+def test_a_stage_ends_behind_the_sum_in_the_models_own_forward() -> None:
+    """Not inside the branch, where the last module stands."""
+    model = Nine()
+    found = ai.plan(model, block="se", place="stage_end", args={"reduction": 2})
+    assert [s.path for s in found.sites] == ["::add", "::add_1"]
+    ai.inject(model, found, verify=True)
+
+
+def test_a_discriminator_under_spectral_norm_has_stages() -> None:
+    """What makes a parametrized layer's weight does not hide that it is a layer."""
+    norm = nn.utils.parametrizations.spectral_norm
+    layers = [
+        m for a, b in ((3, 8), (8, 16)) for m in (norm(nn.Conv2d(a, b, 4, 2, 1)), nn.LeakyReLU(0.2, True))
+    ]
+    found = ai.plan(nn.Sequential(*layers), block="se", place="stage_end", args={"reduction": 2})
+    assert [s.path for s in found.sites] == ["1", "3"]
+
+
+class Mixed(nn.Module):
+    """A residual trunk, a sample drawn from its features, and residual layers on a vector behind the pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.blocks = nn.Sequential(*(torchvision.models.resnet.BasicBlock(8, 8) for _ in range(2)))
+        self.mean, self.spread = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x):
+        x = self.blocks(self.stem(x))
+        mean, spread = self.mean(x), (0.5 * self.spread(x)).exp()
+        x = (mean + torch.randn_like(mean) * spread).mean((2, 3))
+        return x + self.head(x)
+
+
+@pytest.mark.parametrize("place", ["residual_branch", "shortcut"])
+def test_samples_and_vectors_are_no_places(place: str) -> None:
+    """Neither a variational sample nor a residual head on a vector stops the blocks of the trunk."""
+    found = ai.plan(Mixed(), block="se", place=place, args={"reduction": 2})
+    assert [s.path.split(".")[0] for s in found.sites] == ["blocks", "blocks"]
+    assert (
+        found.notes == ("rule 1 (se): left aside, since vectors have no positions: head",)
+        or place == "shortcut"
+    )
+
+
+class Hidden(nn.Module):
+    """Blocks in an `nn.ModuleList`, and a layer behind them that a plain list hides from torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.blocks = nn.ModuleList(torchvision.models.resnet.BasicBlock(8, 8) for _ in range(2))
+        self.hidden = [nn.Conv2d(8, 8, 1)]
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.hidden[0](x)
+
+
+@pytest.mark.parametrize("place", ["head_input", "stage_end", "residual_branch", "stem_end"])
+def test_a_module_that_torch_does_not_know_is_no_place(place: str) -> None:
+    """A layer in a plain Python list has no name to hang a block on: the places lie beside it."""
+    assert (
+        ai.plan(Hidden(), block="se", place=place, args={"reduction": 2})
+        .sites[-1]
+        .path.startswith("stem" if place == "stem_end" else "blocks.1")
+    )
+
+
+def test_blocks_in_a_plain_list_are_named_where_a_place_is_missing() -> None:
+    """Blocks that torch does not know of have no parameters either: the message says what to change."""
+    model = Hidden()
+    model.hidden, model.blocks = list(model.blocks), nn.ModuleList()
+    with pytest.raises(
+        NoSuchPlaceError, match=r"plain list or the like \(BasicBlock\): put them in an nn.ModuleList"
+    ):
+        ai.plan(model, block="se", place="block_end")
+
+
 def test_vit_attention_output_is_chosen_from_its_tuple() -> None:
     """torchvision's attention returns (x, weights); the block takes the first."""
     site = ai.plan(model_of("vit_b_16"), **_rule("residual_branch")).sites[0]

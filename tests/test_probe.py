@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 import attninject as ai
 from attninject.errors import ProbeError
-from attninject.probe import probe
+from attninject.probe import calls_through, probe
 from attninject.record import map_tensors
 from attninject.shapes import execute, meta_like
 
@@ -230,3 +231,49 @@ def test_short_answers_are_those_of_the_real_operation(operation: Callable, give
     meta = execute(operation, tuple(map_tensors(list(given), meta_like)), {})
     for a, b in zip(*((o,) if isinstance(o, torch.Tensor) else o[:1] for o in (real, meta)), strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def test_threads_that_plan_at_once_wait_for_each_other() -> None:
+    """Patches of torch's classes are put back in the order in which they were made, so none stays for good."""
+    original, entered, leave = nn.Module.__call__, threading.Event(), threading.Event()
+
+    def other() -> None:
+        with calls_through(lambda call, module, args, kwargs: call(module, *args, **kwargs)):
+            entered.set()
+            leave.wait(5)
+
+    thread = threading.Thread(target=other)
+    with calls_through(lambda call, module, args, kwargs: call(module, *args, **kwargs)):
+        thread.start()
+        assert not entered.wait(0.1)
+    leave.set()
+    thread.join()
+    assert entered.is_set()
+    assert nn.Module.__call__ is original
+
+
+def test_a_trace_leaves_other_threads_alone() -> None:
+    """A net that is made in another thread meanwhile is neither refused nor taken for the traced one."""
+    stop, errors = threading.Event(), []
+
+    def busy() -> None:
+        while not stop.is_set():
+            try:
+                nn.ReLU().mark = torch.is_grad_enabled()
+            except Exception as error:
+                errors.append(error)
+                return
+
+    def residual(self, x):
+        stop.wait(0.05)  # time for the other thread
+        return x + self.b(torch.relu(self.a(x)))
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        plan = ai.plan(Around(Through(residual)), block="se", after="inner.a", args={"reduction": 4})
+    finally:
+        stop.set()
+        thread.join()
+    assert errors == []
+    assert [site.mechanism for site in plan.sites] == ["graph"]

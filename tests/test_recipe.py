@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from strategies import FIELDS, recipe_like, values, yaml_like
 from torch import nn
 
+from attninject import layout, places
 from attninject.errors import RecipeError
 from attninject.recipe import (
+    LAYOUTS,
     PLACES,
     Every,
     FrozenDict,
@@ -200,10 +202,10 @@ def test_child_names(block, name, expected):
     assert Rule(block, after=("a",), name=name).child_name == expected
 
 
-def test_places_are_the_contract_s():
-    """The places are named as in the contract and sorted."""
-    assert list(PLACES) == sorted(PLACES)
-    assert "residual_branch" in PLACES
+def test_places_and_layouts_are_those_that_there_are():
+    """What a recipe may say is what can be done, and sorted."""
+    assert list(PLACES) == sorted(places.PLACES)
+    assert set(LAYOUTS) == set(layout.RANK)
 
 
 # --- classes and keyword arguments ---------------------------------------------------------------
@@ -233,7 +235,8 @@ def test_a_class_serves_as_block():
     ("fields", "messages"),
     [
         ({"block": "se"}, ["one of `after`, `before` and `place` is missing: where does the block go?"]),
-        ({"block": "se", "afterr": "x"}, ["unknown field 'afterr'; did you mean after?", "one of `after`"]),
+        ({"block": "se", "afterr": "x"}, ["unknown field 'afterr'; did you mean after?"]),
+        ({}, ["nothing to inject: give a recipe, or block= with one of after=, before= and place="]),
         ({"block": MyBlock, "after": "x"}, ["needs the argument 'k'"]),
         ({"block": MyBlock, "after": "x", "args": {"k": 1, "gats": 2}}, ["'gats'; did you mean 'gate'?"]),
         (
@@ -256,6 +259,16 @@ def test_keyword_faults(fields, messages):
     for message in messages:
         assert message in str(caught.value)
     assert all(fault.line is None for fault in caught.value.faults)
+
+
+def test_a_misspelt_field_is_not_missing_besides():
+    """`blok` and `aftr` are two faults, not four."""
+    with pytest.raises(RecipeError) as caught:
+        rule_from_fields(blok="se", aftr="x")
+    assert [fault.message for fault in caught.value.faults] == [
+        "unknown field 'blok'; did you mean block?",
+        "unknown field 'aftr'; did you mean after?",
+    ]
 
 
 def test_a_dict_that_holds_itself_is_refused():
@@ -466,14 +479,20 @@ def test_faults_of_one_rule(fields, message):
         ("block: se", "r.yaml:1:1: `rules` is missing; put `rules:` above, and - in front of `block`"),
         ("rules: []", "r.yaml:1:8: rules: expected a list of rules, found an empty list"),
         (
+            "rules: {block: se}",
+            "rules: expected a list of rules, found a mapping; put - in front of each rule",
+        ),
+        ("rules:\n- {block: se, place: stage_end, reduction: 4}", "a block's own options go under `args`"),
+        (
             "rules: [3]",
             "r.yaml:1:9: rule 1: expected a mapping with `block` and `after`, `before` or `place`, found",
         ),
         ("rules:\n- {block: se", "r.yaml:2:13: no YAML: expected ',' or '}'"),
         (
             "a: 1\n b: 2",
-            "r.yaml:2:3: no YAML: mapping values are not allowed here; a text with a colon needs quotes",
+            "r.yaml:2:3: no YAML: mapping values are not allowed here; a text with a colon needs quotes, and the keys",
         ),
+        ("rules:\n\t- 1", "r.yaml:2:1: no YAML: a tab stands where a value or key should begin; indent with"),
         ("rules:\n- {block: se, after: **.bn}", 'a pattern that begins with * needs quotes: "**.bn3"'),
         (
             "rules:\n- {block: se, after: *bn}",

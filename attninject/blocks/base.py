@@ -133,7 +133,11 @@ class Block(nn.Module):
         least = self.lean_from
         lean = least is not None and dispatch.lean(x, self.backend, least) and self.leanable(x)
         y = self.lean(x) if lean else self.transform(x)
-        return y if self.alpha is None else blend(x, y, self.alpha)
+        if (
+            self.init != "blend" or self.alpha is None
+        ):  # asking a module for a parameter takes longer than a string
+            return y
+        return blend(x, y, self.alpha)
 
     def extra_repr(self) -> str:
         """Channels, and whatever differs from the defaults."""

@@ -263,14 +263,15 @@ class GC(Block):
         """x: (B, C, *S) of N positions → (B, N, 1) that sum to 1; None for the plain mean."""
         if self.conv_attn is None:
             return None
-        return torch.softmax(at_least_float32(self.conv_attn(x)).flatten(1), 1).unsqueeze(2).to(x.dtype)
+        return torch.softmax(at_least_float32(self.conv_attn(x)).flatten(2), 2).to(x.dtype).mT
 
     def context(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → s: (B, C, 1, …)."""
         weights = self.weights(x)
         if weights is None:
             return pool(x, "avg")
-        return column(torch.bmm(x.flatten(2), weights).squeeze(2), x)  # a view in both memory formats
+        mixed = torch.bmm(x.flatten(2), weights)  # of a view in both memory formats
+        return mixed.view(*x.shape[:2], *(1,) * (x.ndim - 2))
 
     def fused(self, s: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The context (B, C, 1, …) → factor and summand of the same shape, None where not used."""

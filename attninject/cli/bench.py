@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attninject.cli import bench_training
-from attninject.cli.common import add_json, print_json, word
+from attninject.cli.common import add_json, positive, print_json, word
 
 HELP = "measure injection and blocks against their peers, in one process, as ratios"
 WHAT = ("inject", "blocks", "models", "finetune", "digits")
@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what", type=word(WHAT, "benchmark"), metavar="WHAT", help=f"one of: {', '.join(WHAT)}"
     )
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds per figure (default 9)")
+    parser.add_argument(
+        "--rounds", type=positive, default=9, metavar="N", help="rounds per figure (default 9)"
+    )
     parser.add_argument(
         "--sites", type=_numbers, default=[100, 1000, 10000], metavar="N,…", help="inject: sizes of the chain"
     )
@@ -38,15 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="three rounds, small maps and images")
     parser.add_argument("--compiled", action="store_true", help="blocks, models: our blocks compiled by inductor "
                         "too (slow); finetune: the model compiled")  # fmt: skip
-    parser.add_argument("--batch", type=int, metavar="N", help="models, finetune: images per step")
-    parser.add_argument("--image", type=int, metavar="N", help="models, finetune: side of an image")
+    parser.add_argument("--batch", type=positive, metavar="N", help="models, finetune: images per step")
+    parser.add_argument("--image", type=positive, metavar="N", help="models, finetune: side of an image")
     _add_speed(parser.add_argument_group("blocks and models: time and memory beside their peers"))
     bench_training.add_arguments(parser)
 
 
 def _add_speed(group: Any) -> None:
     group.add_argument("--only", type=_names, metavar="NAME,…", help="these rows, as se,cbam; all by default")
-    group.add_argument("--threads", type=int, default=1, metavar="N", help="within an operation (default 1)")
+    group.add_argument(
+        "--threads", type=positive, default=1, metavar="N", help="within an operation (default 1)"
+    )
     group.add_argument("--dtypes", type=_among(DTYPES), metavar="D,…", help=f"of {', '.join(DTYPES)}")
     group.add_argument("--formats", type=_among(FORMATS), metavar="F,…", help=f"of {', '.join(FORMATS)}")
     group.add_argument("--maps", type=_maps, metavar="BxCxHxW,…", help="blocks: maps, as 8x256x56x56")
@@ -62,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
         "finetune": bench_training.finetune,
         "digits": bench_training.digits,
     }
+    if args.quick:
+        args.rounds = min(args.rounds, 3)
     result, words = makers[args.what](args)
     if args.save:
         import json
@@ -111,7 +117,7 @@ def _shared(args: argparse.Namespace, rows: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
         "device": _device(args),
         "only": args.only,
-        "rounds": min(args.rounds, 3) if args.quick else args.rounds,
+        "rounds": args.rounds,
         "threads": args.threads,
         "compiled": args.compiled,
         "dtypes": args.dtypes,
@@ -135,10 +141,7 @@ def _progress(line: str) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 100,1000") from None
+    return [positive(part) for part in _names(text)]
 
 
 def _names(text: str) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attninject.cli.common import positive, say, silent
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of the two, in groups of their own; batch, image, device and compiled are shared."""
@@ -20,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     digits = parser.add_argument_group("digits: resnet18 with and without attention, several seeds")
     digits.add_argument("--file", type=Path, default=Path("digits.json"), metavar="FILE",
                         help="keeps finished runs; the same command goes on with it (default digits.json)")  # fmt: skip
-    digits.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds (default 5)")
+    digits.add_argument("--seeds", type=positive, default=5, metavar="N", help="seeds (default 5)")
     digits.add_argument(
-        "--epochs", type=int, default=10, metavar="N", help="epochs of fine-tuning (default 10)"
+        "--epochs", type=positive, default=10, metavar="N", help="epochs of fine-tuning (default 10)"
     )
 
 
@@ -47,9 +49,5 @@ def digits(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], st
     """The same of the digits; each run is said as it ends, unless only data is wanted."""
     from attninject.experiments import digits as nets
 
-    record = nets.run(args.file, args.seeds, args.epochs, say=_silent if args.json else print)
+    record = nets.run(args.file, args.seeds, args.epochs, say=silent if args.json else say)
     return {**record, "summary": nets.summary(record)}, nets.to_markdown
-
-
-def _silent(_: str) -> None:
-    """Say nothing."""

@@ -147,6 +147,15 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def say(text: object) -> None:
+    """A line at once, before what a progress bar writes to standard error."""
+    print(text, flush=True)
+
+
+def silent(_: object) -> None:
+    """Say nothing."""
+
+
 def _size(text: str) -> tuple[int, ...]:
     try:
         size = tuple(int(part) for part in text.split(","))
@@ -155,6 +164,13 @@ def _size(text: str) -> tuple[int, ...]:
     if len(size) < 2 or min(size) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no input size; write it as 3,224,224")
     return size
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from attninject.cli.common import add_json, print_json
+from attninject.cli.common import add_json, positive, print_json, say, silent
 
 HELP = "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two"
 
@@ -12,7 +12,7 @@ HELP = "inject attention into a small pretrained net and fine-tune it, offline, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How long and from which seed."""
     parser.add_argument(
-        "--epochs", type=_positive, default=4, metavar="N", help="fine-tuning epochs (default 4)"
+        "--epochs", type=positive, default=4, metavar="N", help="fine-tuning epochs (default 4)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default 0)")
     add_json(parser)
@@ -22,20 +22,6 @@ def run(args: argparse.Namespace) -> None:
     """Run it; with --json only the figures go to standard output."""
     from attninject.experiments import demo
 
-    result = demo.run(epochs=args.epochs, seed=args.seed, say=_silent if args.json else _say)
+    result = demo.run(epochs=args.epochs, seed=args.seed, say=silent if args.json else say)
     if args.json:
         print_json(result)
-
-
-def _say(text: object) -> None:
-    print(text, flush=True)  # before the progress bar, which goes to standard error
-
-
-def _silent(_: object) -> None:
-    """Say nothing."""
-
-
-def _positive(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of epochs, such as 4")

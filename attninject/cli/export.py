@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attninject.cli.common import add_json, print_json, word
+from attninject.cli.common import add_json, positive, print_json, word
 
 HELP = "write a trained model as ONNX, torch.export or a state dict"
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--like", type=word(("timm",), "naming"), metavar="timm",
                         help="with state_dict: as timm's own attention network loads it")  # fmt: skip
     parser.add_argument(
-        "--size", type=int, metavar="N", help="side of the images (default: the run's, or the model's)"
+        "--size", type=positive, metavar="N", help="side of the images (default: the run's, or the model's)"
     )
     base = parser.add_argument_group("the base of a delta file, where FILE is no run's folder")
     base.add_argument("--model", help="torchvision/resnet50, timm/convnext_tiny, …")
@@ -57,9 +57,10 @@ def run(args: argparse.Namespace) -> None:
 def _from_run(args: argparse.Namespace) -> tuple[Any, str, int]:
     from attninject.training import read_experiment, trained
     from attninject.training.data import look_of
+    from attninject.training.runs import SETTINGS
 
     model = trained(args.file)
-    experiment = read_experiment(args.file / "experiment.json")
+    experiment = read_experiment(args.file / SETTINGS)
     return model, experiment.model, look_of(model, experiment.data).size
 
 
@@ -67,10 +68,14 @@ def _from_delta(args: argparse.Namespace) -> tuple[Any, str, int]:
     import torch
 
     from attninject import delta, models
+    from attninject.training.building import build
     from attninject.training.data import look_of
     from attninject.training.experiment import Data
 
     torch.manual_seed(args.seed)
-    more = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    model = delta.load(models.build(args.model, args.weights, **more), args.file)
+    if args.num_classes is None:
+        base = models.build(args.model, args.weights)
+    else:  # as a run makes it, where the weights have other classes
+        base = build(args.model, args.weights, args.num_classes)
+    model = delta.load(base, args.file)
     return model, args.model, look_of(model, Data("imagefolder")).size

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attninject.cli.common import add_json, print_json, scalar, setting
+from attninject.cli.common import add_json, print_json, say, scalar, setting, silent
 
 HELP = "fine-tune a model, with blocks or plain, and keep a small file"
 RULE = ("block", "after", "before", "place")
@@ -58,7 +58,12 @@ def run(args: argparse.Namespace) -> None:
     overrides = _overrides(args)
     file = args.file
     if file is None and args.resume and "out" in overrides:
-        file = Path(str(overrides["out"])) / "experiment.json"
+        from attninject.errors import RunError
+        from attninject.training.runs import SETTINGS
+
+        file = Path(str(overrides["out"])) / SETTINGS
+        if not file.is_file():
+            raise RunError(f"{overrides['out']} holds no run to go on with ({SETTINGS} is missing)")
     if file is None and "model" not in overrides:
         args.parser.error("give an experiment FILE, or --model and --out")
     from attninject.training.devices import leave_processes
@@ -66,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     from attninject.training.experiment import read_experiment
 
     experiment = read_experiment(file, overrides)
-    result = run_experiment(experiment, resume=args.resume, say=_silent if args.json else _say)
+    result = run_experiment(experiment, resume=args.resume, say=silent if args.json else say)
     leave_processes()
     if not result.main:
         return
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         print_json({"experiment": experiment.to_dict(), "history": result.history, "best": result.best,
                     "warnings": result.warnings})  # fmt: skip
         return
-    _say(f"best: epoch {result.best['epoch']}, top-1 {result.best['top1']:.2%}; see {experiment.out}")
+    say(f"best: epoch {result.best['epoch']}, top-1 {result.best['top1']:.2%}; see {experiment.out}")
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,11 +99,3 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     elif args.settings:
         args.parser.error("--set goes with --block; a recipe file has `args` of its own")
     return found
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(_: str) -> None:
-    """Say nothing."""

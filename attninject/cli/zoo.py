@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attninject.cli.common import add_json, print_json, word
+from attninject.cli.common import add_json, positive, print_json, word
 
 HELP = "inject into every timm and torchvision model and check every guarantee"
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out models whose rows FOLDER has (the default), or examine them again",
     )
     parser.add_argument("--retry", action="store_true", help="examine again what was not green")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time (default: 1)")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="models at a time (default: 1)")
     parser.add_argument(
         "--timeout", type=float, default=900, metavar="S", help="seconds per model (default: 900)"
     )
@@ -117,7 +117,8 @@ def _names(args: argparse.Namespace) -> list[str]:
     for pattern in args.names:
         matching = models.names(pattern)
         if not matching:
-            models.build(pattern) if "*" not in pattern else None  # says which names are near
+            if "*" not in pattern:
+                models.build(pattern)  # says which names are near
             raise UnknownModelError(f"no model matches {pattern!r}; `attninject list models` shows all")
         found.update(dict.fromkeys(matching))
     return list(found)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import DecompressionBombError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,7 +27,7 @@ from attninject.training import runs
 from attninject.training.experiment import Data
 
 DIGITS_SIZE, DIGITS_TEST = 32, 0.3
-UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on broken files
+UNREADABLE = (OSError, SyntaxError, ValueError, DecompressionBombError)  # what Pillow raises on broken files
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,15 @@ class Look:
     crop: float
 
 
-def open_images(data: Data, seed: int = 0) -> Images:
+def open_images(data: Data) -> Images:
     """Open the data sets; nothing is read but lists of files.
 
     Raises:
         DataError: a folder is missing or empty, or the splits have different classes.
         MissingPackageError: the digits without scikit-learn.
     """
-    opened = {"digits": _digits, "imagefolder": _folders, "timm": _timm, "torchvision": _torchvision}[
-        data.kind
-    ](data, seed)
+    kinds = {"digits": _digits, "imagefolder": _folders, "timm": _timm, "torchvision": _torchvision}
+    opened = kinds[data.kind](data)
     for name, part in (("training", opened.train), ("validation", opened.val)):
         if len(part) == 0:
             raise DataError(f"there are no {name} images in {data.root or data.kind}")
@@ -96,7 +96,7 @@ class Digits(Dataset):
         return self.images[index], int(self.labels[index])
 
 
-def _digits(data: Data, seed: int) -> Images:
+def _digits(data: Data) -> Images:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -106,38 +106,41 @@ def _digits(data: Data, seed: int) -> Images:
     raw = load_digits()
     images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1).expand(-1, 3, -1, -1) / 16
     labels = torch.tensor(raw.target)
-    train, val = _held_out(
-        len(labels), data.val_fraction or DIGITS_TEST, 0
-    )  # the same split whatever the seed
+    train, val = _held_out(len(labels), data.val_fraction or DIGITS_TEST)
     names = tuple(str(n) for n in range(10))
     return Images(Digits(images[train], labels[train]), Digits(images[val], labels[val]), names)
 
 
-def _held_out(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+def _held_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
+    """Numbers for training and for validation; the same split whatever the seed of the run."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     held = max(1, round(count * fraction))
     return sorted(order[held:]), sorted(order[:held])
 
 
-def _folders(data: Data, seed: int) -> Images:
+def _folders(data: Data) -> Images:
     root = Path(str(data.root))
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
     if data.val_fraction is not None:
         whole = _folder(root / data.train_split if (root / data.train_split).is_dir() else root)
-        train, val = _held_out(len(whole), data.val_fraction, 0)
-        return Images(Part(whole, train), Part(whole, val), tuple(whole.classes))
+        return _divided(whole, data.val_fraction)
     for split in (data.train_split, data.val_split):
         if not (root / split).is_dir():
             there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:6]) or "no folders"
             raise DataError(
                 f"there is no folder {root / split} ({root} has {there}); name the splits with `train_split` "
-                f"and `val_split`, or hold out a part of all images with `val_fraction`"
+                f"and `val_split`, or hold out a part of all images with `val_fraction: 0.2` (--data-val-fraction 0.2)"
             )
     train_set, val_set = _folder(root / data.train_split), _folder(root / data.val_split)
     if train_set.classes != val_set.classes:
         _refuse_classes(str(root), train_set.classes, val_set.classes)
     return Images(train_set, val_set, tuple(train_set.classes))
+
+
+def _divided(whole: Any, fraction: float) -> Images:
+    train, val = _held_out(len(whole), fraction)
+    return Images(Part(whole, train), Part(whole, val), classes_of(whole))
 
 
 def _folder(path: Path) -> Any:
@@ -151,7 +154,7 @@ def _folder(path: Path) -> Any:
         ) from error
 
 
-def _timm(data: Data, seed: int) -> Images:
+def _timm(data: Data) -> Images:
     from timm.data import ImageDataset, create_dataset
 
     def make(split: str) -> Any:
@@ -164,10 +167,10 @@ def _timm(data: Data, seed: int) -> Images:
                 f"timm cannot open {data.name!r}, split {split!r}, in {data.root}: {error}"
             ) from error
 
-    return _opened(make(data.train_split), make(data.val_split), str(data.name))
+    return _opened(make, data)
 
 
-def _torchvision(data: Data, seed: int) -> Images:
+def _torchvision(data: Data) -> Images:
     from torchvision import datasets
 
     name = str(data.name)
@@ -191,17 +194,26 @@ def _torchvision(data: Data, seed: int) -> Images:
                 f"{str(error).splitlines()[0]}; nothing is downloaded here"
             ) from error
 
-    return _opened(make(data.train_split), make(data.val_split), name)
+    return _opened(make, data)
 
 
-def _opened(train: Any, val: Any, name: str) -> Images:
-    for part in (train, val):
-        if not hasattr(part, "__getitem__") or not hasattr(part, "__len__"):
-            raise DataError(f"{name} can only be streamed; fine-tuning needs images that are found by number")
-    theirs = _class_names(val)
-    if _class_names(train) and theirs and _class_names(train) != theirs:
-        _refuse_classes(name, classes_of(train), theirs)
+def _opened(make: Callable[[str], Any], data: Data) -> Images:
+    """Both splits by name, or the training split divided."""
+    train = _by_number(make(data.train_split), data)
+    if data.val_fraction is not None:
+        return _divided(train, data.val_fraction)
+    val = _by_number(make(data.val_split), data)
+    ours, theirs = _class_names(train), _class_names(val)
+    if ours and theirs and ours != theirs:
+        _refuse_classes(str(data.name), ours, theirs)
     return Images(train, val, classes_of(train))
+
+
+def _by_number(part: Any, data: Data) -> Any:
+    """The split, unless it can only be streamed."""
+    if hasattr(part, "__getitem__") and hasattr(part, "__len__"):
+        return part
+    raise DataError(f"{data.name} can only be streamed; fine-tuning needs images that are found by number")
 
 
 def _refuse_classes(where: str, ours: Sequence[str], theirs: Sequence[str]) -> None:
@@ -357,8 +369,8 @@ class Schedule:
     """A batch sampler: which (epoch, index) each rank loads, batch by batch, from any batch on.
 
     Training: the same permutation on every rank, cut into batches of batch_size · ranks, of which a rank
-    takes every ranks-th; a last batch that is not full is left out. Validation: in order, and filled up with
-    -1 so that every rank runs the same number of batches.
+    takes every ranks-th; a last batch that is not full is left out, but images that do not fill one are one.
+    Validation: in order, and filled up with -1 so that every rank runs the same number of batches.
     """
 
     def __init__(

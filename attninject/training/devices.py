@@ -19,14 +19,13 @@ def open_accelerator(train: Training) -> Any:
     """Accelerate's view of device, processes and precision."""
     try:
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
         from accelerate.utils import GradientAccumulationPlugin
     except ImportError as error:
         raise MissingPackageError(
             'fine-tuning needs accelerate, which is not installed: pip install "attninject[train]"'
         ) from error
     _refuse_other_engines()
-    AcceleratorState._reset_state()  # a run before this one may have had another precision
+    forget_accelerator()  # a run before this one may have had another precision
     try:
         # accumulation is the loop's: a number from Accelerate's config would divide the loss once more
         own = GradientAccumulationPlugin(num_steps=1)

@@ -37,9 +37,9 @@ def finetune(
     Args:
         model: gives logits (B, classes) for images (B, 3, H, W).
         data: a kind (`"digits"`), a mapping as in an experiment file, or a pair of data sets of (image
-            tensor, label) for training and validation.
+            tensor, label): training and validation.
         out: folder for log and checkpoints; None: nothing is written.
-        recipe: injected first, as `inject` takes it.
+        recipe: injected first, as `inject` takes it; new weights follow the setting `seed`.
         resume: go on from the checkpoint in `out`.
         base: the base model's name, stored in the delta for messages.
         workers: loader processes; None: as `data` says, else none.
@@ -48,9 +48,11 @@ def finetune(
 
     Raises:
         ExperimentError: a setting is wrong.
-        DataError, RunError, CheckpointError: see there.
+        DataError: the images cannot be had, or do not fit the model.
+        RunError: the folder serves no run, the run was interrupted, or its loss is no longer finite.
+        CheckpointError: the checkpoint to go on from is damaged, or of another model.
     """
-    pair = data if isinstance(data, tuple) else None
+    pair = data if isinstance(data, tuple | list) else None
     data_settings, train_settings = settings("digits" if pair else data, **train)
     if workers is not None:
         data_settings = replace(data_settings, workers=workers)
@@ -60,6 +62,7 @@ def finetune(
         else:
             opened = images_of.open_images(data_settings)
         if recipe is not None:
+            torch.manual_seed(train_settings.seed)
             api.inject(model, recipe)
         look = None if pair else images_of.look_of(model, data_settings)
         run = Run(model, opened, data_settings, train_settings, look, out, base, say or _print)

@@ -14,11 +14,12 @@ from typing import Any
 
 from attninject.errors import ExperimentError, PatternError, RecipeError
 from attninject.patterns import compile_pattern
-from attninject.recipe import load_recipe
+from attninject.recipe import load_recipe, recipe_names
 from attninject.training.freezing import WORDS
 from attninject.yamlio import (
     BAD,
     Checker,
+    FrozenDict,
     Node,
     Report,
     boolean,
@@ -93,14 +94,18 @@ def _recipe_field(node: Node, report: Report) -> Any:
             BAD if value is BAD else report.expected(node, "a recipe's name, a file, or a rule as a mapping")
         )
     try:
-        load_recipe(value)
+        loaded = load_recipe(value)
     except RecipeError as error:
         return report.add(node, "; ".join(str(fault) for fault in error.faults))
-    return value
+    if isinstance(value, Mapping) or value in recipe_names():
+        return value
+    return FrozenDict(loaded.to_dict())  # the run's folder stands for itself when the file moves or changes
 
 
-def _sizes(node: Node, report: Report) -> Any:
-    return integer("an image size in pixels", 8)(node, report)
+def _precision(node: Node, report: Report) -> Any:
+    """A word; YAML reads a bare `no` as false."""
+    found = Node("no", node.line, node.column) if node.value is False else node
+    return choice("a precision", ("no", "bf16", "fp16"))(found, report)
 
 
 _rate, _share = _number("a rate above 0", 0, above=True), _number("a number from 0 to below 1", 0, 0.999999)
@@ -125,7 +130,7 @@ DATA: dict[str, tuple[Checker, str]] = {
     "val_split": (words, "name of the validation split, or of its folder"),
     "val_fraction": (_maybe(_number("a fraction between 0 and 1", 0, 0.9, above=True)),
         "hold out this part of the training images instead"),
-    "size": (_maybe(_sizes), "image size; default: the model's own, digits: 32"),
+    "size": (_maybe(integer("an image size in pixels", 8)), "image size; default: the model's own, digits: 32"),
     "augment": (choice("an augmentation", ("default", "none")),
         "default: timm's random crop, flip and colour jitter; none: resize only"),
     "auto_augment": (_maybe(words), "timm's policy, as rand-m9-mstd0.5-inc1"),
@@ -139,7 +144,7 @@ DATA: dict[str, tuple[Checker, str]] = {
 TRAIN: dict[str, tuple[Checker, str]] = {
     "epochs": (_from_one, "epochs"),
     "batch_size": (_from_one, "images per process and forward"),
-    "accumulate": (_from_one, "forwards per optimizer step"),
+    "accumulate": (_from_one, "forwards per optimizer step; what does not fill an epoch's last step is left out"),
     "lr": (_rate, "learning rate of the backbone"),
     "attn_lr": (_maybe(_rate), "learning rate of the blocks; default: lr"),
     "head_lr": (_maybe(_rate), "learning rate of the head; default: lr"),
@@ -163,7 +168,7 @@ TRAIN: dict[str, tuple[Checker, str]] = {
     "cutmix": (_from_zero, "CutMix's alpha; 0: off"),
     "ema": (_maybe(_number("a decay between 0 and 1", 0, 0.999999999, above=True)),
         "decay of an average of the weights, which is then evaluated and saved"),
-    "precision": (_maybe(choice("a precision", ("no", "bf16", "fp16"))),
+    "precision": (_maybe(_precision),
         "mixed precision: no, bf16 or fp16; default: as Accelerate's config says, else no"),
     "clip": (_maybe(_rate), "clip the gradient's norm"),
     "channels_last": (boolean, "channels_last memory format"),
@@ -259,7 +264,7 @@ class Experiment:
     train: Training = field(default_factory=Training)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `experiment` takes it back."""
+        """JSON-ready; `read_experiment` takes it back."""
         top = {"model": self.model, "weights": self.weights, "recipe": _plain(self.recipe), "out": self.out}
         return {**top, "data": asdict(self.data), "train": self.train.to_dict()}
 
@@ -289,10 +294,11 @@ def read_experiment(path: str | Path | None, overrides: Mapping[str, Any] | None
     flags = Report(None, "flags" if overrides else "", error=ExperimentError)
     given = _sections(from_python(dict(overrides or {}), flags), flags)
     flags.raise_if_any()
-    nulls = {k: None for k, v in (overrides or {}).items() if v is None and k == "recipe"}
-    merged = {**values, **{k: v for k, v in given.items() if k not in ("data", "train")}, **nulls}
-    for part in ("data", "train"):
-        merged[part] = {**values.get(part, {}), **given.get(part, {})}
+    merged = {**values, **given, **_nulls(overrides or {}, TOP, flags)}
+    for part, table in (("data", DATA), ("train", TRAIN)):
+        nulls = _nulls((overrides or {}).get(part) or {}, table, flags.within(part))
+        merged[part] = {**values.get(part, {}), **given.get(part, {}), **nulls}
+    flags.raise_if_any()
     missing = [key for key in ("model", "out") if key not in merged]
     if missing:
         flags.add(
@@ -304,6 +310,14 @@ def read_experiment(path: str | Path | None, overrides: Mapping[str, Any] | None
     made = Experiment(**merged, data=data, train=train)
     _check_together(made)
     return made
+
+
+def _nulls(
+    given: Mapping[str, Any], table: Mapping[str, tuple[Checker, str]], flags: Report
+) -> dict[str, Any]:
+    """What is laid over a file as None is null there, not absent."""
+    found = {key: table[key][0] for key, value in given.items() if value is None and key in table}
+    return {key: check(Node(None), flags.within(key)) for key, check in found.items()}
 
 
 def settings(data: Any = "digits", **train: Any) -> tuple[Data, Training]:

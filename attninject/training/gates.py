@@ -41,7 +41,8 @@ class Watch:
         shown = ", ".join(dead[:5]) + (", …" if len(dead) > 5 else "")
         return (
             f"dead gates: {len(dead)} of {len(learning)} blocks have had no gradient so far ({shown}); "
-            f"nothing reaches them, or their last layer and what stands before it are both zero"
+            f"nothing reaches them, or their last layer and what stands before it are both zero "
+            f"(as behind the zeroed last norms of a timm resnet with random weights)"
         )
 
 

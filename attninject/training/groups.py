@@ -71,7 +71,7 @@ def param_groups(
         )
         group["params"].append(parameter)
     order = ("backbone", "blocks", "head")
-    return sorted(groups.values(), key=lambda g: order.index(g["name"].split(",")[0].split(" ")[0]))
+    return [groups[key] for key in sorted(groups, key=lambda key: order.index(key[0]))]
 
 
 def extend_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, **rates: Any) -> list[str]:

@@ -26,7 +26,7 @@ from attninject.training.experiment import Data, Experiment, Training
 from attninject.training.freezing import GradualUnfreezing, freeze, trainable
 from attninject.training.gates import Watch
 from attninject.training.groups import extend_optimizer
-from attninject.training.measuring import evaluate
+from attninject.training.measuring import check_classes, evaluate
 from attninject.training.nets import Nets, placed, with_shared_norms
 from attninject.training.reporting import Reporter
 
@@ -64,7 +64,7 @@ class Run:
         self._say = say
         self.result = Result(model, out=None if out is None else Path(out))
         self.epoch = self.batch = self.step = 0  # finished epochs; steps done in this one; steps in all
-        self.loss_sum = 0.0
+        self.loss_sum, self.skipped = 0.0, 0  # of this epoch, over all processes
         self.watch = Watch()
         self.stop: str | None = None
 
@@ -109,9 +109,12 @@ class Run:
         self.model = self.result.model = with_shared_norms(self.model, train, accelerator)
         if train.checkpointing:
             parts.switch_checkpointing_on(self.model)
-        if train.freeze is not None:
-            freeze(self.model, train.freeze, bn=train.bn, head=train.head)
-        self.thawing = GradualUnfreezing(self.model, {epoch - 1: what for epoch, what in train.unfreeze})
+        # without `freeze` nothing is frozen, but a head that was named is remembered
+        freeze(self.model, () if train.freeze is None else train.freeze, bn=train.bn, head=train.head)
+        due: dict[int, list[str | int]] = {}
+        for epoch, what in train.unfreeze:
+            due.setdefault(epoch - 1, []).extend([what] if isinstance(what, str | int) else what)
+        self.thawing = GradualUnfreezing(self.model, due)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ExperimentError([Fault("everything is frozen: nothing would learn")])
         self.make_loaders()
@@ -130,6 +133,11 @@ class Run:
         for_train, for_val = images_of.transforms(data, self.look) if self.look else (None, None)
         skip, pin = data.unreadable == "skip", accelerator.device.type == "cuda"
         self.order = images_of.Schedule(len(self.images.train), train.batch_size, rank, ranks, train.seed)
+        if (train.mixup or train.cutmix) and self.order.batch_size % 2:
+            raise DataError(
+                f"Mixup and CutMix pair images; {len(self.images.train)} training images on {ranks} processes "
+                f"make a batch of {self.order.batch_size}: give an even `batch_size` below that"
+            )
         val_order = images_of.Schedule(len(self.images.val), train.batch_size, rank, ranks, train=False)
         classes = len(self.images.classes)
         samples = images_of.Samples(self.images.train, for_train, train.seed, skip, classes)
@@ -175,12 +183,12 @@ class Run:
         while self.epoch < self.train.epochs:
             self.thaw()
             began = time.perf_counter()
-            skipped = self.one_epoch()
+            self.one_epoch()
             self.warn_of_dead_gates()
             row = {"epoch": self.epoch + 1, "step": self.step, "train_loss": self.loss_sum / self.steps}
             if self.data.unreadable == "skip":
-                row["skipped"] = skipped
-            self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, 0.0
+                row["skipped"] = self.skipped
+            self.epoch, self.batch, self.loss_sum, self.skipped = self.epoch + 1, 0, 0.0, 0
             self.finish_row(row, began)
             self.write_checkpoint()
 
@@ -195,19 +203,17 @@ class Run:
                 f"epoch {self.epoch + 1}: {trainable(self.model)} parameters learn from here on{new}"
             )
 
-    def one_epoch(self) -> int:
-        """Train to the end of the epoch; how many images could not be read."""
+    def one_epoch(self) -> None:
+        """Train to the end of the epoch."""
         self.nets.net.train()
         self.order.at(self.epoch, self.batch * self.train.accumulate)
-        batches, skipped, began, first = images_of.batches(self.loader), 0, time.perf_counter(), self.batch
+        batches, began, first = images_of.batches(self.loader), time.perf_counter(), self.batch
         title = f"epoch {self.epoch + 1}/{self.train.epochs}"
         with self.tell.progress(title, self.batch, self.steps) as bar:
             while self.batch < self.steps:
                 self.seed_step()
-                several = [next(batches) for _ in range(self.train.accumulate)]
-                loss = self.one_step(several)
-                skipped += sum(int((batch[2] > 0).sum()) for batch in several)
-                self.loss_sum += loss
+                loss, skipped = self.one_step([next(batches) for _ in range(self.train.accumulate)])
+                self.loss_sum, self.skipped = self.loss_sum + loss, self.skipped + skipped
                 self.batch, self.step = self.batch + 1, self.step + 1
                 if self.scheduler is not None:
                     self.scheduler.step_update(self.step)
@@ -215,7 +221,6 @@ class Run:
                 speed = done * self.accelerator.num_processes / (time.perf_counter() - began)
                 bar(self.batch, self.step, loss, speed)
                 self.maybe_save()
-        return self.skipped_by_all(skipped)
 
     def maybe_save(self) -> None:
         """A checkpoint within the epoch, where it is time; or the end, where it was asked for."""
@@ -232,20 +237,22 @@ class Run:
         np.random.seed(seed % 2**32)
         random.seed(seed)
 
-    def one_step(self, batches: Sequence[Sequence[Tensor]]) -> float:
-        """Forward, backward, step, average; the loss, which is a mean over all processes."""
-        total = torch.zeros((), device=self.accelerator.device)
-        for number, (x, y, _) in enumerate(batches, 1):
+    def one_step(self, batches: Sequence[Sequence[Tensor]]) -> tuple[float, int]:
+        """Forward, backward, step, average; mean loss and number of unreadable images over all processes."""
+        sums = torch.zeros(2, device=self.accelerator.device)
+        for number, (x, y, passed_over) in enumerate(batches, 1):
             x, y = self.placed(x), y.to(self.accelerator.device, non_blocking=True)
             if self.mixup is not None:
                 x, y = self.mixup(x, y)
             with self.nets.backward_of(number, len(batches)):
                 with self.accelerator.autocast():
                     logits = self.nets.runner(x)
+                check_classes(logits, len(self.images.classes))
                 loss = self.criterion(logits.float(), y) / len(batches)
-                total += loss.detach()
+                sums[0] += loss.detach()
+                sums[1] += (passed_over > 0).sum()
                 self.accelerator.backward(loss)
-        value = float(self.accelerator.reduce(total, "mean"))
+        value, skipped = self.accelerator.reduce(sums, "mean").tolist()
         if not np.isfinite(value):
             raise NonFiniteError(f"the loss became {value} at step {self.step + 1}; {self.kept()}")
         if self.train.clip is not None:
@@ -255,16 +262,11 @@ class Run:
         self.watch.look(self.nets.net)
         self.optimizer.zero_grad()
         self.nets.update_average()
-        return value
+        return value, round(skipped * self.accelerator.num_processes)
 
     def placed(self, x: Tensor) -> Tensor:
         """A batch where and as the net wants it."""
         return placed(x, self.train, self.accelerator.device)
-
-    def skipped_by_all(self, count: int) -> int:
-        """Unreadable images of the epoch over all processes."""
-        counted = torch.tensor(float(count), device=self.accelerator.device)
-        return int(self.accelerator.reduce(counted, "sum"))
 
     def warn_of_dead_gates(self) -> None:
         """Once in a run."""
@@ -314,10 +316,7 @@ class Run:
             if api.injected(model):
                 delta.save(model, temporary, base=self.base)
             else:
-                from safetensors.torch import save_file
-
-                state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-                save_file(state, temporary, metadata={"format": "pt"})
+                runs.save_tensors(runs.plain(model.state_dict()), temporary, {"format": "pt"})
 
     def write_checkpoint(self) -> None:
         """Only of finite weights, so that a good one is never replaced by a bad one."""

@@ -20,6 +20,7 @@ from attninject import edits
 from attninject.errors import ExperimentError, Fault
 from attninject.training.devices import fsdp_asked_for
 from attninject.training.experiment import Training
+from attninject.training.freezing import follow
 from attninject.training.sharding import Twin, agree_on_buffers, local
 
 
@@ -108,9 +109,11 @@ class Nets:
                 twin.settle()
 
     def thawed(self) -> None:
-        """The model was unfrozen in part: the twin follows, DDP counts anew."""
+        """The model was unfrozen in part: twin and average follow, DDP counts anew."""
         if self.twin is not None:
             self.twin.thaw()
+        if self.average is not None:  # what ships must know that this part is no longer the base's
+            follow(self.model, self.average)
         self.wrap()
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ def state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     scaler = getattr(run.accelerator, "scaler", None)
     meta = {
         "epoch": run.epoch, "batch": run.batch, "step": run.step, "loss_sum": run.loss_sum,
+        "skipped": run.skipped,
         "history": run.result.history, "best": run.result.best, "warnings": run.result.warnings,
         "alive": sorted(run.watch.alive), "classes": list(run.images.classes),
         "processes": run.accelerator.num_processes, "settings": settings(run),
@@ -63,11 +64,14 @@ def check(run: Run, meta: Mapping[str, Any]) -> None:
         if key in then and key in now and then[key] != now[key]
     ]
     if changed:
-        raise RunError(f"the run in {run.result.out} was begun with other settings ({'; '.join(changed)})")
+        raise RunError(
+            f"the run in {run.result.out} was begun with other settings ({'; '.join(changed)}); go on with "
+            f"those, or begin a run of its own in another `out`"
+        )
     if meta["batch"] and meta["processes"] != run.accelerator.num_processes:
         raise RunError(
             f"the checkpoint is from within an epoch on {meta['processes']} processes; there are "
-            f"{run.accelerator.num_processes} now, which would see other images"
+            f"{run.accelerator.num_processes} now, which would see other images: start as many as then"
         )
 
 
@@ -79,7 +83,8 @@ def _check_classes(then: list[str], now: list[str]) -> None:
     said = [f"gone: {', '.join(gone[:5])}"] if gone else []
     said += [f"new: {', '.join(new[:5])}"] if new else []
     raise DataError(
-        f"the classes are not those that this run began with: {'; '.join(said) or 'another order'}"
+        f"the classes are not those that this run began with: {'; '.join(said) or 'another order'}; bring "
+        f"them back, or begin a run of its own in another `out`"
     )
 
 
@@ -87,7 +92,7 @@ def restore(run: Run, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
     """Fill model, average, optimizer and counters; the optimizer's groups are there already."""
     assert run.folder is not None
     run.epoch, run.batch, run.step = meta["epoch"], meta["batch"], meta["step"]
-    run.loss_sum, run.watch.alive = meta["loss_sum"], set(meta["alive"])
+    run.loss_sum, run.skipped, run.watch.alive = meta["loss_sum"], meta["skipped"], set(meta["alive"])
     run.result.history, run.result.best = meta["history"], meta["best"]
     run.result.warnings = meta["warnings"]
     _fill(run.model, "model.", tensors, run.folder.path)
@@ -131,6 +136,11 @@ def optimizer_state(run: Run) -> tuple[dict[str, Tensor], list[tuple[str, str, A
                 tensors[f"{owner}|{key}"] = whole(value)
             elif isinstance(value, int | float | str | None):
                 numbers.append((owner, key, value))
+            elif owner.startswith("optimizer."):  # a group's lists are its parameters and settings
+                raise RunError(
+                    f"the optimizer {run.train.optimizer!r} keeps a {type(value).__name__} ({key}), which no "
+                    f"checkpoint here can hold: take another optimizer, or leave `out` away"
+                )
     return tensors, numbers
 
 

@@ -7,7 +7,7 @@
     best.safetensors           what ships: a delta that `ai.load` reads (without blocks: a state dict)
     last.safetensors           the same at the last epoch's end
 
-A checkpoint is one safetensors file with JSON metadata and a checksum per tensor; nothing in it is executed.
+A checkpoint is one safetensors file with JSON metadata, a checksum of that and one per tensor; nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attninject import __version__
 from attninject.errors import CheckpointError, DeltaError, RunError
 
 FORMAT = 1
-KEY = "attninject_checkpoint"
+KEY, SUM = "attninject_checkpoint", "attninject_checksum"
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 BEST, LAST, LOG = "best.safetensors", "last.safetensors", "log.csv"
 SETTINGS, CLASSES = "experiment.json", "classes.txt"
@@ -153,22 +153,16 @@ class Folder:
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """A new checkpoint; the one before it stays as `checkpoint.previous`."""
-        from safetensors.torch import save_file
-
-        plain = {key: _plain(t) for key, t in tensors.items()}
+        held = plain(tensors)
         record = {
             **meta,
             "format": FORMAT,
             "version": __version__,
-            "checksums": {k: _checksum(t) for k, t in plain.items()},
+            "checksums": {k: _checksum(t) for k, t in held.items()},
         }
+        text = json.dumps(record)
         with self.replacing(CHECKPOINT, keep=PREVIOUS) as temporary:
-            temporary.touch()
-            mode = (
-                temporary.stat().st_mode
-            )  # what the umask allows; safetensors writes files for the owner only
-            save_file(plain, temporary, metadata={KEY: json.dumps(record)})
-            temporary.chmod(mode)
+            save_tensors(held, temporary, {KEY: text, SUM: _text_checksum(text)})
 
     @staticmethod
     def _keep(present: Path, name: Path) -> None:
@@ -224,14 +218,28 @@ def let_go_in_child() -> None:
         folder._let_go()
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous, on the CPU, with memory of its own."""
-    flat = tensor.detach().cpu().contiguous()
-    return flat.clone() if flat.data_ptr() == tensor.data_ptr() else flat
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file for whom the umask allows; safetensors itself writes for the owner only."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, contiguous, on the CPU, each with memory of its own."""
+    flat = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    return {key: t.clone() if t.data_ptr() == tensors[key].data_ptr() else t for key, t in flat.items()}
 
 
 def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
+
+
+def _text_checksum(text: str) -> str:
+    return str(zlib.crc32(text.encode()))
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -240,19 +248,20 @@ def read_meta(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-        meta = json.loads(text) if text else None
+            written = file.metadata() or {}
+        text = written.get(KEY, "null")
+        meta = json.loads(text)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({error})") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version of attninject")
-    if not {"epoch", "step", "checksums"} <= set(meta):
-        raise CheckpointError(f"{path} lacks a part of its metadata; it is damaged")
+    if written.get(SUM) != _text_checksum(text):
+        raise CheckpointError(f"{path} is damaged: its counters and settings are not those that were saved")
     return meta
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a checkpoint, every tensor compared with its checksum."""
+    """Tensors and metadata of a checkpoint, all compared with their checksums."""
     from safetensors.torch import load_file
 
     meta = read_meta(path)

@@ -67,7 +67,9 @@ def elsewhere(*argv: str, **kw: object) -> subprocess.CompletedProcess[str]:
         (["plan", NET, "se", "--set", "reduction=[1"], "is no value"),
         (["plan", NET, "se", "--input-size", "3x224x224"], "write it as 3,224,224"),
         (["inject", NET, "se"], "-o/--output"),
-        (["demo", "--epochs", "0"], "'0' is no number of epochs"),
+        (["demo", "--epochs", "0"], "'0' is no whole number from 1"),
+        (["bench", "inject", "--rounds", "0"], "'0' is no whole number from 1"),
+        (["export", "x", "--to", "pt2", "--size", "-1"], "'-1' is no whole number from 1"),
     ],
 )
 def test_usage_errors_exit_with_2_and_say_what_is_wrong(argv: list[str], expected: str, run) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import attninject as ai
-from attninject import models
+from attninject import errors, models
 from attninject.cli import main
 from attninject.training import read_experiment
 from attninject.training.building import build
@@ -124,6 +124,27 @@ def test_flags_lie_over_the_file(run, images: Path, tmp_path: Path) -> None:
     assert set(shipped) == set(models.build(MODEL, num_classes=3).state_dict())
 
 
+def test_null_and_no_as_flags(images: Path, tmp_path: Path) -> None:
+    """`--freeze null` takes back what the file says; `no` is a precision, though YAML reads it as false."""
+    file = experiment(images, tmp_path, freeze="backbone", ema=0.9, precision="bf16")
+    nulls = {"freeze": None, "ema": None}
+    assert read_experiment(file).train.freeze == "backbone"
+    found = read_experiment(file, {"train": {**nulls, "precision": False}, "data": {"size": None}})
+    assert (found.train.freeze, found.train.ema, found.train.precision, found.data.size) == (
+        None,
+        None,
+        "no",
+        None,
+    )
+    with pytest.raises(
+        errors.ExperimentError, match=r"train, epochs: expected a number from 1, found nothing"
+    ):
+        read_experiment(file, {"train": {"epochs": None}})
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(f"model: {MODEL}\nout: x\ntrain: {{precision: no}}\n")
+    assert read_experiment(plain).train.precision == "no"
+
+
 def test_one_rule_in_flags_and_resume(run, images: Path, tmp_path: Path) -> None:
     """--block and --place stand for a recipe; --resume --out goes on with the run's own settings."""
     out_folder = tmp_path / "a"
@@ -154,6 +175,7 @@ def test_one_rule_in_flags_and_resume(run, images: Path, tmp_path: Path) -> None
         ([*GIVEN, "--recipe", "see"], 1, "no shipped recipe 'see'; did you mean se"),
         (["--model", MODEL], 1, "`out` missing"),
         (["missing.yaml"], 1, "missing.yaml: no such file"),
+        (["--resume", "--out", "gone"], 1, "gone holds no run to go on with"),
         ([*GIVEN, "--data", "imagefolder"], 1, "needs `root`"),
         (
             [*GIVEN, "--data", "imagefolder", "--data-root", "gone"],
@@ -218,6 +240,20 @@ out: runs/a               # --resume goes on
     assert read_experiment(again) == found
 
 
+def test_a_recipe_file_may_move_once_the_run_has_begun(tmp_path: Path) -> None:
+    """The settings that a run keeps hold the rules of the file, and say so when the file has changed since."""
+    file, kept = tmp_path / "mine.yaml", tmp_path / "kept.json"
+    text = "name: mine\nrules:\n  - {block: se, place: stage_end, args: {reduction: 4}, stages: [1, 2]}\n"
+    file.write_text(text)
+    given = {"model": MODEL, "out": "x", "recipe": str(file)}
+    found = read_experiment(None, given)
+    kept.write_text(json.dumps(found.to_dict()))
+    file.write_text(text.replace("4", "8"))
+    assert read_experiment(None, given) != found
+    file.unlink()
+    assert read_experiment(kept) == found
+
+
 def test_pretrained_weights_with_another_number_of_classes(run, images: Path, tmp_path: Path) -> None:
     """A file with ten classes serves three: the head is new, all else is the file's."""
     for name, head in (("timm/test_resnet", "fc."), ("torchvision/shufflenet_v2_x0_5", "fc.")):
@@ -228,6 +264,17 @@ def test_pretrained_weights_with_another_number_of_classes(run, images: Path, tm
         state = model.state_dict()
         assert state[f"{head}weight"].shape[0] == 3
         assert all(torch.equal(t, state[k]) for k, t in base.state_dict().items() if not k.startswith(head))
+
+
+def test_export_finds_the_base_of_another_number_of_classes(tmp_path: Path) -> None:
+    """A delta on weights of ten classes, trained for three, is exported with the weights that it was made from."""
+    weights, file = tmp_path / "w.pth", tmp_path / "d.safetensors"
+    torch.manual_seed(0)
+    torch.save(models.build(MODEL, num_classes=10).state_dict(), weights)
+    ai.save(ai.inject(build(MODEL, str(weights), 3), block="se", place="stage_end"), file)
+    argv = ["export", str(file), "--model", MODEL, "--weights", str(weights), "--num-classes", "3"]
+    assert main([*argv, "--size", "32", "--to", "state_dict", "-o", str(tmp_path / "s.safetensors")]) == 0
+    assert load_file(tmp_path / "s.safetensors")["head.fc.weight"].shape[0] == 3
 
 
 # --- several processes --------------------------------------------------------------------------

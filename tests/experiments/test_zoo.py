@@ -156,6 +156,7 @@ def test_blocks_whose_positions_nobody_reads_are_told_from_blocks_cut_off() -> N
     assert found["gradient"]["status"] == "bare"
     assert "reads no position where the block is" in found["gradient"]["detail"]
     assert "body.2.cbam" in found["gradient"]["detail"]
+    assert found["deepcopy"]["status"] == "ok"  # though no change to a block changes the copy's output
 
 
 def test_what_the_bare_model_cannot_do_is_not_held_against_the_injected_one() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import struct
 from pathlib import Path
 
@@ -89,6 +91,26 @@ def test_unreadable_images_are_refused_or_skipped_and_counted(tmp_path: Path) ->
     assert result.history[-1]["top1"] * 17 == pytest.approx(round(result.history[-1]["top1"] * 17))
 
 
+def test_unreadable_images_are_counted_across_an_interruption(tmp_path: Path) -> None:
+    """Images passed over before a run was cut off within an epoch are in that epoch's row of the log."""
+    root = folder(tmp_path / "images")
+    bomb = bytearray(54)  # a bitmap's header that claims 100,000 × 100,000 pixels
+    struct.pack_into("<2sIHHIIiiHHI", bomb, 0, b"BM", 54, 0, 0, 54, 40, 10**5, 10**5, 1, 24, 0)
+    for number, content in ((0, b""), (2, b"not an image"), (4, bomb)):
+        for name in ("blue", "green", "red"):
+            (root / "train" / name / f"{number}.png").write_bytes(content)
+    data = {"kind": "imagefolder", "root": str(root), "size": 16, "unreadable": "skip"}
+    settings = {**QUICK, "batch_size": 3, "epochs": 1, "log_every": 1, "out": tmp_path / "a"}
+
+    def impatient(text: str) -> None:
+        if ", step 3/6" in text:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(errors.RunError, match="interrupted by SIGINT"):
+        finetune(net(), data, **{**settings, "say": impatient})
+    assert finetune(net(), data, **settings, resume=True).history[-1]["skipped"] == 9
+
+
 def test_folders_that_do_not_serve(tmp_path: Path) -> None:
     """Missing, empty, without splits, or with other classes for validation: each is said."""
     with pytest.raises(errors.DataError, match=r"there is no folder .*nowhere"):
@@ -119,6 +141,8 @@ def test_timms_and_torchvisions_data_sets(tmp_path: Path) -> None:
     root = str(folder(tmp_path))
     opened = images_of.open_images(Data("timm", root=root, name="torch/image_folder"))
     assert (len(opened.train), opened.classes) == (18, ("blue", "green", "red"))
+    held_out = images_of.open_images(Data("timm", root=root, name="torch/image_folder", val_fraction=0.25))
+    assert (len(held_out.train), len(held_out.val), held_out.classes) == (14, 4, opened.classes)
     with pytest.raises(errors.DataError, match="no data set 'CIFAR1'; nearest: CIFAR10"):
         images_of.open_images(Data("torchvision", root=root, name="CIFAR1"))
     with pytest.raises(errors.DataError, match=r"CIFAR10 cannot be opened in .*nothing is downloaded"):

@@ -6,6 +6,7 @@ import copy
 import csv
 import itertools
 import random
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,83 @@ def test_gradual_unfreezing_in_a_run() -> None:
     assert any(line.startswith("epoch 2: ") and "parameters learn" in line for line in lines)
 
 
+def test_two_parts_unfrozen_in_one_epoch() -> None:
+    """Two lines of `unfreeze` for the same epoch both count."""
+    model = net()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    both = [{"epoch": 1, "what": "units.0"}, {"epoch": 1, "what": ["units.1", "head"]}]
+    finetune(model, DATA, **{**QUICK, "epochs": 1}, freeze="backbone", unfreeze=both)
+    for unit in ("units.0", "units.1"):
+        assert not torch.equal(model.state_dict()[f"{unit}.conv.weight"], before[f"{unit}.conv.weight"])
+
+
+def test_an_average_ships_what_was_unfrozen(tmp_path: Path) -> None:
+    """With EMA and gradual unfreezing the delta holds all that moved: on the base it is the measured model."""
+    model = net()
+    base = ai.eject(copy.deepcopy(model))
+    unfreeze = [{"epoch": 2, "what": "units.1"}]
+    result = finetune(model, DATA, **QUICK, freeze="backbone", unfreeze=unfreeze, ema=0.5, out=tmp_path / "a")
+    loaded = ai.load(base, tmp_path / "a" / "last.safetensors", example_inputs=torch.zeros(2, 3, 8, 8)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), result.model(x))
+
+
+def test_a_head_can_be_named_without_freezing() -> None:
+    """Where the head is not found, `head` alone says it, and `head_lr` is its rate."""
+
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.final = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.final(torch.relu(self.stem(x))).mean((2, 3))
+
+    result = finetune(Convolved(), DATA, **{**QUICK, "epochs": 1}, head="final", head_lr=0.5)
+    assert result.history[0]["lr head"] == 0.5
+    with pytest.raises(errors.NoHeadError, match="was not found"):
+        finetune(Convolved(), DATA, **QUICK)
+
+
+@pytest.mark.parametrize("scheduler", ["step", "multistep"])
+def test_steps_of_the_rate_come_within_the_run(scheduler: str) -> None:
+    """Stepped schedules fall by ten after 0.3 of the epochs, as timm's do after 90 of 300."""
+    rows = finetune(net(), DATA, **{**QUICK, "epochs": 5}, scheduler=scheduler).history
+    assert [row["lr backbone"] for row in rows] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4, 1e-4, 1e-5])
+
+
+def test_new_weights_follow_the_runs_seed() -> None:
+    """A recipe given to `finetune` starts from `seed`, whatever the caller drew before."""
+    recipe = {"name": "se", "rules": [{"block": "se", "after": "units.*.conv", "args": {"reduction": 4}}]}
+    heads = []
+    for drawn, seed in ((1, 0), (2, 0), (2, 1)):
+        model = net(None)
+        torch.manual_seed(drawn)
+        finetune(model, DATA, **{**QUICK, "epochs": 1}, recipe=recipe, seed=seed)
+        heads.append(model.units[0].se.fc1.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])
+
+
+def test_data_sets_as_a_list() -> None:
+    """[training, validation] is as good as a tuple."""
+
+    class Ends(Shades):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            if index >= self.count:
+                raise IndexError(index)
+            return super().__getitem__(index)
+
+    assert len(finetune(net(), [Ends(48), Ends(18)], **{**QUICK, "epochs": 1}).history) == 2
+
+
+def test_files_are_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    """A plain run's state dict has the rights of any other file in the folder."""
+    finetune(net(None), DATA, **{**QUICK, "epochs": 1}, out=tmp_path / "a")
+    assert len({(tmp_path / "a" / name).stat().st_mode for name in ("log.csv", "best.safetensors")}) == 1
+
+
 def test_dead_gates_are_named() -> None:
     """A block that no gradient reaches is warned of, once; blocks that learn are not."""
 
@@ -379,6 +457,7 @@ def test_faults_in_settings_come_together() -> None:
     ("settings", "message"),
     [
         ({"optimizer": "sgd", "momentum": 0.0}, "timm refuses 'sgd': Nesterov momentum requires a momentum"),
+        ({"optimizer": "adahessian"}, "'adahessian' needs second derivatives"),
         ({"optimizer": "adamx"}, "timm has no 'adamx'; nearest: "),
         ({"scheduler": "cosin"}, "'cosin'"),
         ({"mixup": 1.0, "batch_size": 7}, "must be even, it is 7"),
@@ -401,8 +480,35 @@ def test_wrong_number_of_classes() -> None:
         finetune(net(classes=5), DATA, **QUICK)
 
 
+def test_images_of_a_size_that_the_model_refuses() -> None:
+    """The digits' 32 pixels are no size for this ViT: said before training, with the setting that changes it."""
+    torch.manual_seed(0)
+    vit = models.build("timm/vit_tiny_patch16_224", num_classes=10, depth=1, embed_dim=6, num_heads=1)
+    with pytest.raises(errors.DataError, match=r"\(8, 3, 32, 32\): Input height .*--data-size"):
+        finetune(vit, "digits", **QUICK)
+
+
+def test_auxiliary_heads_are_named() -> None:
+    """A model whose training output is no tensor is refused in words."""
+    aux = namedtuple("aux", "logits aux")
+
+    class Auxiliary(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            logits = super().forward(x)
+            return aux(logits, logits) if self.training else logits
+
+    with pytest.raises(
+        errors.DataError, match=r"gives a aux instead of logits .*\(batch, 3\).*aux_logits=False"
+    ):
+        finetune(Auxiliary(), DATA, **QUICK)
+
+
 def test_too_few_images_for_one_step() -> None:
-    """Named with the numbers."""
+    """Named with the numbers, and where a batch as small as all images could not be mixed in pairs."""
+    with pytest.raises(
+        errors.DataError, match="7 training images on 1 processes make a batch of 7: give an even"
+    ):
+        finetune(net(), (Shades(7), Shades(3)), **QUICK, mixup=0.5)
     with pytest.raises(errors.DataError, match="2 training images do not fill one step of 8 × 9 forwards"):
         finetune(net(), (Shades(2), Shades(3)), **QUICK, accumulate=9)
 

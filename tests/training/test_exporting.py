@@ -14,6 +14,7 @@ from torch import nn
 
 import attninject as ai
 from attninject import errors, models
+from attninject.training import exporting
 from attninject.training.exporting import export
 
 
@@ -41,6 +42,24 @@ def test_a_network_of_one_resolution_varies_its_batch(tmp_path: Path) -> None:
     assert [p.shape for p in found] == [(2, 3, 224, 224), (3, 3, 224, 224)]
     loaded = torch.export.load(tmp_path / "v.pt2").module()
     assert loaded(torch.zeros(5, 3, 224, 224)).shape == (5, 1000)
+
+
+def test_a_copy_that_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the copy's runtime raises (onnxruntime's errors are plain Exceptions): said, the file removed."""
+
+    def written(model: nn.Module, path: Path, *_: Any) -> Any:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            raise Exception("invalid feed")
+
+        path.touch()
+        return run
+
+    monkeypatch.setattr(exporting, "_state_dict", written)
+    with pytest.raises(errors.ExportError, match=r"does not run on .*: invalid feed"):
+        export(
+            stirred("timm/test_resnet", block="se", place="stage_end"), tmp_path / "x", "state_dict", size=64
+        )
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("init", ["identity", "paper"])

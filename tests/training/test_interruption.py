@@ -21,7 +21,7 @@ from torch import nn
 import attninject as ai
 from attninject import errors
 from attninject.training import data as images_of
-from attninject.training import finetune, runs
+from attninject.training import finetune, parts, runs
 
 HERE = Path(__file__).parent
 LONG: dict[str, Any] = {
@@ -82,6 +82,21 @@ def test_every_optimizers_state_comes_back(optimizer: str, tmp_path: Path) -> No
         finetune(net(), (Stops(48, 70), DATA[1]), **settings, out=tmp_path / "a")
     finetune(model, DATA, **settings, out=tmp_path / "a", resume=True)
     assert same(model, straight)
+
+
+def test_a_state_that_no_checkpoint_holds_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer that keeps lists, as timm's kron: refused at the checkpoint, not found out when resuming."""
+
+    class Listing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["Q"] = [p.detach()]
+            return super().step(closure)
+
+    monkeypatch.setattr(parts, "make_optimizer", lambda model, train: Listing(ai.param_groups(model)))
+    with pytest.raises(errors.RunError, match=r"keeps a list \(Q\), .*take another optimizer"):
+        finetune(net(), DATA, **QUICK, save_every=1, out=tmp_path / "a")
 
 
 def test_accumulation_average_and_precision_come_back(tmp_path: Path) -> None:
@@ -196,13 +211,15 @@ def resume(run: Path, **kw: Any) -> Any:
     return finetune(model, data, **{**QUICK, "epochs": 3, **kw}, out=run, resume=True)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "one bit", "foreign", "empty"])
+@pytest.mark.parametrize("harm", ["truncated", "one bit", "one digit", "foreign", "empty"])
 def test_a_bad_checkpoint_is_refused_and_the_good_one_offered(run: Path, harm: str) -> None:
     """Named, with the other checkpoint's epoch; neither file is touched; taking the other goes on."""
     file = run / runs.CHECKPOINT
     content = bytearray(file.read_bytes())
     if harm == "one bit":
         content[-3] ^= 1
+    elif harm == "one digit":
+        content = content.replace(rb"\"step\": 12,", rb"\"step\": 13,", 1)
     elif harm == "foreign":
         save_file({"a": torch.zeros(2)}, file)
         content = bytearray(file.read_bytes())
@@ -237,7 +254,7 @@ def test_another_model_other_classes_or_settings_are_refused(run: Path) -> None:
         classes = ("red", "green", "violet")
 
     before = (run / runs.CHECKPOINT).read_bytes()
-    with pytest.raises(errors.DataError, match="gone: blue; new: violet"):
+    with pytest.raises(errors.DataError, match="gone: blue; new: violet; bring them back"):
         resume(run, data=(More(48), More(18)))
     with pytest.raises(
         errors.RunError, match=r"other settings \(lr: 0\.01 then, 0\.5 now; ema: None then, 0\.9 now\)"

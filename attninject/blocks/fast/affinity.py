@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,54 +17,78 @@ _BLOCK = 2**19
 
 
 class Attend(Lean):
-    """v softmax(qᵀ k)ᵀ, a block of queries at a time; the backward computes each block's softmax again."""
+    """y = v Pᵀ, P = softmax(qᵀ k), or x + γ v Pᵀ: a block of queries at a time; the backward makes P again."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Maps q: (B, d, *S), k: (B, d, *T), v: (B, e, *T) → (B, e, *S), laid out as q."""
-        size = q.shape[2:]
-        if q.is_contiguous():
-            out = v.new_empty(v.shape[0], v.shape[1], *size)
-        else:
-            out = v.new_empty(v.shape[0], *size, v.shape[1]).movedim(-1, 1)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None, gamma: Tensor | None = None
+    ) -> Tensor:
+        """Maps q: (B, d, *S), k: (B, d, *T), v: (B, e, *T), x: (B, e, *S), gamma: (1,) → as x, laid out so or as q."""
+        out = _room(v, q) if x is None else x.clone()
+        beta, factor = (0, 1.0) if x is None else (1, _number(gamma))
         q, k, v, y = (flat(t).mT for t in (q, k, v, out))  # a row per position, wherever it lies
         for sample, rows in _blocks(q):
-            torch.mm(_softmax(q[sample, rows], k[sample]), v[sample], out=y[sample, rows])
+            y[sample, rows].addmm_(_softmax(q[sample, rows], k[sample]), v[sample], beta=beta, alpha=factor)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep the three maps and nothing of the matrix."""
-        Lean.keep(ctx, *inputs)
+        """Keep the three maps and γ, nothing of the matrix, nor of x."""
+        q, k, v, x, gamma = inputs
+        ctx.onto = x is not None
+        Lean.keep(ctx, q, k, v, None, gamma)
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         """The formula, with its matrix."""
-        q, k, v = (t.flatten(2) for t in inputs)
-        return ((v @ torch.softmax(q.mT @ k, 2).mT).unflatten(2, inputs[0].shape[2:]),)
+        q, k, v = (t.flatten(2) for t in inputs[:3])
+        y = (v @ torch.softmax(q.mT @ k, 2).mT).unflatten(2, inputs[0].shape[2:])
+        return (inputs[4] * y if ctx.onto else y,)
+
+    @classmethod
+    def differentiate(cls, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """As the base class; x, which the formula only adds, is not kept for it."""
+        found = super().differentiate(ctx, grads)
+        return *found[:3], grads[0] if ctx.onto else None, found[4]
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With P the softmax: ∂v = g P, ∂P = gᵀ v, ∂l = P (∂P − Σ P ∂P), ∂q = k ∂lᵀ, ∂k = q ∂l."""
-        maps = ctx.saved_tensors
+        """∂P = gᵀ v, ∂γ = Σ P ∂P, ∂l = γ P (∂P − Σ P ∂P), ∂q = k ∂lᵀ, ∂k = q ∂l, ∂v = γ g P, ∂x = g."""
+        *maps, _, gamma = ctx.saved_tensors
         assert grads[0] is not None
-        found = tuple(_zeros(t) for t in maps)
+        found = tuple(_empty(t) for t in maps)
         q, k, v, dq, dk, dv = (flat(t).mT for t in (*maps, *found))
         g = flat(grads[0]).mT  # of any strides: a copy at most
+        factor = _number(gamma)
+        dgamma = None if gamma is None else torch.zeros_like(gamma)
         for b, rows in _blocks(q):
             p, block = _softmax(q[b, rows], k[b]), g[b, rows]
-            dv[b].addmm_(p.T, block)
+            beta = 1 if rows.start else 0  # a sample's first block writes, the others add
+            dv[b].addmm_(p.T, block, beta=beta, alpha=factor)
             dl = block @ v[b].T
+            if dgamma is not None:
+                dgamma += torch.dot(p.view(-1), dl.view(-1))
             torch.ops.aten._softmax_backward_data.out(dl, p, 1, p.dtype, grad_input=dl)
-            torch.mm(dl, k[b], out=dq[b, rows])
-            dk[b].addmm_(dl.T, q[b, rows])
-        return found
+            dq[b, rows].addmm_(dl, k[b], beta=0, alpha=factor)
+            dk[b].addmm_(dl.T, q[b, rows], beta=beta, alpha=factor)
+        return *found, grads[0] if ctx.onto else None, dgamma
 
 
-def _zeros(t: Tensor) -> Tensor:
-    """Zeros laid out as t by rows or by columns, so that a flat view can be filled."""
+def _room(v: Tensor, q: Tensor) -> Tensor:
+    """Memory for as many channels as v has, (B, e, *S), at the positions of q: (B, d, *S), and laid out as q."""
+    if q.is_contiguous():
+        return v.new_empty(v.shape[0], v.shape[1], *q.shape[2:])
+    return v.new_empty(v.shape[0], *q.shape[2:], v.shape[1]).movedim(-1, 1)
+
+
+def _number(gamma: Tensor | None) -> float:
+    return 1.0 if gamma is None else gamma.item()
+
+
+def _empty(t: Tensor) -> Tensor:
+    """Memory laid out as t by rows or by columns, so that a flat view can be filled."""
     dense = t.is_contiguous() or t.movedim(1, -1).is_contiguous()
-    return torch.zeros_like(t) if dense else t.new_zeros(t.shape)
+    return torch.empty_like(t) if dense else t.new_empty(t.shape)
 
 
 def _blocks(q: Tensor) -> Iterator[tuple[int, slice]]:
@@ -79,10 +103,12 @@ def _softmax(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax(logits, 1, out=logits)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Σ_j softmax_j(q_iᵀ k_j) v_j, float32 or wider: maps q: (B, d, *S), k: (B, d, *T), v: (B, e, *T)."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, onto: Tensor | None = None, gamma: Tensor | None = None
+) -> Tensor:
+    """y_i = Σ_j softmax_j(q_iᵀ k_j) v_j, or `onto` + gamma · y: maps (B, d, *S), (B, d, *T), (B, e, *T), as y."""
     with full_precision(q):
-        return Attend.apply(q, k, v)
+        return Attend.apply(q, k, v, onto, gamma)
 
 
 class Mix(Lean):

@@ -17,6 +17,7 @@ from attninject.blocks.fast.primitives import (
     mix_channels,
     mix_positions,
     pieces,
+    projected,
     room,
     wide,
 )
@@ -65,11 +66,8 @@ class Branch(Lean):
 
 
 def _branches(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    n = x.ndim - 2
-    bias = None if bias is None else bias.to(x.dtype)
-    geometry = ([1] * n, [0] * n, [1] * n, False, [0] * n, 1)
-    z = torch.convolution(x, weight.to(x.dtype), bias, *geometry)
-    return x.mean(tuple(range(2, x.ndim)), keepdim=True), z
+    z = projected(flat(x), weight.to(x.dtype).flatten(1), None if bias is None else bias.to(x.dtype))
+    return x.mean(tuple(range(2, x.ndim)), keepdim=True), z.unflatten(2, x.shape[2:])
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor) -> None:

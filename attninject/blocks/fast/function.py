@@ -42,7 +42,8 @@ class Lean(torch.autograd.Function):
 
     A subclass defines `forward` and `setup_context`, which ends with `cls.keep(ctx, …)`; `plain`, the same
     formula in differentiable operations, of the tensors kept, with None for each carrier among its results;
-    and `gradient`, the backward. The tensors kept are the first arguments of `forward`, in order.
+    and `gradient`, the backward. The tensors kept are the first arguments of `forward`, in order, None for one
+    whose gradient needs nothing of it.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -85,19 +86,19 @@ class Lean(torch.autograd.Function):
         with torch.enable_grad(), full_precision(inputs[0]):
             # views, because one input may have been computed from another: they end the paths between them
             views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-            pairs = zip(cls.plain(ctx, *views), grads, strict=True)
-            reached = [(y, g) for y, g in pairs if y is not None and g is not None]
-            wanted = [v for v, needed in zip(views, ctx.needs_input_grad, strict=False) if needed]
-            found = iter(
-                torch.autograd.grad(
+            results = zip(cls.plain(ctx, *views), grads, strict=True)
+            reached = [(y, g) for y, g in results if y is not None and g is not None]
+            pairs = zip(views, ctx.needs_input_grad, strict=False)
+            wanted = [i for i, (v, needed) in enumerate(pairs) if needed and v is not None]
+            found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+            if reached and wanted:
+                gradients = torch.autograd.grad(
                     [y for y, _ in reached],
-                    wanted,
+                    [views[i] for i in wanted],
                     [g for _, g in reached],
                     create_graph=create_graph,
                     allow_unused=True,
                 )
-                if reached and wanted
-                else [None] * len(wanted)
-            )
-        needs = ctx.needs_input_grad
-        return tuple(next(found) if i < len(inputs) and need else None for i, need in enumerate(needs))
+                for i, gradient in zip(wanted, gradients, strict=True):
+                    found[i] = gradient
+        return tuple(found)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attninject.blocks.attend import full_precision
 from attninject.blocks.fast.function import Lean
+from attninject.blocks.fast.primitives import projected
 
 
 def product(a: Tensor, b: Tensor, by_rows: bool) -> Tensor:
@@ -75,13 +76,7 @@ class Project(Lean):
         found = []
         for w, b in zip(layers[::2], layers[1::2], strict=True):
             assert w is not None
-            if x.is_contiguous():
-                y = torch.bmm(w.expand(x.shape[0], -1, -1), x)
-                found.append(y if b is None else y.add_(b.unsqueeze(1)))
-            else:
-                dense = x.mT.reshape(-1, x.shape[1])
-                y = dense @ w.T if b is None else torch.addmm(b, dense, w.T)
-                found.append(y.view(x.shape[0], -1, w.shape[0]).mT)
+            found.append(projected(x, w, b))
         return tuple(found)
 
     @staticmethod

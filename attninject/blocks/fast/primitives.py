@@ -117,6 +117,16 @@ def mix_positions(x: Tensor, w: Tensor) -> Tensor:
     return torch.bmm(w.unsqueeze(1), columns(x)).squeeze(1)
 
 
+def projected(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """W x + b, a 1×1 convolution: a map (B, C, N), w: (D, C), b: (D,) → (B, D, N), which lies as x."""
+    if by_rows(x):
+        y = torch.bmm(w.expand(x.shape[0], -1, -1), x)
+        return y if b is None else y.add_(b.unsqueeze(1))
+    dense = x.mT.reshape(-1, x.shape[1])
+    y = dense @ w.T if b is None else torch.addmm(b, dense, w.T)
+    return y.view(x.shape[0], -1, w.shape[0]).mT
+
+
 def affine(g: Tensor, f: Tensor, d: Tensor, out: Tensor) -> None:
     """out = g · f + d, per channel: maps (B, C, N), f and d: (B, C)."""
     b, c, n = g.shape
