@@ -17,7 +17,7 @@ from .errors import NoMatchError, VerificationError
 from .flow import Spot
 from .layout import Layout
 from .matching import Scene
-from .patterns import compile_pattern, nearest
+from .patterns import compile_pattern, nearest, nearest_hint
 from .places import PLACES
 from .planning import Plan
 from .probe import Inputs, probe
@@ -240,9 +240,9 @@ def sites(model: nn.Module, pattern: str = "**", *, root: str = "", example_inpu
     scene = Scene(model, record, root, lambda how: None)
     names = {id(m): n for n, m in reversed(scene.names.items()) if wanted.matches(n)}
     if not names:
-        near = nearest(pattern, [n for n in scene.names if n])
-        hint = f"; the nearest names are {', '.join(near)}" if near else ""
-        raise NoMatchError(f"no module matches {pattern!r}{hint}")
+        raise NoMatchError(
+            f"no module matches {pattern!r}{nearest_hint(pattern, [n for n in scene.names if n])}"
+        )
     found = []
     for call in record.calls:
         if id(call.module) in names:

@@ -46,7 +46,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
     messages. The file appears whole or not at all.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     model = api.unwrapped(model)
     sites = _recorded(model)
@@ -69,15 +68,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors writes files for the owner only
-        save_file(_detached(state, chosen), temporary, metadata={METADATA_KEY: text})
-        temporary.chmod(mode)
+        save_tensors(detached({key: state[key] for key in sorted(chosen)}), temporary, {METADATA_KEY: text})
         os.replace(temporary, target)
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{target} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file for whom the umask allows; safetensors itself writes for the owner only."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def load(
@@ -148,12 +154,12 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: t for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
 
 
-def _detached(state: Mapping[str, torch.Tensor], chosen: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Contiguous copies on the CPU, none of which share memory, as safetensors demands."""
+def detached(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, contiguous, on the CPU, none sharing memory with another, as safetensors demands."""
     result: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for key in sorted(chosen):
-        flat = state[key].detach().cpu().contiguous()
+    for key, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous()
         pointer = flat.untyped_storage().data_ptr()
         whole = flat.untyped_storage().nbytes() == flat.numel() * flat.element_size()
         result[key] = flat if whole and pointer not in seen else flat.clone()

@@ -24,7 +24,7 @@ from .errors import (
 )
 from .flow import Spot
 from .layout import Layout, evident, frame, measure
-from .patterns import Pattern, compile_pattern, listed, nearest
+from .patterns import Pattern, compile_pattern, listed, nearest_hint
 from .places import Map
 from .positions import Positions
 from .reading import read_positions
@@ -416,11 +416,10 @@ def _by_pattern(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[
 
 
 def _no_match(pattern: Pattern, scene: Scene, label: str) -> str:
-    word = str(pattern).split("::")[0]
-    near = nearest(word, [n for n in scene.names if n])
-    hint = f"; the nearest names are {', '.join(near)}" if near else ""
     if there := _operation_names(pattern, scene):
         hint = f"; the operations there are {listed(there, 8)}"
+    else:
+        hint = nearest_hint(str(pattern).split("::")[0], [n for n in scene.names if n])
     what = "operation" if pattern.operation is not None else "module"
     where = f" under {scene.root_path!r}" if scene.root_path else ""
     return f"{label}: no {what}{where} matches {str(pattern)!r}{hint}"

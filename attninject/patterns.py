@@ -111,6 +111,12 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     return [candidate for _, candidate in sorted(scored)[:n]]
 
 
+def nearest_hint(word: str, names: Iterable[str]) -> str:
+    """What a message adds of names that resemble `word`: `; the nearest names are a, b`, or nothing."""
+    near = nearest(word, names)
+    return f"; the nearest names are {', '.join(near)}" if near else ""
+
+
 def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few of some names, for a message: `a, b, c, …`."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -34,7 +34,7 @@ from .errors import (
 from .layout import RANK, Layout
 from .locating import Location, locate, watchable
 from .matching import Match, Scene, match
-from .patterns import listed, nearest
+from .patterns import listed, nearest_hint
 from .probe import Inputs, hooked, probe, run
 from .recipe import FrozenDict, Recipe, Rule
 from .record import Record, map_tensors
@@ -278,9 +278,7 @@ def check_root(model: nn.Module, root: str) -> None:
     """
     names = [n for n, _ in model.named_modules(remove_duplicate=False)]
     if root not in names:
-        near = nearest(root, names[1:])
-        hint = f"; the nearest names are {', '.join(near)}" if near else ""
-        raise NoMatchError(f"root: no module is called {root!r}{hint}")
+        raise NoMatchError(f"root: no module is called {root!r}{nearest_hint(root, names[1:])}")
 
 
 class _Incomplete(Exception):
@@ -358,9 +356,8 @@ class _Planner:
             key = (id(place.holder), place.position, place.target, place.operand, place.output)
             if key not in steps:  # a carrier that several owners call has one block
                 steps[key] = made = self.step(index, rule, m, place, label)
-                idle += (
-                    [made.site.name] if made.site.layout.prefix and self.scene.unread(m.spot.value) else []
-                )
+                if made.site.layout.prefix and self.scene.unread(m.spot.value):
+                    idle.append(made.site.name)
         if idle:
             self.notes.append(
                 f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "

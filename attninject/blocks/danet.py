@@ -167,7 +167,7 @@ class DANet(Block):
     """
 
     options: ClassVar[Options] = {**PositionAttention.options, **ChannelAffinity.options}
-    lean_from = 2**15
+    lean_from = PositionAttention.lean_from
 
     def __init__(
         self,

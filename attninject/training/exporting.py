@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from attninject import api, edits, models
+from attninject.delta import detached, save_tensors
 from attninject.errors import AttnInjectError, ExportError, MissingPackageError
-from attninject.training.runs import plain, save_tensors
 
 TARGETS = ("onnx", "pt2", "state_dict")
 CLOSE = 1e-3  # the largest difference, relative to the largest output, that still is the same function
@@ -178,7 +178,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _write(state: dict[str, Tensor], path: Path) -> None:
-    save_tensors(plain(state), path, {"format": "pt"})
+    save_tensors(detached(state), path, {"format": "pt"})
 
 
 def _state_dict(

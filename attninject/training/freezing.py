@@ -17,7 +17,7 @@ from torch import nn
 
 from attninject import api, edits
 from attninject.errors import AttnInjectError, NoHeadError, NoMatchError, UnsupportedModelError
-from attninject.patterns import compile_pattern, nearest
+from attninject.patterns import compile_pattern, nearest, nearest_hint
 from attninject.places import Map
 from attninject.probe import probe
 
@@ -210,8 +210,7 @@ def _keys(model: nn.Module, part: str | int) -> set[str]:
     pattern = compile_pattern(part)
     found = {n for n in every if any(pattern.matches(name) for name in (n, *_parents(n)))}
     if not found:
-        near = nearest(part, [n for n in every if n])
-        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        hint = nearest_hint(part, [n for n in every if n])
         raise NoMatchError(
             f"no module or parameter matches {part!r}{hint}; it may also be {', '.join(WORDS)}, or a stage's "
             f"number"

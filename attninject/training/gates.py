@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from attninject import api
+from attninject.patterns import listed
 
 
 class Watch:
@@ -38,9 +39,8 @@ class Watch:
         dead = [name for name in learning if name not in self.alive]
         if not dead:
             return None
-        shown = ", ".join(dead[:5]) + (", …" if len(dead) > 5 else "")
         return (
-            f"dead gates: {len(dead)} of {len(learning)} blocks have had no gradient so far ({shown}); "
+            f"dead gates: {len(dead)} of {len(learning)} blocks have had no gradient so far ({listed(dead, 5)}); "
             f"nothing reaches them, or their last layer and what stands before it are both zero "
             f"(as behind the zeroed last norms of a timm resnet with random weights)"
         )

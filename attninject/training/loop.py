@@ -316,7 +316,7 @@ class Run:
             if api.injected(model):
                 delta.save(model, temporary, base=self.base)
             else:
-                runs.save_tensors(runs.plain(model.state_dict()), temporary, {"format": "pt"})
+                delta.save_tensors(delta.detached(model.state_dict()), temporary, {"format": "pt"})
 
     def write_checkpoint(self) -> None:
         """Only of finite weights, so that a good one is never replaced by a bad one."""

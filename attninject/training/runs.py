@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from attninject import __version__
+from attninject.delta import detached, save_tensors
 from attninject.errors import CheckpointError, DeltaError, RunError
 
 FORMAT = 1
@@ -153,7 +154,7 @@ class Folder:
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """A new checkpoint; the one before it stays as `checkpoint.previous`."""
-        held = plain(tensors)
+        held = detached(tensors)
         record = {
             **meta,
             "format": FORMAT,
@@ -216,22 +217,6 @@ def let_go_in_child() -> None:
     """In a forked process: close the locks inherited, which would outlive the run that was killed."""
     for folder in _HELD:
         folder._let_go()
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file for whom the umask allows; safetensors itself writes for the owner only."""
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(mode)
-
-
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, contiguous, on the CPU, each with memory of its own."""
-    flat = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    return {key: t.clone() if t.data_ptr() == tensors[key].data_ptr() else t for key, t in flat.items()}
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from attninject.blocks.attend import full_precision
 from attninject.blocks.fast.function import Lean, carrier
 from attninject.blocks.fast.primitives import (
-    by_rows,
-    columns,
     flat,
     laid_out_as,
     mix_channels,
     mix_positions,
     pieces,
     projected,
+    projected_back,
     room,
     wide,
 )
@@ -61,22 +60,13 @@ class Branch(Lean):
             if d_mean is not None:
                 out.add_(d_mean / x.shape[2:].numel())
             if dz is not None:
-                _add_product(flat(out), weight.to(x.dtype).flatten(1).T, flat(dz))
+                projected_back(flat(out), weight.to(x.dtype).flatten(1), flat(dz))
         return out, dw, db
 
 
 def _branches(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     z = projected(flat(x), weight.to(x.dtype).flatten(1), None if bias is None else bias.to(x.dtype))
     return x.mean(tuple(range(2, x.ndim)), keepdim=True), z.unflatten(2, x.shape[2:])
-
-
-def _add_product(y: Tensor, left: Tensor, right: Tensor) -> None:
-    """y += left @ right in the layout of the map y: (B, C, N); left: (C, D), right: (B, D, N)."""
-    left = left.expand(y.shape[0], -1, -1)
-    if by_rows(y):
-        y.baddbmm_(left, right)
-    else:
-        columns(y).baddbmm_(right.mT, left.mT)
 
 
 class Modulate(Lean):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attninject.blocks.attend import full_precision
 from attninject.blocks.fast.function import Lean
-from attninject.blocks.fast.primitives import projected
+from attninject.blocks.fast.primitives import projected, projected_back
 
 
 def product(a: Tensor, b: Tensor, by_rows: bool) -> Tensor:
@@ -102,22 +102,14 @@ class Project(Lean):
             if g is None:
                 continue
             if needs[0]:
-                found[0] = _to_input(found[0], w, g, x)
+                beta, dx = (0, torch.empty_like(x)) if found[0] is None else (1, found[0])
+                projected_back(dx, w, g, beta)
+                found[0] = dx
             if needs[1 + 2 * k]:
                 found[1 + 2 * k] = _to_weight(g, x)
             if needs[2 + 2 * k]:
                 found[2 + 2 * k] = g.sum((0, 2))
         return tuple(found)
-
-
-def _to_input(out: Tensor | None, w: Tensor, g: Tensor, x: Tensor) -> Tensor:
-    """`out` + Wᵀ g, written on `out`, which lies as x."""
-    beta, out = (0, torch.empty_like(x)) if out is None else (1, out)
-    if x.is_contiguous():
-        return torch.baddbmm(out, w.T.expand(x.shape[0], -1, -1), g, beta=beta, out=out)
-    dense = out.mT.view(-1, x.shape[1])
-    torch.addmm(dense, g.mT.reshape(-1, w.shape[0]), w, beta=beta, out=dense)
-    return out
 
 
 def _to_weight(g: Tensor, x: Tensor) -> Tensor:

@@ -127,6 +127,14 @@ def projected(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return y.view(x.shape[0], -1, w.shape[0]).mT
 
 
+def projected_back(out: Tensor, w: Tensor, g: Tensor, beta: int = 1) -> None:
+    """out = β · out + Wᵀ g, the gradient of `projected`: maps out: (B, C, N), g: (B, D, N), w: (D, C)."""
+    if by_rows(out):
+        out.baddbmm_(w.T.expand(out.shape[0], -1, -1), g, beta=beta)
+    else:
+        out.mT.view(-1, out.shape[1]).addmm_(g.mT.reshape(-1, w.shape[0]), w, beta=beta)
+
+
 def affine(g: Tensor, f: Tensor, d: Tensor, out: Tensor) -> None:
     """out = g · f + d, per channel: maps (B, C, N), f and d: (B, C)."""
     b, c, n = g.shape
