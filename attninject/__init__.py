@@ -15,15 +15,17 @@ _HOME = {
     **dict.fromkeys(
         (
             "create_block", "disabled", "eject", "inject", "injected", "list_blocks", "list_places",
-            "list_recipes", "plan", "sites",
+            "list_recipes", "plan",
         ),
         "api",
     ),
-    **dict.fromkeys(("Plan", "Site"), "planning"),
-    **dict.fromkeys(("Recipe", "Rule", "load_recipe", "parse_recipe"), "recipe"),
+    "sites": "planning.sites",
+    **dict.fromkeys(("Plan", "Site"), "planning.plan"),
+    **dict.fromkeys(("Recipe", "Rule"), "recipe.rules"),
+    **dict.fromkeys(("load_recipe", "parse_recipe"), "recipe.loading"),
     "register_block": "blocks.registry",
     "AttnInjectError": "errors",
-    "attention_maps": "looking",
+    "attention_maps": "attention",
     "compile_blocks": "compiling",
     "save": "delta",
     "load": "delta",
@@ -34,7 +36,7 @@ _HOME = {
 __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
-    from .api import (
+    from attninject.api import (
         create_block,
         disabled,
         eject,
@@ -44,17 +46,19 @@ if TYPE_CHECKING:
         list_places,
         list_recipes,
         plan,
-        sites,
     )
-    from .blocks.registry import register_block
-    from .compiling import compile_blocks
-    from .delta import load, save
-    from .errors import AttnInjectError
-    from .looking import attention_maps
-    from .planning import Plan, Site
-    from .recipe import Recipe, Rule, load_recipe, parse_recipe
-    from .training.freezing import freeze, trainable, unfreeze
-    from .training.groups import param_groups
+    from attninject.attention import attention_maps
+    from attninject.blocks.registry import register_block
+    from attninject.compiling import compile_blocks
+    from attninject.delta import load, save
+    from attninject.errors import AttnInjectError
+    from attninject.planning.plan import Plan
+    from attninject.planning.planned_site import Site
+    from attninject.planning.sites import sites
+    from attninject.recipe.loading import load_recipe, parse_recipe
+    from attninject.recipe.rules import Recipe, Rule
+    from attninject.training.freezing import freeze, trainable, unfreeze
+    from attninject.training.groups import param_groups
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import api, edits
+from attninject import api
+from attninject.surgery import injected_state
 
 IMPL = "_compiled_call_impl"  # where `nn.Module.compile` hangs its result; torch leaves it out of copies
 _serial = itertools.count()
@@ -49,7 +50,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
 def _kind(block: nn.Module) -> Any:
     """Equal for blocks that can share compiled code. A coarse answer costs a recompilation, no result."""
     tensors = itertools.chain(block.named_parameters(), block.named_buffers())
-    site = block.__dict__.get(edits.SITE)
+    site = block.__dict__.get(injected_state.SITE)
     size = None if site is None or site.shape is None else tuple(site.shape[1:])
     return type(block), block.extra_repr(), size, tuple((n, t.shape, t.dtype) for n, t in tensors)
 

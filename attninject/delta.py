@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from attninject import __version__, api, edits
+from attninject import __version__, api
 from attninject.blocks import registry
 from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
-from attninject.patterns import listed
+from attninject.planning import support
+from attninject.surgery import change_history, injected_state
+from attninject.wording import listed
 
 FORMAT = 1
 METADATA_KEY = "attninject"
@@ -47,7 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
     """
     from safetensors import SafetensorError
 
-    model = api.unwrapped(model)
+    model = support.unwrapped(model)
     sites = _recorded(model)
     if not sites:
         raise DeltaError("the model has no injected blocks, so there is nothing to save: inject first")
@@ -134,7 +136,7 @@ def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
     """Keys that the file holds: blocks, and whatever training may have changed since injection."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     blocks = tuple(f"{name}." for name in api.injected(model))
-    kept = edits.kept_by_freeze(model)
+    kept = change_history.kept_by_freeze(model)
 
     def may_differ(key: str) -> bool:
         if key in kept:
@@ -143,8 +145,8 @@ def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
         if parameter is None or parameter.requires_grad:
             return True
         holder = model.get_submodule(key.rpartition(".")[0])
-        frozen = holder.__dict__.get(edits.FROZEN, {}).get(key.rpartition(".")[2], False)
-        return frozen or edits.changed_since_injection(parameter, unknown=False)
+        frozen = holder.__dict__.get(change_history.FROZEN, {}).get(key.rpartition(".")[2], False)
+        return frozen or change_history.changed_since_injection(parameter, unknown=False)
 
     return {key for key in state if key.startswith(blocks) or may_differ(key)}
 
@@ -203,9 +205,9 @@ def _timm_name(model: nn.Module) -> str | None:
 
 def _recorded(model: nn.Module) -> list[dict[str, Any]]:
     """Every injected block as a rule that finds its one site again; several at a site stay in order."""
-    sites = edits.sites_of(model)
+    sites = injected_state.sites_of(model)
     found = []
-    for name, _, insertion in edits.insertions(model):
+    for name, _, insertion in injected_state.insertions(model):
         site = sites[name]
         if site is None:
             raise DeltaError(
@@ -222,7 +224,7 @@ def _recorded(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
-def _rule(site: Any, insertion: edits.Insertion) -> dict[str, Any]:
+def _rule(site: Any, insertion: injected_state.Insertion) -> dict[str, Any]:
     rule = {
         "block": _block_name(site),
         site.position: site.path,

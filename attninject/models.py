@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from attninject.errors import UnknownModelError
-from attninject.patterns import listed
+from attninject.wording import listed
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".safetensors")
 NESTED_UNDER = ("state_dict", "model")

@@ -14,13 +14,16 @@ import yaml
 from torch import nn
 
 from attninject import models
+from attninject.anatomy.axes import measure
+from attninject.anatomy.dataflow import Spot
+from attninject.anatomy.place_map import PlaceMap
+from attninject.anatomy.places import spots
+from attninject.anatomy.repeated_units import channels_of
 from attninject.errors import NoSuchPlaceError, UnknownModelError
-from attninject.layout import measure
-from attninject.patterns import compile_pattern
-from attninject.places import Map, Spot
-from attninject.probe import Inputs, probe
-from attninject.record import Call, Op, Record
-from attninject.units import channels_of
+from attninject.observe.example_inputs import Inputs
+from attninject.observe.probe import probe
+from attninject.observe.record import Call, Op, Record
+from attninject.recipe.patterns import compile_pattern
 
 REFERENCE = Path(__file__).parent / "reference"
 MOVES = {
@@ -68,7 +71,7 @@ def compared(name: str) -> Comparison:
     return found
 
 
-def features(net: Map) -> list[tuple[float, int]]:
+def features(net: PlaceMap) -> list[tuple[float, int]]:
     """Reduction and channels of the stage ends, as timm's feature_info gives them."""
     record = net.record
     given = record.shape(record.input_values[0])
@@ -88,7 +91,7 @@ class Comparison:
     def __init__(self, record: Record, expected: dict[str, Any], inside: Call | None = None) -> None:
         self.record, self.expected = record, expected
         self.inputs = Inputs(())
-        self.net = Map(record, inside)
+        self.net = PlaceMap(record, inside)
         root = self.net.root.module
         self.names = {id(m): name for name, m in root.named_modules()}
         self.modules = dict(root.named_modules(remove_duplicate=False))
@@ -97,7 +100,7 @@ class Comparison:
     def spots(self, place: str) -> list[Spot]:
         """The spots of a place; [] where the net has none."""
         try:
-            return self.net.spots(place)
+            return spots(self.net, place)
         except NoSuchPlaceError:
             return []
 

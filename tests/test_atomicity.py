@@ -16,7 +16,10 @@ from fingerprints import Fingerprint
 from torch import nn
 
 import attninject as ai
-from attninject import edits, errors, planning, rewrite
+from attninject import errors
+from attninject.planning import cost
+from attninject.planning.plan import Plan
+from attninject.surgery import apply, generated_class, injected_state
 
 PACKAGE = os.path.dirname(ai.__file__) + os.sep
 
@@ -87,9 +90,9 @@ def _leaves(name: str) -> bool:
 
 def forget() -> None:
     """Empty the library's caches, so that every run takes every step."""
-    rewrite._classes.clear()
-    planning._cost.cache_clear()
-    planning._check_foreign.cache_clear()
+    generated_class._classes.clear()
+    cost._cost.cache_clear()
+    cost._check_foreign.cache_clear()
 
 
 # Steps at which a half-done change would show; of all others the short run takes a sample.
@@ -201,9 +204,7 @@ def _hook(module: nn.Module, args: Any, out: torch.Tensor) -> None:
 def inject(model: Net, recipe: Any = RECIPE, **more: Any) -> nn.Module:
     """With a seed of its own, and the image as example."""
     torch.manual_seed(7)
-    return ai.inject(
-        model, recipe, **({} if isinstance(recipe, planning.Plan) else {"example_inputs": IMAGE}), **more
-    )
+    return ai.inject(model, recipe, **({} if isinstance(recipe, Plan) else {"example_inputs": IMAGE}), **more)
 
 
 def outputs(model: nn.Module) -> list[torch.Tensor]:
@@ -379,9 +380,9 @@ def test_an_interrupt_while_things_are_put_back_is_waited_out(monkeypatch: pytes
     """Ctrl-C during the restoring after a failure: the model is as it was all the same."""
     model, left = fresh(), [2]
     plan = ai.plan(model, block="se", after="body.*.bn", init="paper", example_inputs=IMAGE)
-    before, restore = Fingerprint(model), edits.Contents.restore
+    before, restore = Fingerprint(model), injected_state.Contents.restore
 
-    def interrupted(contents: edits.Contents) -> None:
+    def interrupted(contents: injected_state.Contents) -> None:
         left[0] -= 1
         if not left[0]:
             raise Interrupt
@@ -390,8 +391,8 @@ def test_an_interrupt_while_things_are_put_back_is_waited_out(monkeypatch: pytes
     def fails(holder: nn.Module, cls: type) -> None:
         raise Fault("no class today")
 
-    monkeypatch.setattr(rewrite, "_set_class", fails)
-    monkeypatch.setattr(edits.Contents, "restore", interrupted)
+    monkeypatch.setattr(apply, "set_class", fails)
+    monkeypatch.setattr(injected_state.Contents, "restore", interrupted)
     with pytest.raises(Interrupt):
         ai.inject(model, plan)
     assert left[0] < 0
@@ -425,5 +426,5 @@ def test_a_model_that_fails_in_the_probe_is_left_alone() -> None:
 def test_the_fault_injector_is_no_dummy() -> None:
     """The steps that matter most are among those that the other tests raise at."""
     names = {key[2] for key in count(injection)}
-    assert names >= {"Module.add_module", "Maker.__new__", "exec", "_set_class", "Module.to", "Module.train"}
+    assert names >= {"Module.add_module", "Maker.__new__", "exec", "set_class", "Module.to", "Module.train"}
     assert "_detach" in {key[2] for key in count(ejection)}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from attninject.bench import demo
 from attninject.cli import main
-from attninject.experiments import demo
 
 
 @pytest.fixture(scope="module")

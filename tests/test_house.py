@@ -18,10 +18,8 @@ PACKAGE = ROOT / "attninject"
 
 # From the ground up: a module imports only what stands before it (or beside it, in its own room).
 ORDER = (
-    "errors", "patterns", "layout", "blocks", "yamlio", "recipe", "record", "snapshot", "shapes", "probe",
-    "positions", "trace", "edits", "flow", "reading", "residuals", "units", "places", "matching", "hazards", "locating",
-    "planning", "rewrite", "api", "compiling", "looking", "delta", "models", "training", "experiments", "cli",
-    "__main__",
+    "errors", "wording", "layout", "blocks", "observe", "surgery", "anatomy", "recipe", "planning", "api",
+    "compiling", "attention", "delta", "models", "training", "zoo", "bench", "cli", "__main__",
 )  # fmt: skip
 
 TOP = {

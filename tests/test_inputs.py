@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import attninject as ai
-from attninject import errors, planning
+from attninject import errors, wording
+from attninject.observe.probe import probe
 
 
 def residual(self, x):
@@ -451,7 +452,7 @@ def test_a_recurrent_layer_is_probed_by_its_products() -> None:
     plan = ai.plan(model, block="eca", after="rnn", output=0, example_inputs=x)
     assert plan.sites[0].shape == (2, 400, 10)
     assert plan.base_macs == 400 * (24 + 2 * 20 * (8 + 5) + 2 * 20 * (10 + 5) + 18 * (10 + 6))
-    operations = len(list(ai.planning.probe(model, x)[0].calls[0].ops()))
+    operations = len(list(probe(model, x)[0].calls[0].ops()))
     assert operations < 100
     ai.inject(model, plan)
     assert torch.equal(model(x), base(x))
@@ -471,7 +472,7 @@ def test_one_site_is_one_site() -> None:
     shown = str(ai.plan(torchvision.models.resnet18(), block="se", after="layer1.0.bn2"))
     assert "1 site\n" in shown
     assert "1 sites" not in shown
-    assert [planning.human(n) for n in (999, 1000, 18_000, 4_096_000_000)] == [
+    assert [wording.human(n) for n in (999, 1000, 18_000, 4_096_000_000)] == [
         "999",
         "1.00 k",
         "18.0 k",

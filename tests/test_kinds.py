@@ -16,7 +16,7 @@ from torchvision.models import detection, optical_flow, segmentation, video
 
 import attninject as ai
 from attninject import errors
-from attninject.record import map_tensors
+from attninject.observe.record import map_tensors
 
 SMALL = {"weights": None, "weights_backbone": None}
 TINY = SMALL | {"min_size": 64, "max_size": 64}

@@ -13,7 +13,8 @@ from hypothesis import assume, example, given, settings
 from strategies import globs, names, regexes
 
 from attninject.errors import PatternError
-from attninject.patterns import compile_pattern, nearest
+from attninject.recipe.patterns import compile_pattern
+from attninject.wording import nearest
 
 RESNET = [
     "",

@@ -17,12 +17,13 @@ from nets import pretrained
 from torch import nn
 
 import attninject as ai
+from attninject.anatomy.place_map import PlaceMap
+from attninject.anatomy.places import spots
 from attninject.errors import NoSuchPlaceError
-from attninject.locating import locate
-from attninject.matching import Scene
-from attninject.places import Map
-from attninject.probe import probe, run
-from attninject.record import Record
+from attninject.observe.probe import probe, run
+from attninject.observe.record import Record
+from attninject.planning.locating import locate
+from attninject.planning.scene import Scene
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "tests" / "reference"
@@ -291,7 +292,7 @@ def test_places_are_those_read_from_the_source(name: str) -> None:
 
 def test_the_sample_has_a_reference_for_every_net() -> None:
     """Every net of the zoo's sample has its list, so that none goes unchecked."""
-    sample = yaml.safe_load((ROOT / "attninject" / "experiments" / "samples.yaml").read_text())
+    sample = yaml.safe_load((ROOT / "attninject" / "zoo" / "samples.yaml").read_text())
     assert [n for n in sample["timm"].values() if f"timm/{n}" not in GOLDEN] == []
 
 
@@ -325,7 +326,7 @@ def test_every_net_of_torchvision_has_stage_ends(name: str) -> None:
     """Whatever the net is for, blocks can be put at the ends of its stages."""
     record, _ = probe(golden.built(f"torchvision/{name}"), partial=True)
     record.input_values = record.calls[0].ins
-    assert 2 <= len(Map(record).stages) <= 8
+    assert 2 <= len(PlaceMap(record).stages) <= 8
 
 
 @pytest.mark.zoo
@@ -353,7 +354,7 @@ def mechanisms(name: str) -> Counter[str]:
 
     scene = Scene(model, record, "", rerun)
     found: Counter[str] = Counter()
-    for spot in net.net.spots("residual_branch"):
+    for spot in spots(net.net, "residual_branch"):
         try:
             location = locate(scene, spot, net.path(spot))
             found["graph" if location.mechanism == "graph" else f"module: {location.reason}"] += 1

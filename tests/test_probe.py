@@ -15,9 +15,10 @@ from torch import nn
 
 import attninject as ai
 from attninject.errors import ProbeError
-from attninject.probe import calls_through, probe
-from attninject.record import map_tensors
-from attninject.shapes import execute, meta_like
+from attninject.observe.meta_kernels import execute, meta_like
+from attninject.observe.probe import probe
+from attninject.observe.record import map_tensors
+from attninject.observe.recorder import calls_through
 
 
 def fcos() -> nn.Module:

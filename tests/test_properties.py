@@ -22,7 +22,7 @@ from torch import nn
 
 import attninject as ai
 from attninject.errors import AttnInjectError
-from attninject.planning import Plan, Step
+from attninject.planning.plan import Plan, Step
 
 OPERATIONS = ["add", "add_1", "relu", "mul", "cat", "sigmoid", "dropout", "view", "add", "*"]
 IMAGE = batch()

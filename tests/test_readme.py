@@ -40,7 +40,7 @@ def test_recipe_fields_in_the_readme_are_those_of_a_rule() -> None:
     """Every field of a rule is in the recipe reference, and no other."""
     from dataclasses import fields
 
-    from attninject.recipe import Rule
+    from attninject.recipe.rules import Rule
 
     table = README.split("| field | meaning | default |")[1].split("\n\n")[0]
     named = set(

@@ -18,21 +18,12 @@ from hypothesis import strategies as st
 from strategies import FIELDS, recipe_like, values, yaml_like
 from torch import nn
 
-from attninject import layout, places
+import attninject as ai
+from attninject.anatomy import places
 from attninject.errors import RecipeError
-from attninject.recipe import (
-    LAYOUTS,
-    PLACES,
-    Every,
-    FrozenDict,
-    Recipe,
-    Rule,
-    load_recipe,
-    parse_recipe,
-    parse_value,
-    recipe_names,
-    rule_from_fields,
-)
+from attninject.recipe.frozen import FrozenDict
+from attninject.recipe.loading import load_recipe, parse_recipe, parse_value, recipe_names, rule_from_fields
+from attninject.recipe.rules import Every, Recipe, Rule
 
 SHIPPED = ["bam", "bam_mobilenet", "bam_resnet", "cbam", "cbam_mobilenet", "cbam_resnet"]
 SHIPPED += ["nonlocal_resnet_1", "nonlocal_resnet_10", "nonlocal_resnet_5"]
@@ -202,10 +193,18 @@ def test_child_names(block, name, expected):
     assert Rule(block, after=("a",), name=name).child_name == expected
 
 
-def test_places_and_layouts_are_those_that_there_are():
-    """What a recipe may say is what can be done, and sorted."""
-    assert list(PLACES) == sorted(places.PLACES)
-    assert set(LAYOUTS) == set(layout.RANK)
+def test_a_place_that_somebody_adds_can_be_named():
+    """A place registered by a user is taken by a rule, and an unknown one is told of it."""
+    places.register_place("second_block")(lambda net: [])
+    try:
+        assert rule_from_fields(block="se", place="second_block").place == "second_block"
+        with pytest.raises(
+            RecipeError, match=r"second_block\), found 'second_blok'; did you mean second_block"
+        ):
+            rule_from_fields(block="se", place="second_blok")
+        assert "second_block" in ai.list_places()
+    finally:
+        del places.PLACES["second_block"]
 
 
 # --- classes and keyword arguments ---------------------------------------------------------------

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from attninject.places import Map, Spot
-from attninject.probe import probe
-from attninject.record import Call
+from attninject.anatomy.dataflow import Spot
+from attninject.anatomy.place_map import PlaceMap
+from attninject.anatomy.places import spots as spots_of
+from attninject.observe.probe import probe
+from attninject.observe.record import Call
 
 
 def layers(channels: int = 4, out: int | None = None, stride: int = 1) -> nn.Sequential:
@@ -36,7 +38,7 @@ def places(net: nn.Module, place: str = "residual_branch") -> list[str]:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), net, nn.Flatten(), nn.LazyLinear(2))
     model(torch.zeros(1, 3, 16, 16))
     record, _ = probe(model, torch.zeros(2, 3, 16, 16))
-    found = Map(record)
+    found = PlaceMap(record)
     names = {id(m): name for name, m in net.named_modules()}
 
     def path(spot: Spot) -> str:
@@ -45,11 +47,11 @@ def places(net: nn.Module, place: str = "residual_branch") -> list[str]:
         return f"{names[id(spot.event.call.module)]}::{spot.event.name.split('.')[1]}"
 
     spots = {"residual_branch": lambda: [s for s in map(_end(found), found.adds) if s]}
-    return [path(s) for s in (spots.get(place) or (lambda: found.spots(place)))()]
+    return [path(s) for s in (spots.get(place) or (lambda: spots_of(found, place)))()]
 
 
-def _end(found: Map):
-    from attninject.residuals import branch_end
+def _end(found: PlaceMap):
+    from attninject.anatomy.residual_adds import branch_end
 
     return lambda add: branch_end(found.record, found.flow, add)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import attninject as ai
-from attninject import trace
+from attninject.surgery import local_graph
 
 
 def planned(inner: nn.Module, **where: object) -> ai.planning.Site:
@@ -297,8 +297,8 @@ def test_public_forwards_are_seen() -> None:
     """timm's networks have forwards beside `forward`; a plain block has none."""
     import timm
 
-    assert "forward_features" in trace.public_forwards(timm.models.resnet.ResNet)
-    assert trace.public_forwards(nn.Conv2d) == ()
+    assert "forward_features" in local_graph.public_forwards(timm.models.resnet.ResNet)
+    assert local_graph.public_forwards(nn.Conv2d) == ()
 
 
 def test_reading_a_plain_container_that_changes_in_place_is_noticed() -> None:

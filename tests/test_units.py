@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from attninject.places import Map
-from attninject.probe import probe
-from attninject.record import Call
+from attninject.anatomy.place_map import PlaceMap
+from attninject.anatomy.places import spots
+from attninject.observe.probe import probe
+from attninject.observe.record import Call
 
 
 class Skip(nn.Module):
@@ -61,7 +62,7 @@ def places(net: nn.Module, place: str) -> list[str]:
     record, _ = probe(net, torch.zeros(2, 4, 32, 32))
     names = {id(m): name for name, m in net.named_modules()}
     found = []
-    for spot in Map(record).spots(place):
+    for spot in spots(PlaceMap(record), place):
         assert isinstance(spot.event, Call)
         found.append(names[id(spot.event.module)] + ("" if spot.output is None else f"#{spot.output}"))
     return found

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import Block, static_shape
-from attninject.blocks.gate import at_least_float32
 from attninject.errors import TooFewChannelsError
+
+from .base import Block, static_shape
+from .gate import at_least_float32
 
 
 def rows(t: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from attninject.blocks import options
-from attninject.blocks.fast import dispatch
-from attninject.blocks.gate import blend, new_alpha, scale
 from attninject.errors import BlockError, TooFewChannelsError
+
+from .fast import dispatch
+from .gate import blend, new_alpha, scale
 
 INITS = ("identity", "paper", "blend")
 

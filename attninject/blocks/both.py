@@ -7,16 +7,17 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, pool
-from attninject.blocks.channel import ChannelAttention
-from attninject.blocks.fast import bam as fast_bam
-from attninject.blocks.fast import channel as fast_channel
-from attninject.blocks.fast import spatial as fast_spatial
 from attninject.blocks.fast.dispatch import SMALLER, untouched
 from attninject.blocks.fast.pointwise import pointwise
-from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from attninject.blocks.options import BACKEND, Bool, Int, OneOf, Options, Reduction
-from attninject.blocks.spatial import SpatialAttention
+
+from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, pool
+from .channel import ChannelAttention
+from .fast import bam as fast_bam
+from .fast import channel as fast_channel
+from .fast import spatial as fast_spatial
+from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
+from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
+from .spatial import SpatialAttention
 
 
 class CBAM(Block):

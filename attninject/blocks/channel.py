@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import CONV, Block, BlockSpec, he_init, hidden_width, pool
-from attninject.blocks.fast import channel as fast
 from attninject.blocks.fast.dispatch import SMALL, SMALLER
 from attninject.blocks.fast.pointwise import Run, call, pointwise
-from attninject.blocks.gate import GATES, Gate, at_least_float32, scale, zero
-from attninject.blocks.options import BACKEND, Bool, Int, OneOf, Options, Reduction
+
+from .base import CONV, Block, BlockSpec, he_init, hidden_width, pool
+from .fast import channel as fast
+from .gate import GATES, Gate, at_least_float32, scale, zero
+from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
 
 
 class ChannelMLP(Block):

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.attend import Additive, full_precision, rows, unrows, wide
-from attninject.blocks.base import BATCH_NORM, CONV, BlockSpec, hidden_width
-from attninject.blocks.gate import at_least_float32, normalize, zero
-from attninject.blocks.options import Bool, Int, Options, Reduction
+from .attend import Additive, full_precision, rows, unrows, wide
+from .base import BATCH_NORM, CONV, BlockSpec, hidden_width
+from .gate import at_least_float32, normalize, zero
+from .options import Bool, Int, Options, Reduction
 
 
 class DoubleAttention(Additive):

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.attend import Additive, attend, attention_rows, full_precision, rows, unrows
-from attninject.blocks.base import CONV, Block, BlockSpec, hidden_width
-from attninject.blocks.fast import affinity as fast
 from attninject.blocks.fast.dispatch import SMALL, untouched
-from attninject.blocks.gate import at_least_float32
-from attninject.blocks.options import BACKEND, Bool, Int, Options, Reduction
+
+from .attend import Additive, attend, attention_rows, full_precision, rows, unrows
+from .base import CONV, Block, BlockSpec, hidden_width
+from .fast import affinity as fast
+from .gate import at_least_float32
+from .options import BACKEND, Bool, Int, Options, Reduction
 
 
 class Weighted(Additive):

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import (
+from attninject.blocks.fast.dispatch import SMALL, untouched
+from attninject.errors import BlockError
+
+from .base import (
     BATCH_NORM,
     CONV,
     Block,
@@ -22,12 +25,10 @@ from attninject.blocks.base import (
     positions,
     static_shape,
 )
-from attninject.blocks.fast import channel as fast_channel
-from attninject.blocks.fast import context as fast_context
-from attninject.blocks.fast.dispatch import SMALL, untouched
-from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from attninject.blocks.options import BACKEND, Int, Maybe, Number, Odd, OneOf, Options, Positive, Reduction
-from attninject.errors import BlockError
+from .fast import channel as fast_channel
+from .fast import context as fast_context
+from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
+from .options import BACKEND, Int, Maybe, Number, Odd, OneOf, Options, Positive, Reduction
 
 
 class ECA(GateBlock):

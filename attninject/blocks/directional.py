@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import (
+from attninject.blocks.fast.dispatch import SMALL
+from attninject.blocks.fast.pointwise import Run, call, pointwise
+
+from .base import (
     BATCH_NORM,
     CONV,
     Block,
@@ -23,11 +26,9 @@ from attninject.blocks.base import (
     positions,
     static_shape,
 )
-from attninject.blocks.fast import axes as fast
-from attninject.blocks.fast.dispatch import SMALL
-from attninject.blocks.fast.pointwise import Run, call, pointwise
-from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
-from attninject.blocks.options import BACKEND, Bool, Int, Odd, OneOf, Options, Reduction
+from .fast import axes as fast
+from .gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
+from .options import BACKEND, Bool, Int, Odd, OneOf, Options, Reduction
 
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 """Spatial dimensions → what each axis is called in `attention`."""

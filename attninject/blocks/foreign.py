@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from attninject.blocks.base import BlockSpec
-from attninject.blocks.gate import GATES, Blend
-from attninject.blocks.options import Bool, Check, Int, Number, Odd, OneOf, Options, Positive
 from attninject.errors import BlockError
+
+from .base import BlockSpec
+from .gate import GATES, Blend
+from .options import Bool, Check, Int, Number, Odd, OneOf, Options, Positive
 
 PREFIX = "timm/"
 

@@ -8,17 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import (
-    BATCH_NORM,
-    CONV,
-    Block,
-    BlockSpec,
-    he_init,
-    hidden_width,
-    static_shape,
-)
-from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, static_shape
+from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
+from .options import Bool, Int, OneOf, Options, Reduction
 
 
 class NormReLUConv(nn.Module):

@@ -9,21 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.attend import (
-    attend,
-    attention_rows,
-    exporting,
-    full_precision,
-    project,
-    relu_of_sums,
-    rows,
-    unrows,
-)
-from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, hidden_width, static_shape
-from attninject.blocks.fast import affinity, pairs
 from attninject.blocks.fast.dispatch import SMALL, untouched
-from attninject.blocks.gate import at_least_float32, normalize, zero
-from attninject.blocks.options import BACKEND, Bool, Int, OneOf, Options, Reduction
+
+from .attend import attend, attention_rows, exporting, full_precision, project, relu_of_sums, rows, unrows
+from .base import BATCH_NORM, CONV, Block, BlockSpec, hidden_width, static_shape
+from .fast import affinity, pairs
+from .gate import at_least_float32, normalize, zero
+from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
 
 SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
 NONLOCAL_MODES = (*SOFTMAX_MODES, "dot_product", "concatenation")

@@ -9,23 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import (
-    BATCH_NORM,
-    CONV,
-    Block,
-    BlockSpec,
-    GateBlock,
-    hidden_width,
-    pool,
-    positions,
-    static_shape,
-)
-from attninject.blocks.channel import SE
-from attninject.blocks.fast import context as fast
 from attninject.blocks.fast.dispatch import SMALL, untouched
 from attninject.blocks.fast.pointwise import pointwise
-from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
-from attninject.blocks.options import BACKEND, Bool, Int, Odd, OneOf, Options, Positive, Reduction
+
+from .base import BATCH_NORM, CONV, Block, BlockSpec, GateBlock, hidden_width, pool, positions, static_shape
+from .channel import SE
+from .fast import context as fast
+from .gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
+from .options import BACKEND, Bool, Int, Odd, OneOf, Options, Positive, Reduction
 
 
 class PointwiseSAM(GateBlock):

@@ -33,10 +33,11 @@ from attninject.blocks import (
     warp,
     windows,
 )
-from attninject.blocks.base import INITS, Block, BlockSpec
-from attninject.blocks.gate import Blend
-from attninject.blocks.options import RESERVED, Int, OneOf, faults, nearest, unknown
 from attninject.errors import BlockError, TooFewChannelsError, UnknownBlockError
+
+from .base import INITS, Block, BlockSpec
+from .gate import Blend
+from .options import RESERVED, Int, OneOf, faults, nearest, unknown
 
 __all__ = [
     "BlockSpec",

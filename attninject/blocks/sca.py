@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.base import CONV, Block, BlockSpec, column, hidden_width, pool
-from attninject.blocks.gate import GATES, Gate, at_least_float32, scale, zero
-from attninject.blocks.options import Int, OneOf, Options, Reduction
+from .base import CONV, Block, BlockSpec, column, hidden_width, pool
+from .gate import GATES, Gate, at_least_float32, scale, zero
+from .options import Int, OneOf, Options, Reduction
 
 
 class SCA(Block):

@@ -11,19 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import (
-    BATCH_NORM,
-    CONV,
-    Block,
-    BlockSpec,
-    he_init,
-    hidden_width,
-    pool,
-    static_shape,
-)
-from attninject.blocks.both import ConvNormReLU
-from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from attninject.blocks.options import Bool, Branches, Count, Int, OneOf, Options, Reduction
+from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, pool, static_shape
+from .both import ConvNormReLU
+from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
+from .options import Bool, Branches, Count, Int, OneOf, Options, Reduction
 
 
 class SK(Block):

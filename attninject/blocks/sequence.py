@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.attend import (
+from .attend import (
     Additive,
     attend,
     attention_rows,
@@ -20,9 +20,9 @@ from attninject.blocks.attend import (
     split_heads,
     unrows,
 )
-from attninject.blocks.base import BlockSpec, column, hidden_width, static_shape
-from attninject.blocks.gate import at_least_float32, zero
-from attninject.blocks.options import Bool, Int, Options, Reduction
+from .base import BlockSpec, column, hidden_width, static_shape
+from .gate import at_least_float32, zero
+from .options import Bool, Int, Options, Reduction
 
 
 class SelfAttention(Additive):

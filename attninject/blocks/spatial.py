@@ -7,11 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attninject.blocks.base import BATCH_NORM, CONV, Block, BlockSpec, he_init
-from attninject.blocks.fast import spatial as fast
 from attninject.blocks.fast.dispatch import SMALLER
-from attninject.blocks.gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from attninject.blocks.options import BACKEND, Bool, OneOf, Options
+
+from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init
+from .fast import spatial as fast
+from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
+from .options import BACKEND, Bool, OneOf, Options
 
 
 class SpatialAttention(Block):

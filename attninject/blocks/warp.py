@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.base import CONV, Block, BlockSpec, hidden_width, static_shape
-from attninject.blocks.gate import at_least_float32, zero
-from attninject.blocks.options import Bool, Int, OneOf, Options, Reduction
+from .base import CONV, Block, BlockSpec, hidden_width, static_shape
+from .gate import at_least_float32, zero
+from .options import Bool, Int, OneOf, Options, Reduction
 
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

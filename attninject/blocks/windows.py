@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.attend import (
+from .attend import (
     Additive,
     attend,
     attention_rows,
@@ -20,9 +20,9 @@ from attninject.blocks.attend import (
     split_heads,
     unrows,
 )
-from attninject.blocks.base import CONV, Block, BlockSpec, static_shape
-from attninject.blocks.gate import zero
-from attninject.blocks.options import Bool, Int, Options
+from .base import CONV, Block, BlockSpec, static_shape
+from .gate import zero
+from .options import Bool, Int, Options
 
 
 class TwinsAttention(Additive):

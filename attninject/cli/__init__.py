@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from attninject import __version__
-from attninject.cli.common import nearest
 from attninject.errors import AttnInjectError
+
+from .common import nearest
 
 VERBS = {  # verb: its module here
     "list": "listing",  # a module named `list` would hide the builtin

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from attninject.cli import bench_training
-from attninject.cli.common import add_json, positive, print_json, word
+
+from .common import add_json, positive, print_json, word
 
 HELP = "measure injection and blocks against their peers, in one process, as ratios"
 WHAT = ("inject", "blocks", "models", "finetune", "digits")
@@ -83,27 +84,27 @@ Measured = tuple[dict[str, Any], Callable[[Any], str]]
 
 
 def _inject(args: argparse.Namespace) -> Measured:
-    from attninject.experiments import bench
+    from attninject.bench import injection
 
-    return bench.inject(rounds=args.rounds, chain=args.sites), bench.to_markdown
+    return injection.inject(rounds=args.rounds, chain=args.sites), injection.to_markdown
 
 
 def _blocks(args: argparse.Namespace) -> Measured:
-    from attninject.experiments import bench_blocks, peers
+    from attninject.bench import block_speed, peers
 
     given = _shared(args, peers.SUBJECTS)
     maps = args.maps or ([(2, 64, 28, 28), (1, 64, 14, 14)] if args.quick else None)
-    result = bench_blocks.blocks(sizes=maps, **given)
-    return result, lambda found: bench_blocks.to_markdown(found, details=args.details)
+    result = block_speed.blocks(sizes=maps, **given)
+    return result, lambda found: block_speed.to_markdown(found, details=args.details)
 
 
 def _models(args: argparse.Namespace) -> Measured:
-    from attninject.experiments import bench_models
+    from attninject.bench import networks
 
-    given = _shared(args, bench_models.NETWORKS)
+    given = _shared(args, networks.NETWORKS)
     batch, image = args.batch or (2 if args.quick else None), args.image or (64 if args.quick else None)
-    result = bench_models.networks(batch=batch, image=image, **given)
-    return result, lambda found: bench_models.to_markdown(found, details=args.details)
+    result = networks.networks(batch=batch, image=image, **given)
+    return result, lambda found: networks.to_markdown(found, details=args.details)
 
 
 def _shared(args: argparse.Namespace, rows: Any) -> dict[str, Any]:

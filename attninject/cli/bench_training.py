@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attninject.cli.common import positive, say, silent
+from .common import positive, say, silent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def finetune(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], str]]:
     """The figures, and what turns them into words."""
-    from attninject.experiments import bench_finetune
+    from attninject.bench import finetuning
 
-    task = bench_finetune.Task(
+    task = finetuning.Task(
         model=args.model,
         recipe=args.recipe,
         batch_size=args.batch or (2 if args.quick else 8),
@@ -42,12 +42,12 @@ def finetune(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], 
         compile=args.compiled,
         device="cpu" if args.device == "cpu" else "auto",
     )
-    return bench_finetune.finetune(task, args.rounds), bench_finetune.to_markdown
+    return finetuning.finetune(task, args.rounds), finetuning.to_markdown
 
 
 def digits(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], str]]:
     """The same of the digits; each run is said as it ends, unless only data is wanted."""
-    from attninject.experiments import digits as nets
+    from attninject.bench import digits as nets
 
     record = nets.run(args.file, args.seeds, args.epochs, say=silent if args.json else say)
     return {**record, "summary": nets.summary(record)}, nets.to_markdown

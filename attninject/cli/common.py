@@ -96,7 +96,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def scalar(text: str) -> Any:
     """A value as a recipe reads it: `8`, `0.5`, `true`, `null`, `max`, `[1, 2]`."""
     from attninject.errors import RecipeError
-    from attninject.recipe import parse_value
+    from attninject.recipe.loading import parse_value
 
     try:
         return parse_value(text)

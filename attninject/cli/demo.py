@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from attninject.cli.common import add_json, positive, print_json, say, silent
+from .common import add_json, positive, print_json, say, silent
 
 HELP = "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two"
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run it; with --json only the figures go to standard output."""
-    from attninject.experiments import demo
+    from attninject.bench import demo
 
     result = demo.run(epochs=args.epochs, seed=args.seed, say=silent if args.json else say)
     if args.json:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attninject.cli.common import add_json, positive, print_json, word
+from .common import add_json, positive, print_json, word
 
 HELP = "write a trained model as ONNX, torch.export or a state dict"
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}

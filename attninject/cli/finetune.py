@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attninject.cli.common import add_json, print_json, say, scalar, setting, silent
+from .common import add_json, print_json, say, scalar, setting, silent
 
 HELP = "fine-tune a model, with blocks or plain, and keep a small file"
 RULE = ("block", "after", "before", "place")
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _flag(group: Any, flag: str, dest: str, row: tuple[Any, str]) -> None:
     """A flag of one key: its value is read as in the file; what is true or false is --key or --no-key."""
-    from attninject.yamlio import boolean
+    from attninject.recipe.checks import boolean
 
     check, text = row
     shared = {"dest": dest, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attninject.cli.common import add_json, add_model, add_rule, build_model, print_json, rule_arguments
+from .common import add_json, add_model, add_rule, build_model, print_json, rule_arguments
 
 HELP = "inject a recipe into a model and write a file"
 

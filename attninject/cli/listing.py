@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from attninject.cli.common import add_json, print_json, word
+from .common import add_json, print_json, word
 
 HELP = "list blocks, recipes, places or models"
 KINDS = ("blocks", "recipes", "places", "models")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from attninject.cli.common import add_json, add_model, add_rule, build_model, print_json, rule_arguments
+from .common import add_json, add_model, add_rule, build_model, print_json, rule_arguments
 
 HELP = "show what a recipe would do to a model"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from attninject.cli.common import add_json, add_model, build_model, example_inputs, print_json
+from .common import add_json, add_model, build_model, example_inputs, print_json
 
 HELP = "show what can be targeted in a model"
 
@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table."""
-    from attninject import api
+    from attninject.planning import sites
 
     given = None if args.input_size is None else example_inputs(args.input_size)
-    rows = api.sites(build_model(args), args.pattern, example_inputs=given)
+    rows = sites.sites(build_model(args), args.pattern, example_inputs=given)
     if args.json:
         print_json([row.to_dict() for row in rows])
     else:

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attninject.cli.common import add_json, positive, print_json, word
+from .common import add_json, positive, print_json, word
 
 HELP = "inject into every timm and torchvision model and check every guarantee"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which models, where, how thoroughly, and where the rows go."""
-    from attninject.places import PLACES
+    from attninject.anatomy.places import PLACES
 
     parser.add_argument("names", metavar="NAME", nargs="*", help="models, or globs such as 'timm/resnet*'")
     which = parser.add_mutually_exclusive_group()
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make rows, then print the table."""
-    from attninject.experiments import coverage, tables
+    from attninject.zoo import coverage, tables
 
     if args.table is not None:
         if args.names:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from attninject.experiments import coverage, tables
+    from attninject.zoo import coverage, tables
 
     names = _names(args)
     asked = coverage.Asked(tuple(args.places or coverage.DEFAULT_PLACES), args.block, args.level, args.meta)
@@ -105,7 +105,7 @@ def _sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _names(args: argparse.Namespace) -> list[str]:
     from attninject import models
     from attninject.errors import UnknownModelError
-    from attninject.experiments import subjects
+    from attninject.zoo import subjects
 
     if args.sample:
         return subjects.sample()
@@ -140,7 +140,7 @@ def _shown(made: Iterable[tuple[int, int, dict[str, Any]]]) -> Iterable[dict[str
     """The rows, with a bar where a person watches and a line per row where a file does."""
     import sys
 
-    from attninject.experiments import tables
+    from attninject.zoo import tables
 
     bar = None
     if sys.stderr.isatty():
@@ -167,7 +167,7 @@ def _shown(made: Iterable[tuple[int, int, dict[str, Any]]]) -> Iterable[dict[str
 
 
 def _print(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from attninject.experiments import tables
+    from attninject.zoo import tables
 
     if args.json:
         print_json({"summary": tables.summary(rows), "rows": rows})

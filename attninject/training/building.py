@@ -6,7 +6,8 @@ from torch import nn
 
 from attninject import models
 from attninject.errors import UnknownModelError
-from attninject.training.freezing import head_of
+
+from .freezing import head_of
 
 
 def build(name: str, weights: str, classes: int) -> nn.Module:

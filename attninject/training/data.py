@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from attninject.errors import DataError, MissingPackageError
 from attninject.training import runs
-from attninject.training.experiment import Data
+
+from .experiment import Data
 
 DIGITS_SIZE, DIGITS_TEST = 32, 0.3
 UNREADABLE = (OSError, SyntaxError, ValueError, DecompressionBombError)  # what Pillow raises on broken files
@@ -176,7 +177,7 @@ def _torchvision(data: Data) -> Images:
     name = str(data.name)
     known = [n for n in datasets.__all__ if isinstance(getattr(datasets, n), type)]
     if name not in known:
-        from attninject.patterns import nearest
+        from attninject.wording import nearest
 
         raise DataError(f"torchvision has no data set {name!r}; nearest: {', '.join(nearest(name, known))}")
     cls = getattr(datasets, name)

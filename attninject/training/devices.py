@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from attninject.errors import ExperimentError, Fault, MissingPackageError
-from attninject.training.experiment import Training
+
+from .experiment import Training
 
 
 def open_accelerator(train: Training) -> Any:

@@ -12,12 +12,13 @@ from torch import nn
 
 from attninject import api, delta, models
 from attninject.errors import RunError
-from attninject.snapshot import rng_kept
+from attninject.observe.snapshot import rng_kept
 from attninject.training import data as images_of
 from attninject.training import runs
-from attninject.training.building import build
-from attninject.training.experiment import Experiment, read_experiment, settings
-from attninject.training.loop import Result, Run
+
+from .building import build
+from .experiment import Experiment, read_experiment, settings
+from .loop import Result, Run
 
 
 def finetune(

@@ -13,25 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from attninject.errors import ExperimentError, PatternError, RecipeError
-from attninject.patterns import compile_pattern
-from attninject.recipe import load_recipe, recipe_names
-from attninject.training.freezing import WORDS
-from attninject.yamlio import (
-    BAD,
-    Checker,
-    FrozenDict,
-    Node,
-    Report,
-    boolean,
-    checked_fields,
-    choice,
-    from_python,
-    integer,
-    plain_value,
-    read_file,
-    read_yaml,
-    words,
-)
+from attninject.recipe.checks import Checker, boolean, checked_fields, choice, integer, plain_value, words
+from attninject.recipe.frozen import FrozenDict
+from attninject.recipe.loading import load_recipe, recipe_names
+from attninject.recipe.patterns import compile_pattern
+from attninject.recipe.report import BAD, Node, Report
+from attninject.recipe.yaml_text import from_python, read_file, read_yaml
+
+from .freezing import WORDS
 
 DATA_KINDS = ("digits", "imagefolder", "timm", "torchvision")
 FORM = "a mapping with `model:`"

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attninject import api, edits, models
+from attninject import models
 from attninject.delta import detached, save_tensors
 from attninject.errors import AttnInjectError, ExportError, MissingPackageError
+from attninject.planning import support
+from attninject.surgery import injected_state
 
 TARGETS = ("onnx", "pt2", "state_dict")
 CLOSE = 1e-3  # the largest difference, relative to the largest output, that still is the same function
@@ -61,7 +63,7 @@ def export(
         ExportError: the exporter fails, or what was written computes something else (the file is removed).
         MissingPackageError: ONNX without its packages.
     """
-    model = api.unwrapped(model).eval().cpu()
+    model = support.unwrapped(model).eval().cpu()
     inputs = _inputs(model, size)
     makers: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
         "onnx": _onnx, "pt2": _pt2, "state_dict": _state_dict if like is None else _like_timm,
@@ -212,7 +214,7 @@ def _like_timm(
         raise ExportError(f"like timm: the base must be one of timm's, it is {name or 'not known'}")
     state = {k: t.clone() for k, t in model.state_dict().items()}
     kinds = set()
-    for block_name, site in edits.sites_of(model).items():
+    for block_name, site in injected_state.sites_of(model).items():
         kinds.add(site.block)
         _fold(model, state, block_name, site)
         for ours, theirs in _TIMM_KEYS.get(site.block, ()):

@@ -15,11 +15,14 @@ from typing import Any
 
 from torch import nn
 
-from attninject import api, edits
+from attninject import api
+from attninject.anatomy.place_map import PlaceMap
 from attninject.errors import AttnInjectError, NoHeadError, NoMatchError, UnsupportedModelError
-from attninject.patterns import compile_pattern, nearest, nearest_hint
-from attninject.places import Map
-from attninject.probe import probe
+from attninject.observe.probe import probe
+from attninject.planning import support
+from attninject.recipe.patterns import compile_pattern
+from attninject.surgery import change_history, injected_state
+from attninject.wording import nearest, nearest_hint
 
 What = str | int | Sequence[str | int]
 Head = str | nn.Module | Sequence[str | nn.Module]
@@ -49,7 +52,7 @@ def freeze(
     if bn not in ("eval", "train"):
         raise ValueError(f"bn: expected 'eval' or 'train', found {bn!r}")
     _refuse_ddp(model)
-    model = api.unwrapped(model)
+    model = support.unwrapped(model)
     if head is not None:
         names = _named_head(model, head)
         model.__dict__[_HEAD] = names
@@ -58,12 +61,12 @@ def freeze(
     for module, name in chosen.parameters:
         parameter = module._parameters[name]
         if parameter is not None and parameter.requires_grad:
-            changed = injected and edits.changed_since_injection(parameter)
+            changed = injected and change_history.changed_since_injection(parameter)
             parameter.requires_grad_(False)
-            module.__dict__.setdefault(edits.FROZEN, {})[name] = changed
+            module.__dict__.setdefault(change_history.FROZEN, {})[name] = changed
     for norm in chosen.norms if bn == "eval" else ():
-        if edits.HELD not in norm.__dict__:
-            norm.__dict__[edits.HELD] = injected and edits.changed_since_injection(norm)
+        if change_history.HELD not in norm.__dict__:
+            norm.__dict__[change_history.HELD] = injected and change_history.changed_since_injection(norm)
             norm.__dict__["train"] = _Held(norm)
             norm.training = False
     return model
@@ -79,17 +82,17 @@ def unfreeze(model: nn.Module, what: What = "backbone") -> nn.Module:
         NoMatchError, NoHeadError: see `freeze`.
     """
     _refuse_ddp(model)
-    model = api.unwrapped(model)
+    model = support.unwrapped(model)
     chosen = _select(model, what)
     for module, name in chosen.parameters:
-        frozen = module.__dict__.get(edits.FROZEN, {})
+        frozen = module.__dict__.get(change_history.FROZEN, {})
         if name in frozen:
             module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
             del frozen[name]
             if not frozen:
-                del module.__dict__[edits.FROZEN]
+                del module.__dict__[change_history.FROZEN]
     for norm, around in chosen.norms.items():
-        if norm.__dict__.pop(edits.HELD, None) is not None:
+        if norm.__dict__.pop(change_history.HELD, None) is not None:
             del norm.__dict__["train"]
             norm.training = around.training
     return model
@@ -97,7 +100,7 @@ def unfreeze(model: nn.Module, what: What = "backbone") -> nn.Module:
 
 def trainable(model: nn.Module) -> str:
     """How much of the model learns, in a line: "2.5 M of 28.1 M (9.0 %)"."""
-    parameters = list(api.unwrapped(model).parameters())
+    parameters = list(support.unwrapped(model).parameters())
     total = sum(p.numel() for p in parameters)
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     share = 100 * learning / total if total else 0.0
@@ -120,7 +123,10 @@ def follow(model: nn.Module, copy: nn.Module) -> None:
             ours = twin._parameters[name]
             if parameter is not None and ours is not None and parameter.requires_grad:
                 ours.requires_grad_(True)
-        if edits.HELD not in module.__dict__ and twin.__dict__.pop(edits.HELD, None) is not None:
+        if (
+            change_history.HELD not in module.__dict__
+            and twin.__dict__.pop(change_history.HELD, None) is not None
+        ):
             del twin.__dict__["train"]
             twin.training = theirs[path.rpartition(".")[0]].training
 
@@ -135,7 +141,7 @@ class GradualUnfreezing:
     def __init__(self, model: nn.Module, schedule: Mapping[int, What]) -> None:
         self.model, self.schedule = model, dict(sorted(schedule.items()))
         for what in self.schedule.values():  # a wrong name is said now, not after hours
-            _select(api.unwrapped(model), what)
+            _select(support.unwrapped(model), what)
 
     def step(self, epoch: int) -> list[nn.Parameter]:
         """Unfreeze all that is due; the parameters that begin to learn with this call."""
@@ -225,11 +231,11 @@ def _names(model: nn.Module) -> set[str]:
 
 def _stage(model: nn.Module, number: int) -> set[str]:
     """Names of all that is first called within a stage."""
-    with edits.as_original(model):
+    with injected_state.as_original(model):
         record, _ = probe(model, partial=True)
     if not record.complete:
         record.input_values = record.calls[0].ins
-    net = Map(record)
+    net = PlaceMap(record)
     count = len(net.spans)
     wanted = number if number > 0 else count + 1 + number
     if not 1 <= wanted <= count:
@@ -271,7 +277,7 @@ def head_of(model: nn.Module) -> list[str]:
     Raises:
         NoHeadError: none of these is there.
     """
-    model = api.unwrapped(model)
+    model = support.unwrapped(model)
     if _HEAD in model.__dict__:
         return list(model.__dict__[_HEAD])
     names = {id(m): n for n, m in model.named_modules()}

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from attninject import api
-from attninject.training.freezing import head_of
+from attninject.planning import support
+
+from .freezing import head_of
 
 LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.modules.conv._ConvNd, nn.modules.rnn.RNNBase)
 
@@ -45,7 +47,7 @@ def param_groups(
     Raises:
         NoHeadError: name the head with `freeze(model, what, head=…)` before.
     """
-    model = api.unwrapped(model)
+    model = support.unwrapped(model)
     kinds = _kinds(model)
     rates = {
         "blocks": lr if attn_lr is None else attn_lr,

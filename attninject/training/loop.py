@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from attninject import api, delta
 from attninject.errors import DataError, ExperimentError, Fault, NonFiniteError, RunError
 from attninject.training import data as images_of
-from attninject.training import devices, parts, resuming, runs
-from attninject.training.experiment import Data, Experiment, Training
-from attninject.training.freezing import GradualUnfreezing, freeze, trainable
-from attninject.training.gates import Watch
-from attninject.training.groups import extend_optimizer
-from attninject.training.measuring import check_classes, evaluate
-from attninject.training.nets import Nets, placed, with_shared_norms
-from attninject.training.reporting import Reporter
+from attninject.training import devices, factories, resuming, runs
+
+from .dead_gates import Watch
+from .experiment import Data, Experiment, Training
+from .freezing import GradualUnfreezing, freeze, trainable
+from .groups import extend_optimizer
+from .measuring import check_classes, evaluate
+from .nets import Nets, placed, with_shared_norms
+from .reporting import Reporter
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Run:
         train, accelerator = self.train, self.accelerator
         self.model = self.result.model = with_shared_norms(self.model, train, accelerator)
         if train.checkpointing:
-            parts.switch_checkpointing_on(self.model)
+            factories.switch_checkpointing_on(self.model)
         # without `freeze` nothing is frozen, but a head that was named is remembered
         freeze(self.model, () if train.freeze is None else train.freeze, bn=train.bn, head=train.head)
         due: dict[int, list[str | int]] = {}
@@ -121,10 +122,10 @@ class Run:
         self.nets = Nets(self.model, train, accelerator)
         self.result.model = self.nets.shipped
         self.names = {id(p): n for n, p in self.nets.net.named_parameters()}
-        self.raw_optimizer = parts.make_optimizer(self.nets.net, train)
+        self.raw_optimizer = factories.make_optimizer(self.nets.net, train)
         self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
         self.make_scheduler()
-        self.criterion, self.mixup = parts.make_loss(train, len(self.images.classes))
+        self.criterion, self.mixup = factories.make_loss(train, len(self.images.classes))
 
     def make_loaders(self) -> None:
         """The order of the images and their loaders, for this process."""
@@ -153,7 +154,7 @@ class Run:
 
     def make_scheduler(self) -> None:
         """The schedule over all groups that the optimizer has by now."""
-        self.scheduler = parts.make_scheduler(self.raw_optimizer, self.train, self.steps)
+        self.scheduler = factories.make_scheduler(self.raw_optimizer, self.train, self.steps)
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
 
@@ -196,7 +197,7 @@ class Run:
         """Unfreeze what is due; its parameters join the optimizer."""
         if self.thawing.step(self.epoch):
             self.nets.thawed()
-            added = extend_optimizer(self.raw_optimizer, self.nets.net, **parts.rates(self.train))
+            added = extend_optimizer(self.raw_optimizer, self.nets.net, **factories.rates(self.train))
             self.make_scheduler()
             new = f" (new: {', '.join(added)})" if added else ""
             self.tell.say(

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attninject import edits
 from attninject.errors import ExperimentError, Fault
-from attninject.training.devices import fsdp_asked_for
-from attninject.training.experiment import Training
-from attninject.training.freezing import follow
-from attninject.training.sharding import Twin, agree_on_buffers, local
+from attninject.surgery import change_history
+
+from .devices import fsdp_asked_for
+from .experiment import Training
+from .freezing import follow
+from .sharding import Twin, agree_on_buffers, local
 
 
 class Nets:
@@ -154,7 +155,7 @@ def with_shared_norms(model: nn.Module, train: Training, accelerator: Any) -> nn
         if accelerator.device.type == "cpu":
             raise ExperimentError([Fault("train, sync_bn: torch's SyncBatchNorm runs on GPUs only")])
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        edits.remember(model)  # the converted norms are new modules, as yet unchanged
+        change_history.remember(model)  # the converted norms are new modules, as yet unchanged
     return model
 
 

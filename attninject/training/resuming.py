@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from attninject.errors import CheckpointError, DataError, RunError
-from attninject.training.sharding import like, whole
+
+from .sharding import like, whole
 
 if TYPE_CHECKING:
-    from attninject.training.loop import Run
+    from .loop import Run
 
 MAY_CHANGE = (  # on resume
     "epochs", "log_every", "save_every", "workers", "device", "root", "sharding",

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attninject import edits
 from attninject.errors import ExperimentError, Fault
-from attninject.training.devices import fsdp_by_accelerate
-from attninject.training.freezing import follow
+from attninject.surgery import injected_state
+
+from .devices import fsdp_by_accelerate
+from .freezing import follow
 
 
 class Twin:
@@ -110,14 +111,14 @@ def units(model: nn.Module, classes: Any = None) -> list[nn.Module]:
     of nested ones the innermost. `classes`: modules of these class names instead.
     """
     if classes:
-        return [m for m in model.modules() if edits.base_class(m).__name__ in classes]
+        return [m for m in model.modules() if injected_state.base_class(m).__name__ in classes]
     found: dict[nn.Module, None] = {}
     for container in model.modules():
-        if isinstance(container, edits.CONTAINERS):
+        if isinstance(container, injected_state.CONTAINERS):
             inside = [m for m in container.children() if any(True for _ in m.children())]
-            inside = [m for m in inside if not isinstance(m, edits.CONTAINERS)]
-            counts = Counter(edits.base_class(m) for m in inside)
-            found |= dict.fromkeys(m for m in inside if counts[edits.base_class(m)] > 1)
+            inside = [m for m in inside if not isinstance(m, injected_state.CONTAINERS)]
+            counts = Counter(injected_state.base_class(m) for m in inside)
+            found |= dict.fromkeys(m for m in inside if counts[injected_state.base_class(m)] > 1)
     return [m for m in found if not any(n is not m and n in found for n in m.modules())]
 
 

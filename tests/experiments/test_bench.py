@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from attninject import api, models
+from attninject.bench import injection
 from attninject.cli import main
-from attninject.experiments import bench
 
 RESULT: dict[str, Any] = {
     "machine": {"torch": "2.0", "python": "3.11", "rounds": 3},
@@ -44,7 +44,7 @@ RESULT: dict[str, Any] = {
 def test_the_network_by_hand_is_the_injected_one() -> None:
     """Same keys, shapes and, with the same weights, the same numbers, after the gates are moved as well."""
     torch.manual_seed(0)
-    ours, theirs = bench.injected(), bench.by_hand()
+    ours, theirs = injection.injected(), injection.by_hand()
     state = {key: torch.randn_like(t) * 0.05 if ".se." in key else t for key, t in ours.state_dict().items()}
     ours.load_state_dict(state)
     theirs.load_state_dict(state)
@@ -56,7 +56,7 @@ def test_the_network_by_hand_is_the_injected_one() -> None:
 
 def test_both_networks_save_the_same_for_backward() -> None:
     """The exact count of saved bytes does not differ between injection and hand."""
-    counts = {name: bench.bytes_saved_for_backward(make()) for name, make in bench.NETWORKS.items()}
+    counts = {name: injection.bytes_saved_for_backward(make()) for name, make in injection.NETWORKS.items()}
     assert counts["injected"] == counts["by hand"] > 2**20
 
 
@@ -72,38 +72,38 @@ def test_saved_bytes_are_counted_once_and_without_parameters() -> None:
             y = x * self.weight
             return y * y
 
-    elements = bench.STEP_BATCH * 3 * bench.STEP_SIZE**2
-    assert bench.bytes_saved_for_backward(Square()) == 2 * 4 * elements  # the input and y
+    elements = injection.STEP_BATCH * 3 * injection.STEP_SIZE**2
+    assert injection.bytes_saved_for_backward(Square()) == 2 * 4 * elements  # the input and y
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:
     """Batch norm statistics and the mode are put back."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    bench.bytes_saved_for_backward(net)
+    injection.bytes_saved_for_backward(net)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not net.training
 
 
 def test_chain_has_one_block_per_unit() -> None:
     """The deep chain gets exactly as many blocks as it has units."""
-    assert bench.time_chain(7)["sites"] == 7
+    assert injection.time_chain(7)["sites"] == 7
 
 
 def test_peers_work_on_the_same_sixteen_sites() -> None:
     """PEFT adapts sixteen convolutions, torchvision returns sixteen features."""
-    adapt = bench._peft()
+    adapt = injection._peft()
     assert adapt is not None
     adapted = adapt(models.build("torchvision/resnet50"))
     assert sum(name.endswith("lora_A.default") for name, _ in adapted.named_modules()) == 16
-    extractor = bench._feature_extractor(models.build("torchvision/resnet50").eval())
+    extractor = injection._feature_extractor(models.build("torchvision/resnet50").eval())
     assert len(extractor(torch.zeros(1, 3, 32, 32))) == 16
 
 
 def test_without_peft_it_is_skipped_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing peer is said, not an error."""
     monkeypatch.setitem(sys.modules, "peft", None)
-    result = bench.time_injection(rounds=1)
+    result = injection.time_injection(rounds=1)
     assert result["skipped"] == ["peft is not installed"]
     assert not any("peft" in name for name in result["seconds"])
     assert result["sites"] == 16
@@ -111,15 +111,15 @@ def test_without_peft_it_is_skipped_with_a_word(monkeypatch: pytest.MonkeyPatch)
 
 def test_peak_memory_comes_from_processes_of_their_own() -> None:
     """Each network's peak growth is positive and covers at least what it saves for backward."""
-    found = bench.peak_memory(1)
+    found = injection.peak_memory(1)
     assert set(found["bytes"]) == {"injected", "by hand"}
-    floor = bench.bytes_saved_for_backward(bench.by_hand())
+    floor = injection.bytes_saved_for_backward(injection.by_hand())
     assert all(value > floor for value in found["bytes"].values())
 
 
 def test_markdown_shows_every_figure() -> None:
     """The tables hold times, ratios, memory and what was skipped."""
-    text = bench.to_markdown(RESULT)
+    text = injection.to_markdown(RESULT)
     for part in (
         "16 SE sites on torchvision resnet50",
         "planning and checks included | 50.0 | 0.25 | 0.24 |",
@@ -138,9 +138,9 @@ def test_the_command_prints_markdown_or_json(
 ) -> None:
     """`bench inject` prints tables, with --json the same figures as data; options reach the run."""
     asked = {}
-    monkeypatch.setattr(bench, "inject", lambda **given: asked.update(given) or RESULT)
+    monkeypatch.setattr(injection, "inject", lambda **given: asked.update(given) or RESULT)
     assert main(["bench", "inject", "--rounds", "3", "--sites", "10,20"]) == 0
-    assert capsys.readouterr().out == bench.to_markdown(RESULT) + "\n"
+    assert capsys.readouterr().out == injection.to_markdown(RESULT) + "\n"
     assert asked == {"rounds": 3, "chain": [10, 20]}
     assert main(["bench", "inject", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == RESULT

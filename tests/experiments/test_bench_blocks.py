@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attninject.bench import block_speed, measure, peers
+from attninject.bench.block_speed import OURS, Case
 from attninject.cli import main
-from attninject.experiments import bench_blocks, measure, peers
-from attninject.experiments.bench_blocks import OURS, Case
 
 LAYER_NORM = {("gc", "timm"): 1e-4}
 """timm's layer norm has another epsilon."""
@@ -27,19 +27,19 @@ def case(name: str = "se", size: tuple[int, ...] = (2, 64, 9, 7), memory_format:
 # --- the peers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory_format", bench_blocks.FORMATS)
+@pytest.mark.parametrize("memory_format", block_speed.FORMATS)
 @pytest.mark.parametrize(("name", "peer"), PAIRS, ids=[f"{n}-{p}" for n, p in PAIRS])
 def test_a_peer_computes_what_ours_computes(name: str, peer: str, memory_format: str) -> None:
     """With our weights, in float64: the output and the map's gradient agree, and neither is trivial."""
     if peer == "mmcv" and importlib.util.find_spec("mmcv") is None:
         pytest.skip("mmcv is not installed")
     one = case(name, memory_format=memory_format)
-    modules, _ = bench_blocks.contenders(one)
+    modules, _ = block_speed.contenders(one)
     x, gradient = one.tensor(0).double().requires_grad_(), one.tensor(1).double()
-    ours = bench_blocks.results(modules[OURS].double(), x, gradient)
-    theirs = bench_blocks.results(modules[peer].double(), x, gradient)
-    assert bench_blocks.distance(ours, theirs) < LAYER_NORM.get((name, peer), 1e-9)
-    assert bench_blocks.distance(ours, [x.detach(), gradient]) > 1e-3
+    ours = block_speed.results(modules[OURS].double(), x, gradient)
+    theirs = block_speed.results(modules[peer].double(), x, gradient)
+    assert block_speed.distance(ours, theirs) < LAYER_NORM.get((name, peer), 1e-9)
+    assert block_speed.distance(ours, [x.detach(), gradient]) > 1e-3
 
 
 def test_every_block_has_the_papers_formula_beside_it() -> None:
@@ -53,8 +53,8 @@ def test_every_block_has_the_papers_formula_beside_it() -> None:
 def test_a_map_far_from_ours_is_far() -> None:
     """The distance that decides is of the order of the disturbance."""
     a = [torch.ones(10, 10), torch.ones(3)]
-    assert bench_blocks.distance(a, a) == 0
-    assert bench_blocks.distance(a, [torch.full((10, 10), 1.25), torch.ones(3)]) == pytest.approx(0.25)
+    assert block_speed.distance(a, a) == 0
+    assert block_speed.distance(a, [torch.full((10, 10), 1.25), torch.ones(3)]) == pytest.approx(0.25)
 
 
 class Halved(peers.SE):
@@ -81,7 +81,7 @@ def test_peers_that_differ_or_fail_are_left_out_and_named(monkeypatch: pytest.Mo
     subject = peers.SUBJECTS["se"]
     changed = dataclasses.replace(subject, peers={**subject.peers, **more})
     monkeypatch.setitem(peers.SUBJECTS, "se", changed)
-    result = bench_blocks.blocks(only=["se"], sizes=[(1, 16, 5, 4)], formats=["NCHW"], rounds=1)
+    result = block_speed.blocks(only=["se"], sizes=[(1, 16, 5, 4)], formats=["NCHW"], rounds=1)
     (row,) = result["rows"]
     assert not {"wrong", "broken", "absent"} & set(row["seconds"])
     assert row["skipped"] == {
@@ -89,7 +89,7 @@ def test_peers_that_differ_or_fail_are_left_out_and_named(monkeypatch: pytest.Mo
         "wrong": "computes something else, off by 0.5",
         "broken": "RuntimeError: view size is not compatible",
     }
-    text = bench_blocks.to_markdown(result)
+    text = block_speed.to_markdown(result)
     assert "Left out: absent: not installed (mmcv)." in text
     assert "Left out: wrong in se (NCHW): computes something else, off by 0.5." in text
 
@@ -101,7 +101,7 @@ def test_small_run_has_every_figure() -> None:
     """A large and a small map, both formats: all there, JSON-ready, peers measured."""
     sizes = [(1, 16, 200, 160), (1, 16, 5, 4)]
     lines: list[str] = []
-    result = bench_blocks.blocks(only=["se"], sizes=sizes, rounds=2, seconds=0, progress=lines.append)
+    result = block_speed.blocks(only=["se"], sizes=sizes, rounds=2, seconds=0, progress=lines.append)
     json.dumps(result)
     assert len(result["rows"]) == len(lines) == 4
     for row in result["rows"]:
@@ -110,8 +110,8 @@ def test_small_run_has_every_figure() -> None:
         assert row["map_bytes"] == 4 * torch.Size(row["size"]).numel()
         assert row["small"] == (row["size"][2] == 5)
         assert set(row["saved"]) == set(row["peak"]) == set(row["seconds"])
-        assert all(bench_blocks.AGREEMENT[torch.float32] > d for d in row["difference"].values())
-    text = bench_blocks.to_markdown(result, details=True)
+        assert all(block_speed.AGREEMENT[torch.float32] > d for d in row["difference"].values())
+    text = block_speed.to_markdown(result, details=True)
     assert "| float32 | 16×200×160 NCHW | 16×200×160 channels_last | 16×5×4 NCHW |" in text
     assert "### 1×200×160" not in text
     assert "### 1×16×200×160, float32" in text
@@ -123,7 +123,7 @@ def test_the_formulas_saved_bytes() -> None:
     """SE's formula keeps the map and little else; CBAM's keeps two maps: what the figures are compared with."""
     size = (1, 64, 40, 40)
     for name, maps in (("se", 1), ("cbam", 2)):
-        row = bench_blocks.measured(case(name, size), rounds=1)
+        row = block_speed.measured(case(name, size), rounds=1)
         assert maps <= row["saved"]["formula"] / row["map_bytes"] < maps + 0.15
         assert row["peak"]["formula"] >= row["saved"]["formula"]
 
@@ -131,12 +131,12 @@ def test_the_formulas_saved_bytes() -> None:
 def test_a_step_leaves_no_gradient_and_reaches_every_weight() -> None:
     """Each call differentiates the map and all weights, and cleans up."""
     one = case("cbam")
-    modules, _ = bench_blocks.contenders(one)
+    modules, _ = block_speed.contenders(one)
     module, x = modules[OURS], one.tensor(0).requires_grad_()
     touched: list[str] = []
     for name, p in (*module.named_parameters(), ("x", x)):
         p.register_hook(lambda grad, name=name: touched.append(name))
-    bench_blocks.step(module, x, one.tensor(1))()
+    block_speed.step(module, x, one.tensor(1))()
     assert set(touched) == {"x", *(name for name, _ in module.named_parameters())}
     assert x.grad is None
     assert all(p.grad is None for p in module.parameters())
@@ -144,21 +144,21 @@ def test_a_step_leaves_no_gradient_and_reaches_every_weight() -> None:
 
 def test_maps_of_pairwise_blocks_are_cut() -> None:
     """Where time is quadratic in many positions, fewer samples; a size that was asked for is kept."""
-    cases = bench_blocks._cases(["se", "nonlocal", "danet_cam"], None, ["NCHW"], None, "cpu")
+    cases = block_speed._cases(["se", "nonlocal", "danet_cam"], None, ["NCHW"], None, "cpu")
     sizes = {(c.name, c.size) for c in cases}
     assert ("nonlocal", (1, 256, 56, 56)) in sizes
     assert ("nonlocal", (8, 1024, 14, 14)) in sizes
     assert ("se", (8, 256, 56, 56)) in sizes
     assert ("danet_cam", (8, 256, 56, 56)) in sizes  # quadratic in channels
-    (asked,) = bench_blocks._cases(["nonlocal"], [(8, 256, 56, 56)], ["NCHW"], None, "cpu")
+    (asked,) = block_speed._cases(["nonlocal"], [(8, 256, 56, 56)], ["NCHW"], None, "cpu")
     assert asked.size == (8, 256, 56, 56)
-    dtypes = {c.dtype for c in bench_blocks._cases(["se"], None, ["NCHW"], None, "cuda")}
+    dtypes = {c.dtype for c in block_speed._cases(["se"], None, ["NCHW"], None, "cuda")}
     assert dtypes == {"float32", "bfloat16"}
 
 
 def test_scrambled_weights_are_no_starting_values() -> None:
     """Nothing is at zero or one, and the same seed gives the same."""
-    modules = [bench_blocks.contenders(case("nonlocal"))[0][OURS] for _ in range(2)]
+    modules = [block_speed.contenders(case("nonlocal"))[0][OURS] for _ in range(2)]
     for a, b in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
         assert torch.equal(a, b)
         assert 0 not in a
@@ -168,10 +168,8 @@ def test_scrambled_weights_are_no_starting_values() -> None:
 @pytest.mark.slow
 def test_the_compiled_form_is_measured_when_asked_for() -> None:
     """`compiled` adds a contender that agrees."""
-    result = bench_blocks.blocks(
-        only=["se"], sizes=[(2, 16, 9, 7)], rounds=1, compiled=True, formats=["NCHW"]
-    )
-    assert bench_blocks.COMPILED in result["rows"][0]["peer_over_ours"]
+    result = block_speed.blocks(only=["se"], sizes=[(2, 16, 9, 7)], rounds=1, compiled=True, formats=["NCHW"])
+    assert block_speed.COMPILED in result["rows"][0]["peer_over_ours"]
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
@@ -202,13 +200,13 @@ def test_summary_is_the_geometric_mean_against_the_fastest_peer() -> None:
         row("bam", False, **{OURS: 2.0, "formula": 1.0}),
         row("se", True, **{OURS: 1.0, "formula": 0.5, "timm": 3.0}),
     ]
-    found = bench_blocks.summary(rows)
+    found = block_speed.summary(rows)
     assert found["large"] == pytest.approx((2 * 8 * 0.5) ** (1 / 3))
     assert found["small"] == pytest.approx(0.5)
     assert found["blocks"] == pytest.approx({"se": 4.0, "bam": 0.5})
     assert found["worst_large"]["block"] == "bam"
-    assert bench_blocks.fastest_peer(rows[0]) == "timm"
-    assert bench_blocks.summary([row("se", False, **{OURS: 1.0})])["large"] is None
+    assert block_speed.fastest_peer(rows[0]) == "timm"
+    assert block_speed.summary([row("se", False, **{OURS: 1.0})])["large"] is None
 
 
 def test_spread_and_means() -> None:
@@ -272,7 +270,7 @@ def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     with measure.threads(2):
         about = measure.machine()
     assert about["allocator"] == {"LD_PRELOAD": "", "MALLOC_TOP_PAD_": "1024"}
-    text = bench_blocks.machine_line(about)
+    text = block_speed.machine_line(about)
     assert "2 threads, wall time. Allocator: LD_PRELOAD=, MALLOC_TOP_PAD_=1024. Filling 25 MB takes" in text
     assert f"torch {torch.__version__}, timm " in text
     assert torch.get_num_threads() != 2 or about["threads"] == 2
@@ -292,8 +290,8 @@ def test_the_command(
 ) -> None:
     """Options reach the run; Markdown by default, --json the data, --save both."""
     asked: dict[str, Any] = {}
-    real = bench_blocks.blocks(only=["se"], sizes=[(1, 16, 5, 4)], rounds=1)
-    monkeypatch.setattr(bench_blocks, "blocks", lambda **given: asked.update(given) or real)
+    real = block_speed.blocks(only=["se"], sizes=[(1, 16, 5, 4)], rounds=1)
+    monkeypatch.setattr(block_speed, "blocks", lambda **given: asked.update(given) or real)
     file = tmp_path / "figures.json"
     command = [
         "bench",
@@ -306,7 +304,7 @@ def test_the_command(
         "1x2x3x4,2x8x5x5",
     ]
     assert main([*command, "--device", "cpu", "--formats", "NCHW", "--compiled", "--save", str(file)]) == 0
-    assert capsys.readouterr().out == bench_blocks.to_markdown(real) + "\n"
+    assert capsys.readouterr().out == block_speed.to_markdown(real) + "\n"
     assert json.loads(file.read_text()) == real
     del asked["progress"]
     assert asked == {
@@ -322,7 +320,7 @@ def test_the_command(
     assert main(["bench", "blocks", "--json", "--quick"]) == 0
     assert json.loads(capsys.readouterr().out) == real
     assert asked["rounds"] == 3
-    assert max(torch.Size(size).numel() for size in asked["sizes"]) < bench_blocks.SMALL
+    assert max(torch.Size(size).numel() for size in asked["sizes"]) < block_speed.SMALL
 
 
 @pytest.mark.parametrize(

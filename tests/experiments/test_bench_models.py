@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from attninject import api
+from attninject.bench import networks
+from attninject.bench.networks import BARE, NETWORKS, OURS, THEIRS
 from attninject.cli import main
-from attninject.experiments import bench_models
-from attninject.experiments.bench_models import BARE, NETWORKS, OURS, THEIRS
 
 BLOCKS = {"resnet50 + SE": 16, "resnet50 + CBAM": 16, "resnet50 + 5 Non-Local": 5, "convnext_tiny + GC": 18}
 TINY = {"only": ["resnet50 + 5 Non-Local"], "batch": 2, "image": 32, "rounds": 1, "seconds": 0.0}
@@ -21,10 +21,10 @@ TINY = {"only": ["resnet50 + 5 Non-Local"], "batch": 2, "image": 32, "rounds": 1
 @pytest.mark.parametrize("name", NETWORKS)
 def test_timms_network_is_ours(name: str) -> None:
     """The same logits from the same weights, with as many blocks as said, which change the backbone's logits."""
-    nets = bench_models.contenders(NETWORKS[name])
+    nets = networks.contenders(NETWORKS[name])
     assert len(api.injected(nets[OURS])) == BLOCKS[name]
-    assert bench_models.distance(nets[OURS], nets[THEIRS], 32) < 1e-4
-    assert bench_models.distance(nets[OURS], nets[BARE], 32) > 1e-3
+    assert networks.distance(nets[OURS], nets[THEIRS], 32) < 1e-4
+    assert networks.distance(nets[OURS], nets[BARE], 32) > 1e-3
     counts = [sum(p.numel() for p in nets[which].parameters()) for which in (OURS, THEIRS, BARE)]
     assert counts[0] == counts[1] > counts[2]
 
@@ -32,9 +32,9 @@ def test_timms_network_is_ours(name: str) -> None:
 def test_a_network_that_differs_is_refused() -> None:
     """A slip in one of timm's sixteen blocks: no ratio to another function."""
     wrong = dataclasses.replace(NETWORKS["resnet50 + SE"], theirs=lambda: perturbed())
-    data = bench_models.Data(2, 32, "NCHW", "float32", "cpu")
+    data = networks.Data(2, 32, "NCHW", "float32", "cpu")
     with pytest.raises(AssertionError, match="computes something else than ours"):
-        bench_models.measured(wrong, data, rounds=1)
+        networks.measured(wrong, data, rounds=1)
 
 
 def perturbed() -> torch.nn.Module:
@@ -46,7 +46,7 @@ def perturbed() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     """A run on two small images."""
-    return bench_models.networks(**TINY)
+    return networks.networks(**TINY)
 
 
 def test_small_run_has_every_figure(result: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def test_small_run_has_every_figure(result: dict[str, Any]) -> None:
     assert list(row["seconds"]) == list(row["peak"]) == [OURS, THEIRS, BARE]
     assert row["blocks"] == 5
     assert row["peak"][OURS] > row["peak"][BARE] > 2**20
-    text = bench_models.to_markdown(result, details=True)
+    text = networks.to_markdown(result, details=True)
     assert "on 2 images of 32×32" in text
     assert "| resnet50 + 5 Non-Local | 5 | its slot of five blocks |" in text
     assert "| resnet50 + 5 Non-Local | bare |" in text
@@ -77,7 +77,7 @@ def test_prices_are_over_the_backbone() -> None:
     }  # fmt: skip
     assert (
         "| net + SE | 16 | attn_layer | 0.917 [0.917, 0.917] | 0.750 | +10 % | +50 % | +20 % | +100 % |"
-        in bench_models._ratios([row])
+        in networks._ratios([row])
     )
 
 
@@ -86,9 +86,9 @@ def test_the_command(
 ) -> None:
     """Options reach the run; Markdown by default, --json the data."""
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(bench_models, "networks", lambda **given: asked.update(given) or result)
+    monkeypatch.setattr(networks, "networks", lambda **given: asked.update(given) or result)
     assert main(["bench", "models", "--batch", "3", "--image", "40", "--only", "resnet50 + SE"]) == 0
-    assert capsys.readouterr().out == bench_models.to_markdown(result) + "\n"
+    assert capsys.readouterr().out == networks.to_markdown(result) + "\n"
     assert (asked["batch"], asked["image"], asked["only"], asked["rounds"]) == (3, 40, ["resnet50 + SE"], 9)
     assert main(["bench", "models", "--json", "--quick"]) == 0
     assert json.loads(capsys.readouterr().out) == result
@@ -98,6 +98,6 @@ def test_the_command(
 @pytest.mark.slow
 def test_compiled_blocks_are_measured_when_asked_for() -> None:
     """A row of their own, beside the same peers."""
-    result = bench_models.networks(**TINY, compiled=True)
-    assert bench_models.COMPILED in result["rows"][0]["over_theirs"]
-    assert "(compiled blocks)" in bench_models.to_markdown(result)
+    result = networks.networks(**TINY, compiled=True)
+    assert networks.COMPILED in result["rows"][0]["over_theirs"]
+    assert "(compiled blocks)" in networks.to_markdown(result)

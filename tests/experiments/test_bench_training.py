@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from attninject import errors
+from attninject.bench import digits, finetuning
 from attninject.cli import main
-from attninject.experiments import bench_finetune, digits
 from attninject.training import loop
 
-SMALL = bench_finetune.Task(
-    model="torchvision/resnet18", recipe="se_resnet", batch_size=2, size=32, device="cpu"
-)
+SMALL = finetuning.Task(model="torchvision/resnet18", recipe="se_resnet", batch_size=2, size=32, device="cpu")
 
 
 def test_finetune_takes_the_engines_steps_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,23 +27,23 @@ def test_finetune_takes_the_engines_steps_in_turn(monkeypatch: pytest.MonkeyPatc
         return real(run, batches)
 
     monkeypatch.setattr(loop.Run, "one_step", counted)
-    monkeypatch.setattr(bench_finetune, "_peak_in_child", lambda task: 2**20)
-    result = bench_finetune.finetune(SMALL, rounds=1)
+    monkeypatch.setattr(finetuning, "_peak_in_child", lambda task: 2**20)
+    result = finetuning.finetune(SMALL, rounds=1)
     plain, recipe, frozen = result["rows"]
-    tensors = len(list(bench_finetune.Step(SMALL).run.names))
+    tensors = len(list(finetuning.Step(SMALL).run.names))
     assert order == [62, tensors, tensors] * 3
     assert (plain["blocks"], recipe["blocks"], frozen["blocks"]) == (0, 8, 8)
     assert plain["parameters"] < recipe["parameters"] == frozen["parameters"]
     assert frozen["learning"].startswith("94.2 k of ")
     assert plain["throughput_of_plain"] == plain["peak_of_plain"] == 1
-    text = bench_finetune.to_markdown(result)
+    text = finetuning.to_markdown(result)
     assert "| se_resnet, frozen backbone | 8 |" in text
     assert "batch 2, 32×32, precision no" in text
 
 
 def test_peak_memory_of_fine_tuning_comes_from_a_process_of_its_own() -> None:
     """Three steps of a resnet18 raise the high-water mark by at least its gradients."""
-    assert bench_finetune._peak_in_child(SMALL) > 4 * 11_000_000
+    assert finetuning._peak_in_child(SMALL) > 4 * 11_000_000
 
 
 def record(**accuracies: list[float]) -> dict[str, Any]:
@@ -107,14 +105,14 @@ def test_the_commands_print_markdown_or_json(
     kept = record(plain=[0.9], SE=[0.95])
     monkeypatch.setattr(digits, "run", lambda *given, **more: asked.append(given) or kept)
     monkeypatch.setattr(
-        bench_finetune, "finetune", lambda task, rounds: asked.append((task, rounds)) or {"rows": 1}
+        finetuning, "finetune", lambda task, rounds: asked.append((task, rounds)) or {"rows": 1}
     )
-    monkeypatch.setattr(bench_finetune, "to_markdown", str)
+    monkeypatch.setattr(finetuning, "to_markdown", str)
     assert main(["bench", "digits", "--file", str(tmp_path / "d"), "--seeds", "2", "--epochs", "3"]) == 0
     assert capsys.readouterr().out == digits.to_markdown(kept) + "\n"
     assert main(["bench", "finetune", "--precision", "bf16", "--compiled", "--rounds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rows": 1}
     assert asked == [
         (tmp_path / "d", 2, 3),
-        (bench_finetune.Task(precision="bf16", compile=True), 2),
+        (finetuning.Task(precision="bf16", compile=True), 2),
     ]

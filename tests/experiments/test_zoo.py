@@ -17,8 +17,8 @@ from torch import nn
 import attninject as ai
 from attninject import models
 from attninject.cli import main
-from attninject.experiments import coverage, guarantees, subjects, tables
-from attninject.probe import Inputs
+from attninject.observe.example_inputs import Inputs
+from attninject.zoo import coverage, guarantees, subjects, tables
 
 PATIENT = coverage.Limits(300, 2**40)
 SMALL = {  # by kind of trunk: tokens, NHWC, container that hides its children, detector, clip, flow, segmentation

@@ -230,17 +230,17 @@ def test_accelerates_accumulation_does_not_divide_the_loss_twice(monkeypatch: py
 
 def test_mixup_and_cutmix_mix_images_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The net sees mixed images in training and plain ones in validation; the loss gets soft labels."""
-    from attninject.training import parts
+    from attninject.training import factories
 
     shapes: list[tuple[int, ...]] = []
-    real = parts.make_loss
+    real = factories.make_loss
 
     def listening(*args: Any) -> Any:
         criterion, mixup = real(*args)
         criterion.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[1].shape)))
         return criterion, mixup
 
-    monkeypatch.setattr(parts, "make_loss", listening)
+    monkeypatch.setattr(factories, "make_loss", listening)
     one, other, plain = net(), net(), net()
     finetune(plain, DATA, **QUICK)
     assert set(shapes) == {(8,)}

@@ -21,7 +21,7 @@ from torch import nn
 import attninject as ai
 from attninject import errors
 from attninject.training import data as images_of
-from attninject.training import finetune, parts, runs
+from attninject.training import factories, finetune, runs
 
 HERE = Path(__file__).parent
 LONG: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_a_state_that_no_checkpoint_holds_is_named(tmp_path: Path, monkeypatch: 
                     self.state[p]["Q"] = [p.detach()]
             return super().step(closure)
 
-    monkeypatch.setattr(parts, "make_optimizer", lambda model, train: Listing(ai.param_groups(model)))
+    monkeypatch.setattr(factories, "make_optimizer", lambda model, train: Listing(ai.param_groups(model)))
     with pytest.raises(errors.RunError, match=r"keeps a list \(Q\), .*take another optimizer"):
         finetune(net(), DATA, **QUICK, save_every=1, out=tmp_path / "a")
 

@@ -16,7 +16,7 @@ from tiny import Shades, net
 from torch import nn
 
 import attninject as ai
-from attninject.training import finetune, parts, runs
+from attninject.training import factories, finetune, runs
 from attninject.training.sharding import local
 
 BATCH = 8  # of all processes together
@@ -127,14 +127,14 @@ def share_held(made: Any) -> float:
 def main(out: Path) -> None:
     """All runs, each process writing its figures; then one in which the second process fails."""
     figures: dict[str, Any] = {}
-    real, shares = parts.make_optimizer, []
+    real, shares = factories.make_optimizer, []
 
     def listening(*given: Any) -> Any:
         made = real(*given)
         shares.append(share_held(made))
         return made
 
-    parts.make_optimizer = listening
+    factories.make_optimizer = listening
     writing, written = runs.Folder.replacing, []
 
     def counted(folder: Any, name: str, keep: str | None = None) -> Any:

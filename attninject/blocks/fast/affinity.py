@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attninject.blocks.attend import full_precision
-from attninject.blocks.fast.function import Lean
-from attninject.blocks.fast.primitives import by_rows, columns, flat, laid_out_as
+
+from .function import Lean
+from .primitives import by_rows, columns, flat, laid_out_as
 
 _BLOCK = 2**19
 """Logits of one block of queries on a CPU, which the cache should hold."""

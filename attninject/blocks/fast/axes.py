@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from attninject.blocks.attend import full_precision
-from attninject.blocks.fast.dispatch import untouched
-from attninject.blocks.fast.function import Lean, carrier
-from attninject.blocks.fast.primitives import flat, laid_out_as, pieces, wide
 from attninject.blocks.gate import Gate
+
+from .dispatch import untouched
+from .function import Lean, carrier
+from .primitives import flat, laid_out_as, pieces, wide
 
 
 class Strips(Lean):

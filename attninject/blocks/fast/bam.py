@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from attninject.blocks.attend import full_precision
-from attninject.blocks.fast.function import Lean, carrier
-from attninject.blocks.fast.primitives import (
+
+from .function import Lean, carrier
+from .primitives import (
     flat,
     laid_out_as,
     mix_channels,

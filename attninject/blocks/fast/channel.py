@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from attninject.blocks.attend import full_precision
-from attninject.blocks.fast.function import Lean, carrier
-from attninject.blocks.fast.primitives import (
-    affine,
-    channel_dot,
-    flat,
-    laid_out_as,
-    maxima_shares,
-    pieces,
-    room,
-)
+
+from .function import Lean, carrier
+from .primitives import affine, channel_dot, flat, laid_out_as, maxima_shares, pieces, room
 
 
 class Squeeze(Lean):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from attninject.blocks.attend import full_precision
-from attninject.blocks.fast.function import Lean, carrier
-from attninject.blocks.fast.primitives import (
+from attninject.blocks.gate import at_least_float32
+
+from .function import Lean, carrier
+from .primitives import (
     channel_dot,
     flat,
     laid_out_as,
@@ -20,7 +22,6 @@ from attninject.blocks.fast.primitives import (
     room,
     wide,
 )
-from attninject.blocks.gate import at_least_float32
 
 
 class Context(Lean):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from attninject.blocks.attend import full_precision
-from attninject.blocks.fast.function import Lean
-from attninject.blocks.fast.primitives import projected, projected_back
+
+from .function import Lean
+from .primitives import projected, projected_back
 
 
 def product(a: Tensor, b: Tensor, by_rows: bool) -> Tensor:

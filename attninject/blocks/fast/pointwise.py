@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attninject.blocks.fast.dispatch import untouched
+from .dispatch import untouched
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 """How a layer is applied: `call`, or a way that gives the same."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from attninject.blocks.attend import full_precision
-from attninject.blocks.fast.channel import Scale
-from attninject.blocks.fast.function import Lean, carrier
-from attninject.blocks.fast.primitives import (
+
+from .channel import Scale
+from .function import Lean, carrier
+from .primitives import (
     channel_dot,
     flat,
     laid_out_as,

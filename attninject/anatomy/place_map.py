@@ -1,0 +1,223 @@
+"""Where the named places of one recorded run are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from attninject.observe.record import Call, Record
+from attninject.surgery.injected_state import base_class
+from attninject.surgery.local_graph import public_forwards
+
+from .dataflow import Flow, Spot, output_key
+from .repeated_units import Units, contains, resolution
+from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
+
+
+class PlaceMap:
+    """The places of one recorded run. `inside` limits them to what happens within one call."""
+
+    def __init__(self, record: Record, inside: Call | None = None) -> None:
+        self.record = record
+        self.root = inside or record.calls[0]
+        self.flow = Flow(record)
+
+    @functools.cached_property
+    def adds(self) -> list[ResidualAdd]:
+        """Residual adds within the root."""
+        return [a for a in residual_adds(self.flow) if self.within(a.owner)]
+
+    @functools.cached_property
+    def _named(self) -> set[int]:
+        return {id(m) for m in self.root.module.modules()}
+
+    def within(self, call: Call) -> bool:
+        """Whether the call happened within the root, in a module that has a name there (none has one in a plain list)."""
+        return (call is self.root or contains(self.root, call)) and id(call.module) in self._named
+
+    @functools.cached_property
+    def units(self) -> list[Call]:
+        """The repeated units of the trunk, in order."""
+        return Units(self.flow, self.root, self.adds).find()
+
+    def resolution(self, spot: Spot) -> tuple[int, ...] | None:
+        """Spatial extents at a spot after a call, or None where it has none."""
+        return resolution(self.record, spot.value, getattr(spot.event, "module", None))
+
+    @functools.cached_property
+    def stages(self) -> list[Spot]:
+        """After the last unit at each resolution; in a net of one resolution, after each third of its units."""
+        rows: dict[tuple[int, ...], list[Spot]] = {}
+        for unit in self.units:
+            for spot in map(self._laid_out, self._streams(unit)):
+                at = self.resolution(spot)
+                if at is not None:
+                    rows.setdefault(at, []).append(spot)
+        if len(rows) == 1 and len(row := next(iter(rows.values()))) >= 3:
+            return [row[round(len(row) * k / 3) - 1] for k in (1, 2, 3)]
+        ends = sorted((row[-1] for row in rows.values()), key=lambda s: s.time)
+        return [self._joined(s) for s in ends] or self._activations()
+
+    def _streams(self, unit: Call) -> list[Spot]:
+        """After a unit: its first result, and further ones that go on from an input (parallel resolutions)."""
+        taken = {self.record.shape(i) for i in unit.ins}
+        made = [o for o in dict.fromkeys(unit.outs) if o not in unit.ins]
+        first = unit.outs[:1]
+        return [
+            after_call(unit, o)
+            for o in made
+            if o in first or (len(taken) > 1 and self.record.shape(o) in taken)
+        ]
+
+    def _laid_out(self, spot: Spot) -> Spot:
+        """The spot, or where a module around it puts its image blocks back into a map."""
+        frame, value = spot.owner, spot.value
+        cut = self.resolution(spot) is None and len(self.record.shape(value)) > 3
+        while cut and frame is not None and frame is not self.root:
+            maps = [o for o in frame.outs if self.flow.depends(o, value) and resolution(self.record, o)]
+            if maps:
+                return after_call(frame, maps[0])
+            frame = frame.parent
+        return spot
+
+    def _joined(self, end: Spot) -> Spot:
+        """The spot, or the end of a module around it that joins it with what went past it.
+
+        So a dense block stands for its last layer, a cross stage for the blocks that see half its channels.
+        """
+        frame, value, at = end.owner, end.value, self.resolution(end)
+        while frame is not None and frame is not self.root and self.within(frame):
+            others = [u for u in self.units if contains(frame, u)]
+            elsewhere = (
+                resolution(self.record, u.outs[0], u.module) not in (at, None) for u in others if u.outs
+            )
+            if len(frame.outs) == 1 and any(elsewhere):
+                break  # not what ends this resolution, but what joins several
+            joined = [o for o in frame.outs if resolution(self.record, o, frame.module) == at]
+            if value not in frame.outs and len(joined) == 1 and self._bypassed(frame, value, joined[0]):
+                value = joined[0]
+                end = after_call(frame, value)
+            frame = frame.parent
+        return end
+
+    def _bypassed(self, frame: Call, value: int, out: int) -> bool:
+        """Whether the module's result depends on the value, and on its inputs by another way too."""
+        if not self.flow.depends(out, value):
+            return False
+        wanted = {out}
+        for step in reversed(self.flow.steps):
+            if frame.start < step.time < frame.end and not wanted.isdisjoint(set(step.outs) - {value}):
+                wanted.update(step.ins)
+        return not wanted.isdisjoint(frame.ins)
+
+    def _activations(self) -> list[Spot]:
+        """Nets without units: the last activation before each drop of the resolution."""
+        groups: list[tuple[tuple[int, ...], list[Spot], bool]] = []
+        for call in self.record.calls:
+            leaf = is_leaf(call)
+            at = resolution(self.record, call.outs[0], call.module) if call.outs else None
+            if not leaf or not self.within(call) or not at or max(at) == 1:
+                continue
+            if not groups or groups[-1][0] != at:
+                groups.append((at, [], False))
+            bits = sum(self.flow.bit(o) for op in call.ops() for o in op.outs if o in self.flow.number)
+            same = bool(call.ins) and self.record.shape(call.ins[0]) == self.record.shape(call.outs[0])
+            if same and bits & self.flow.active and not bits & self.flow.taught:
+                groups[-1][1].append(after_call(call, call.outs[0]))
+            groups[-1] = (at, groups[-1][1], groups[-1][2] or bool(bits & self.flow.weighted))
+        return [self._summed(spots[-1]) for _, spots, heavy in groups if spots and heavy]
+
+    def _summed(self, end: Spot) -> Spot:
+        """The spot, or behind the residual sum in the root's own forward whose branch it ends."""
+        at, sums = (
+            self.resolution(end),
+            [a for a in self.adds if a.op.call is self.root and a.op.time > end.time],
+        )
+        if public_forwards(base_class(self.root.module)):
+            return end  # they would pass by what is put into this one
+        for add in sums:
+            if self.flow.depends(add.branch, end.value) and resolution(self.record, add.out) == at:
+                return Spot(add.op, "after", add.out)
+        return end
+
+    @functools.cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Begin and end time of each stage; what comes before the first is the stem."""
+        if not self.stages:
+            return []
+        begin = self.units[0].start if self.units else self.root.start
+        ends = [s.time for s in self.stages]
+        return list(zip([begin, *ends[:-1]], ends, strict=True))
+
+    def stage_of(self, time: int) -> int:
+        """Number of the stage, from 1; 0 outside all."""
+        return next((n for n, (b, e) in enumerate(self.spans, 1) if b <= time <= e), 0)
+
+    def unseen(self) -> str:
+        """What a message adds where the net calls modules that it does not hold as its own."""
+        calls = (c for c in self.record.calls if contains(self.root, c) and id(c.module) not in self._named)
+        classes = sorted(
+            {type(c.module).__name__ for c in calls if type(c.module).__module__[:6] != "torch."}
+        )
+        return (
+            f"; not seen are modules in a plain list or the like ({', '.join(classes)}): put them in an nn.ModuleList"
+            if classes
+            else ""
+        )
+
+    # --- words for the places ------------------------------------------------------------------
+
+    def after(self, call: Call) -> Spot:
+        """The spot at a call's first result."""
+        return after_call(call, call.outs[0])
+
+    def before(self, call: Call) -> Spot:
+        """The spot at a call's first input."""
+        return Spot(call, "before", call.ins[0])
+
+    def branch_ends(self) -> list[Spot]:
+        """The branch's last value before each residual add that has one."""
+        return [s for a in self.adds if (s := branch_end(self.record, self.flow, a))]
+
+    def shortcuts(self) -> list[Spot]:
+        """The shortcut operand of each residual add."""
+        return [Spot(a.op, "before", a.shortcut, operand=a.op.ins.index(a.shortcut)) for a in self.adds]
+
+    def layers_behind(self, spot: Spot) -> Iterator[Call]:
+        """The layers that run behind a spot and give something, in call order."""
+        for call in self.record.calls:
+            if is_leaf(call) and self.within(call) and call.start > spot.time and call.outs:
+                yield call
+
+    def made_by(self, call: Call, value: int) -> Spot | None:
+        """The spot after the module that made a value which enters a call; None where an operation made it."""
+        frame = call.parent
+        while frame is not None and self.within(frame):
+            made = producer(frame, value)
+            if isinstance(made, Call) and self.within(made):
+                return after_call(made, value)
+            frame = None if made else frame.parent
+        return None
+
+    @staticmethod
+    def can_carry(call: Call) -> bool:
+        """Whether a block can stand behind it: a batch norm needs a lone module as its reader, or to end a Sequential."""
+        owner = call.parent
+        if owner is None or not isinstance(call.module, _NormBase):
+            return True
+        users = [e for e in owner.events if call.outs[0] in e.ins and e is not call]
+        ends = isinstance(owner.module, nn.Sequential) and owner.outs == call.outs
+        return len(users) == 1 and isinstance(users[0], Call) if users else ends
+
+
+def is_leaf(call: Call) -> bool:
+    """Whether a call is one layer's; what makes the weight of a parametrized one does not count."""
+    return hasattr(call.module, "parametrizations") or not any(isinstance(e, Call) for e in call.events)
+
+
+def after_call(call: Call, value: int) -> Spot:
+    """The spot at one result of a call."""
+    return Spot(call, "after", value, output_key(call, value))

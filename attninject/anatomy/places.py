@@ -1,0 +1,107 @@
+"""Named places: sites that mean the same on every architecture. A new place is one function here.
+
+A place reads a `PlaceMap`, the structure that one recorded run shows, and gives spots in call order. Nothing here
+imports torch, so that a recipe is checked, and the places are listed, without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from attninject.errors import NoSuchPlaceError
+
+if TYPE_CHECKING:
+    from .dataflow import Spot
+    from .place_map import PlaceMap
+
+    Place = Callable[[PlaceMap], list[Spot]]
+
+PLACES: dict[str, Place] = {}
+"""Name → function; `register_place` adds to it."""
+
+
+def register_place(name: str) -> Callable[[Place], Place]:
+    """Make a function a place that rules may name: `@register_place("second_block")`."""
+
+    def register(place: Place) -> Place:
+        PLACES[name] = place
+        return place
+
+    return register
+
+
+def spots(net: PlaceMap, name: str) -> list[Spot]:
+    """The spots of a place, in call order.
+
+    Raises:
+        NoSuchPlaceError: the net has no such place; the message names those that it has.
+    """
+    found = PLACES[name](net)
+    if found:
+        return found
+    others = [other for other, place in sorted(PLACES.items()) if other != name and place(net)]
+    raise NoSuchPlaceError(
+        f"this {type(net.root.module).__name__} has no place {name!r}; "
+        + (f"it has {', '.join(others)}" if others else "name modules with `after` or `before`")
+        + net.unseen()
+    )
+
+
+@register_place("before_downsample")
+def _before_downsample(net: PlaceMap) -> list[Spot]:
+    """Every stage end but the last."""
+    return net.stages[:-1]
+
+
+@register_place("block_end")
+def _block_end(net: PlaceMap) -> list[Spot]:
+    """After each repeated unit: residual, dense layer, transformer or inception block."""
+    return [net.after(unit) for unit in net.units if unit.outs]
+
+
+@register_place("block_start")
+def _block_start(net: PlaceMap) -> list[Spot]:
+    """Before each repeated unit, where its branch and its shortcut part."""
+    return [net.before(unit) for unit in net.units if unit.ins]
+
+
+@register_place("head_input")
+def _head_input(net: PlaceMap) -> list[Spot]:
+    """The last value at the last stage's resolution, before it is pooled or a token is taken from it."""
+    if not net.stages:
+        return []
+    last = net.stages[-1]
+    at = net.resolution(last)
+    for call in net.layers_behind(last):
+        if net.resolution(net.after(call)) != at:
+            break
+        last = net.after(call) if net.can_carry(call) else last
+    return [last]
+
+
+@register_place("residual_branch")
+def _residual_branch(net: PlaceMap) -> list[Spot]:
+    """The branch's last value before each residual add of the trunk."""
+    return net.branch_ends()
+
+
+@register_place("shortcut")
+def _shortcut(net: PlaceMap) -> list[Spot]:
+    """The other operand of each residual add of the trunk."""
+    return net.shortcuts()
+
+
+@register_place("stage_end")
+def _stage_end(net: PlaceMap) -> list[Spot]:
+    """The last value at each resolution of the trunk."""
+    return list(net.stages)
+
+
+@register_place("stem_end")
+def _stem_end(net: PlaceMap) -> list[Spot]:
+    """What enters the first unit: after the module that made it, else before the unit."""
+    first = next((unit for unit in net.units if unit.ins), None)
+    if first is None:
+        return []
+    return [net.made_by(first, first.ins[0]) or net.before(first)]

@@ -1,0 +1,191 @@
+"""The recorder: every module call and every operation of one running forward, as they happen."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .meta_kernels import execute, meta_like
+from .record import Call, Op, Record, Ref, Value, map_tensors, written_tensors
+from .snapshot import PATCHING, undoing
+
+# --- recording ---------------------------------------------------------------------------------
+
+
+def _exotic(tree: Any) -> str:
+    """Name of the first class in a nested result that a graph would not rebuild as it was."""
+    if not isinstance(tree, (Mapping, tuple, list)):
+        return ""
+    items = list(tree.values()) if isinstance(tree, Mapping) else list(tree)
+    if type(tree) not in (tuple, list, dict) and not hasattr(tree, "_fields"):
+        return type(tree).__name__
+    return next((found for item in items if (found := _exotic(item))), "")
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identity of a tensor's storage while the tensor lives; its own id where it has no storage."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)
+
+
+class Mode(TorchDispatchMode):
+    """A dispatch mode that torch does not wrap for torch.compile: that would load all of torch._dynamo."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Recorder(Mode):
+    """Sees every ATen operation; `call` sees every module call."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+        self.clock = itertools.count()
+        self.current: dict[int, int] = {}  # id of a tensor -> its newest value
+        self.twins: dict[int, Tensor] = {}
+        self.keep: list[Any] = []  # ids above stay unique while what they name lives
+        self.storages: dict[int, int] = {}
+        self.stack: list[Call] = []
+        self.thread = threading.get_ident()
+        self.model_tensor = {id(stand_in): key for key, stand_in in record.stand_ins.items()}
+
+    def value_of(self, tensor: Tensor) -> int:
+        """The number of the value that a tensor holds now; a new one for a tensor not met before."""
+        found = self.current.get(id(tensor))
+        return self.new_value(tensor) if found is None else found
+
+    def new_value(self, tensor: Tensor) -> int:
+        """Number what a tensor holds from now on."""
+        key = id(tensor)
+        if key not in self.twins:
+            self.keep.append(tensor if self.record.mode != "real" else _Husk.of(tensor, self))
+            self.twins[key] = tensor if self.record.mode == "meta" else meta_like(tensor)
+        raw = storage_of(tensor)
+        storage = self.storages.setdefault(raw, len(self.storages))
+        self.record.born.setdefault(storage, next(self.clock))
+        shape, twin = tuple(tensor.shape), self.twins[key]
+        value = Value(len(self.record.values), shape, tensor.dtype, storage, twin, tensor.device)
+        self.record.values.append(value)
+        self.current[key] = value.index
+        if key in self.model_tensor:
+            self.record.constants.add(value.index)
+            self.record.constant_of.setdefault(self.model_tensor[key], value.index)
+        return value.index
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.stack:
+            return func(*args, **kwargs)
+        ins: list[int] = []
+        map_tensors((args, kwargs), lambda t: ins.append(self.value_of(t)))
+        given = self._kept(args, kwargs)
+        out = execute(func, args, kwargs)
+        written = written_tensors(func, args, kwargs)
+        for tensor in written:
+            self.new_value(tensor)
+        outs: list[int] = []
+        map_tensors(out, lambda t: outs.append(self.value_of(t)))
+        values = self.record.values
+        op = Op(
+            time=next(self.clock),
+            name=str(func),
+            ins=tuple(ins),
+            outs=tuple(dict.fromkeys(outs + [self.current[id(t)] for t in written])),
+            writes=frozenset(values[self.current[id(t)]].storage for t in written),
+            reads=frozenset(values[i].storage for i in ins),
+            call=self.stack[-1],
+            func=func,
+            given=given,
+        )
+        self.stack[-1].events.append(op)
+        return out
+
+    def _kept(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments of an operation as they are, save in a real run, whose tensors must not live on."""
+        if self.record.mode != "real":
+            return args, kwargs
+        return map_tensors((args, kwargs), lambda t: Ref(self.current[id(t)]))
+
+    def call(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Run one module call and note it, its inputs and its results."""
+        if threading.get_ident() != self.thread:
+            return original(module, *args, **kwargs)
+        parent = self.stack[-1] if self.stack else None
+        number = 1
+        if parent:
+            number = parent.runs[id(module)] = parent.runs.get(id(module), 0) + 1
+        call = Call(module, parent, number, next(self.clock))
+        call.args = map_tensors(args, lambda t: Ref(self.value_of(t)))
+        call.kwargs = map_tensors(kwargs, lambda t: Ref(self.value_of(t)))
+        if parent:
+            parent.events.append(call)
+        self.record.calls.append(call)
+        self.record.by_module.setdefault(id(module), []).append(call)
+        self.stack.append(call)
+        try:
+            out = original(module, *args, **kwargs)
+        finally:
+            self.stack.pop()
+        call.out = map_tensors(out, lambda t: Ref(self.value_of(t)))
+        call.exotic = _exotic(out)
+        call.end = next(self.clock)
+        return out
+
+
+class _Husk:
+    """Keeps a real tensor's identity unique without its memory: forgets the id once the tensor dies."""
+
+    def __init__(self, key: int, raw: int, recorder: Recorder) -> None:
+        self.key, self.raw, self.recorder = key, raw, recorder
+
+    @staticmethod
+    def of(tensor: Tensor, recorder: Recorder) -> Any:
+        husk = _Husk(id(tensor), storage_of(tensor), recorder)
+        storage_ref = torch.multiprocessing.reductions.StorageWeakRef(tensor.untyped_storage())
+        # the weak storage reference keeps the address from being used again
+        return weakref.finalize(tensor, husk.forget), storage_ref
+
+    def forget(self) -> None:
+        self.recorder.current.pop(self.key, None)
+        self.recorder.twins.pop(self.key, None)
+
+
+@contextlib.contextmanager
+def calls_through(handler: Callable[[Callable, nn.Module, tuple, dict], Any]) -> Iterator[None]:
+    """Send every module call of this process through `handler` (torch.fx's tracer works the same way)."""
+    with PATCHING:
+        original = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return handler(original, module, args, kwargs)
+
+        with undoing(lambda: setattr(nn.Module, "__call__", original)):
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            yield
+
+
+@contextlib.contextmanager
+def iterations(recorder: Recorder) -> Iterator[None]:
+    """Note which modules go over their own children while they run."""
+    original = nn.Module.named_children
+
+    def named_children(self: nn.Module) -> Any:
+        if recorder.stack and recorder.stack[-1].module is self:
+            recorder.record.iterating.add(id(self))
+        return original(self)
+
+    with undoing(lambda: setattr(nn.Module, "named_children", original)):
+        nn.Module.named_children = named_children  # type: ignore[method-assign]
+        yield

@@ -1,0 +1,55 @@
+"""A model's outputs before and after, compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .example_inputs import Inputs
+from .record import map_tensors
+from .snapshot import rng_kept, stand_ins
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
+    """Outputs in eval and in train mode on random inputs; the model's own buffers, modes and caches are spared."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    results: list[Any] = []
+    with rng_kept(), torch.no_grad(), stand_ins(model, _own_buffer):
+        torch.manual_seed(0)
+        real = _real_inputs(inputs, like)
+        for training in (False, True):
+            torch.manual_seed(1)
+            model.train(training)
+            try:
+                results.append(model(*real.args, **real.kwargs))
+            except Exception as error:  # some models take targets in train mode
+                results.append(repr(error))
+    return results
+
+
+def _own_buffer(tensor: Tensor) -> Tensor:
+    """Parameters are shared with the run, everything that it may write to is not."""
+    return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+
+def _real_inputs(inputs: Inputs, like: Tensor) -> Inputs:
+    def real(t: Tensor) -> Tensor:
+        if not t.is_meta:
+            return t
+        if t.is_floating_point():
+            return torch.randn(t.shape, device=like.device).to(t.dtype)
+        return torch.zeros(t.shape, dtype=t.dtype, device=like.device)
+
+    return Inputs(*map_tensors((inputs.args, inputs.kwargs), real))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two nested results hold the same tensors, bit for bit."""
+    flat_a: list[Tensor] = []
+    flat_b: list[Tensor] = []
+    map_tensors(a, flat_a.append)
+    map_tensors(b, flat_b.append)
+    same = len(flat_a) == len(flat_b)
+    return same and all(torch.equal(x, y) for x, y in zip(flat_a, flat_b, strict=True))

@@ -1,0 +1,109 @@
+"""What a block costs, and what a model costs: parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import nn
+
+from attninject.blocks import registry
+from attninject.errors import AttnInjectError, IdentityError
+from attninject.observe.example_inputs import Inputs
+from attninject.observe.probe import run
+from attninject.observe.record import Record
+from attninject.observe.snapshot import rng_kept
+from attninject.recipe.frozen import FrozenDict
+from attninject.recipe.rules import Rule
+from attninject.surgery.injected_state import injected_in
+
+
+def injected_parameters(model: nn.Module) -> int:
+    """Parameters of the blocks that are in the model already."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        if known := injected_in(module):
+            for insertion in known.edit:
+                seen.update({id(p): p.numel() for p in module._modules[insertion.name].parameters()})  # type: ignore[union-attr]
+    return sum(seen.values())
+
+
+# --- what a block costs ------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _cost(
+    block: str | type, args: FrozenDict, init: str, channels: int, dims: int, positions: tuple[int, ...]
+) -> tuple[int, int]:
+    with rng_kept():
+        try:
+            with torch.device("meta"):
+                built = registry.create_block(block, channels, init=init, dims=dims, **args)
+        except AttnInjectError:
+            raise
+        except Exception:  # a foreign class may not know the meta device
+            built = registry.create_block(block, channels, init=init, dims=dims, **args)
+    built.eval()
+    parameters = sum(p.numel() for p in built.parameters())
+    try:
+        x = torch.empty((1, channels, *positions), device="meta")
+        return parameters, macs_of(run(built, Inputs((x,)), "meta"))
+    except Exception:
+        return parameters, 0
+
+
+def block_cost(rule: Rule, channels: int, dims: int, positions: tuple[int, ...]) -> tuple[int, int]:
+    """Parameters and MACs of a rule's block; tests the identity of a foreign class.
+
+    Raises:
+        BlockError, TooFewChannelsError: the block cannot be built so.
+        IdentityError: a foreign class changes the function, and `init` is `identity`.
+    """
+    spec = registry.resolve(rule.block)
+    if spec.family != "registered":
+        return _cost(rule.block, rule.args, rule.init, channels, dims, positions)
+    cls: type = spec.cls  # not the name, which may be registered anew for an edited class
+    cost = _cost(cls, rule.args, rule.init, channels, dims, positions)
+    if rule.init == "identity":
+        _check_foreign(cls, rule.args, channels, dims)
+    return cost
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_foreign(block: type, args: FrozenDict, channels: int, dims: int) -> None:
+    with rng_kept():
+        built = registry.create_block(block, channels, init="identity", dims=dims, **args)
+    try:
+        kept = registry.is_identity(built, channels, dims)
+    except Exception as error:
+        raise IdentityError(
+            f"{block.__name__} fails on a random map of {channels} channels: {type(error).__name__}: {error}"
+        ) from error
+    if not kept:
+        raise IdentityError(
+            f"{block.__name__} changes the function at init; ask for init: blend (x + α(f(x) − x), α = 0) "
+            "or init: paper (as it is)"
+        )
+
+
+def macs_of(record: Record) -> int:
+    """Multiply-accumulates of a run for one sample: convolutions and matrix products."""
+    if not record.complete or not record.input_values:
+        return 0
+    total = 0
+    for op in record.calls[0].ops():
+        shapes = [record.shape(i) for i in op.ins]
+        kind = op.name.split(".")[1]
+        if kind == "convolution":
+            x, weight, out = shapes[0], shapes[1], record.shape(op.outs[0])
+            larger = math.prod(out[2:]) > math.prod(x[2:])  # transposed: each input position is spread
+            total += math.prod(x if larger else out) * math.prod(weight[1:])
+        elif kind in ("mm", "bmm"):
+            total += math.prod(shapes[0]) * shapes[1][-1]
+        elif kind in ("addmm", "baddbmm"):
+            total += math.prod(shapes[1]) * shapes[2][-1]
+        elif "scaled_dot_product" in kind:
+            (*batch, n, d), keys, values = shapes[0], shapes[1][-2], shapes[2][-1]
+            total += math.prod(batch) * n * keys * (d + values)
+    return total // max(1, record.shape(record.input_values[0])[0])

@@ -1,0 +1,285 @@
+"""From a spot to a holder: whether a block goes into its owner's graph or hangs on a module, and what forbids it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from attninject.anatomy.dataflow import Spot, output_key
+from attninject.errors import CannotRewriteError, TraceRefused
+from attninject.observe.record import Call, Op
+from attninject.planning import inplace_hazards
+from attninject.surgery.injected_state import CONTAINERS, base_class
+from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets
+
+from .scene import Scene, call_node, node_of
+
+
+@dataclass(frozen=True, eq=False)
+class Location:
+    """Where a block will hang and how it will be called.
+
+    Attributes:
+        holder: the module whose child the block becomes.
+        target: node of the holder's graph; None when the block works around the holder's forward.
+        mechanism: `graph` or `module`.
+        reason: why not `graph`; empty for `graph`.
+        copies: what in-place operations around the site make necessary.
+    """
+
+    holder: nn.Module
+    position: str
+    target: Target | None
+    operand: int | str
+    output: int | str | None
+    local: LocalGraph | None
+    mechanism: str
+    reason: str
+    copies: inplace_hazards.Copies
+
+
+def locate(scene: Scene, spot: Spot, path: str) -> Location:
+    """Decide where the block of a spot goes.
+
+    Raises:
+        CannotRewriteError: neither mechanism serves; the message says why.
+        InPlaceHazardError: no identity could keep the function there.
+    """
+    owner = spot.owner
+    _check_bypass(owner, path)
+    reason = _not_rewritable(scene, owner)
+    if not reason:
+        assert owner is not None
+        try:
+            local = scene.graph(owner.module)
+            return _in_graph(scene, local, owner, spot, path)
+        except TraceRefused as refused:
+            reason = f"{type(owner.module).__name__}: {refused}"
+    if isinstance(spot.event, Op):
+        return _operation_in_root(scene, spot, path, reason)
+    return _at_module(scene, spot, path, reason)
+
+
+def _check_bypass(owner: Call | None, path: str) -> None:
+    """Refuse what torch's encoder layer calls while training and passes by in eval mode without gradients."""
+    around = owner
+    while around is not None:
+        layer = around.module
+        if isinstance(layer, nn.TransformerEncoderLayer) and _has_fast_path(layer):
+            raise CannotRewriteError(
+                f"{path}: in eval mode without gradients nn.TransformerEncoderLayer takes a fast path that calls none "
+                "of its children, so a block there would not run; name the layer itself, or call "
+                "torch.backends.mha.set_fastpath_enabled(False) wherever the model is built"
+            )
+        around = around.parent
+
+
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    own = base_class(layer).forward is nn.TransformerEncoderLayer.forward
+    fits = layer.self_attn.batch_first and bool(layer.activation_relu_or_gelu)
+    return own and fits and torch.backends.mha.get_fastpath_enabled()
+
+
+def _not_rewritable(scene: Scene, owner: Call | None) -> str:
+    """Why an owner's graph is never rewritten; empty if it may be."""
+    if owner is None:
+        return "the root itself"
+    module = owner.module
+    if module is scene.model:
+        return "owner is the model"
+    if module is scene.root:
+        return "owner is the root"
+    if issubclass(base_class(module), CONTAINERS):
+        return f"owner is a container ({type(module).__name__})"
+    if isinstance(module, _NormBase):
+        return f"owner is a batch norm ({type(module).__name__}), which converting or freezing norms replaces"
+    if hasattr(module, "parametrizations"):
+        return f"owner is parametrized ({type(module).__name__}): its class is swapped when that ends"
+    if others := public_forwards(base_class(module)):
+        return f"owner has other forwards ({', '.join(others[:2])})"
+    return ""
+
+
+def _operation_in_root(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
+    owner = spot.owner
+    assert owner is not None
+    others = public_forwards(base_class(owner.module))
+    if owner.module in (scene.model, scene.root) and not others:
+        try:
+            return _in_graph(scene, scene.graph(owner.module), owner, spot, path)
+        except TraceRefused as refused:
+            reason = str(refused)
+    elif others:
+        reason = f"it is in a root with several forward methods ({', '.join(others)})"
+    raise CannotRewriteError(f"{path}: an operation cannot be reached here: {reason}")
+
+
+# --- in the owner's graph ----------------------------------------------------------------------
+
+
+def _in_graph(scene: Scene, local: LocalGraph, owner: Call, spot: Spot, path: str) -> Location:
+    node = call_node(local.eval, spot.event) if isinstance(spot.event, Call) else node_of(local, spot)
+    if node is None:
+        raise TraceRefused("the call is not in its graph")
+    target = targets(local.eval)[node]
+    if local.train is not local.eval and target not in targets(local.train).values():
+        raise TraceRefused("the call is not in its training graph")
+    operand = inplace_hazards.graph_operand(node, spot)
+    copies = inplace_hazards.in_graph(scene, local, spot, node, operand, path)
+    return Location(owner.module, spot.position, target, operand, spot.output, local, "graph", "", copies)
+
+
+# --- at a module -------------------------------------------------------------------------------
+
+
+def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
+    call = spot.event
+    assert isinstance(call, Call)
+    count = call.parent.runs[id(call.module)] if call.parent else 1
+    if count > 1:
+        owner = call.parent
+        assert owner is not None
+        if owner.module in (scene.model, scene.root) and not public_forwards(base_class(owner.module)):
+            try:
+                return _in_graph(scene, scene.graph(owner.module), owner, spot, path)
+            except TraceRefused as refused:
+                reason = str(refused)
+        raise CannotRewriteError(
+            f"{path}: it is called {count} times in one forward and its calls cannot be told apart ({reason})"
+        )
+    copies = inplace_hazards.at_module(scene, spot, path)
+    moved = _carrier(scene, spot)
+    carrier = moved.event
+    if isinstance(carrier, Call) and _bears_none(carrier.module):
+        moved = _beside(scene, moved, path, reason)
+        if not _not_rewritable(scene, moved.owner):
+            return locate(scene, moved, path)
+    carrier = moved.event
+    assert isinstance(carrier, Call)
+    _check_carrier(scene, carrier, moved, path)
+    operand = _parameter(carrier, moved, path) if moved.position == "before" else 0
+    return Location(
+        carrier.module, moved.position, None, operand, moved.output, None, "module", reason, copies
+    )
+
+
+def _carrier(scene: Scene, spot: Spot) -> Spot:
+    """Go down Sequentials (and modules that go over their own children) to the child that ends or begins them."""
+    call = spot.event
+    assert isinstance(call, Call)
+    children = [e for e in call.events if isinstance(e, Call)]
+    goes_over = inplace_hazards.is_chain(call.module) or id(call.module) in scene.record.iterating
+    if not children or not goes_over or isinstance(call.module, nn.ModuleDict):
+        return spot
+    child = children[-1] if spot.position == "after" else children[0]
+    as_often = len(scene.record.calls_of(child.module)) == len(scene.record.calls_of(call.module))
+    if not as_often or _bears_none(child.module) or "forward" in child.module.__dict__:
+        return spot
+    if spot.position == "after" and child.outs == call.outs and spot.output is None:
+        return _carrier(scene, Spot(child, "after", spot.value, output_key(child, spot.value)))
+    if spot.position == "before" and child.ins[:1] == (spot.value,):
+        return _carrier(scene, Spot(child, "before", spot.value))
+    return spot
+
+
+def _bears_none(module: nn.Module) -> bool:
+    """Whether no block hangs on it: converting norms replaces them, and ending a parametrization swaps a class."""
+    return isinstance(module, _NormBase) or hasattr(module, "parametrizations")
+
+
+def _beside(scene: Scene, spot: Spot, path: str, reason: str) -> Spot:
+    """Where the block of a norm or a parametrized module hangs.
+
+    `after` moves before the module's only consumer, or after the Sequential that it ends; `before` moves after
+    the only producer of its input.
+    """
+    call = spot.event
+    assert isinstance(call, Call)
+    owner = call.parent
+    assert owner is not None
+    events = scene.users[id(owner), spot.value]
+    if spot.position == "after":
+        users = [e for e in events if e is not call and spot.value in e.ins]
+        if spot.value not in owner.outs and len(users) == 1 and isinstance(users[0], Call):
+            if not _bears_none(users[0].module):
+                return _carrier(scene, Spot(users[0], "before", spot.value))
+        elif not users and owner.outs == call.outs and isinstance(owner.module, nn.Sequential):
+            return Spot(owner, "after", spot.value)
+    else:
+        makers = [e for e in events if e is not call and spot.value in e.outs and spot.value not in e.ins]
+        users = [e for e in events if spot.value in e.ins]
+        if (
+            len(makers) == len(users) == 1
+            and isinstance(makers[0], Call)
+            and not _bears_none(makers[0].module)
+        ):
+            return _carrier(scene, Spot(makers[0], "after", spot.value, output_key(makers[0], spot.value)))
+    raise CannotRewriteError(f"{path}: {_bearing(scene, spot, call)} ({reason})")
+
+
+def _bearing(scene: Scene, spot: Spot, call: Call) -> str:
+    """Why nothing serves, and what to name instead."""
+    what = f"{base_class(call.module).__name__} is parametrized; remove the parametrization first, or"
+    if isinstance(call.module, _NormBase):
+        what = (
+            "a batch norm cannot carry a block, and this one neither ends a Sequential nor has a single module as its "
+            "consumer;"
+            if spot.position == "after"
+            else "a batch norm cannot carry a block;"
+        )
+    events = call.parent.events if call.parent else []
+    makers = [
+        e.module for e in events if isinstance(e, Call) and e is not call and set(e.outs) & set(call.ins)
+    ]
+    near = [scene.path(m) for m in makers if id(m) in scene.paths]
+    return f"{what} name the module in front of it{f', {near[0]},' if near else ''} or the one around it"
+
+
+def _check_carrier(scene: Scene, carrier: Call, spot: Spot, path: str) -> None:
+    module = carrier.module
+    cls = base_class(module)
+    if "forward" in module.__dict__:
+        raise CannotRewriteError(
+            f"{path}: the instance has a forward of its own (an attribute), which would win; name a module beside it, "
+            "or patch the class in place of the instance"
+        )
+    if id(module) in scene.record.iterating and not issubclass(cls, CONTAINERS):
+        raise CannotRewriteError(
+            f"{path}: {cls.__name__} goes over its own children, so a new one would be called as a layer; "
+            "name one of its children"
+        )
+    if isinstance(module, _NormBase):
+        raise CannotRewriteError(f"{path}: a batch norm cannot carry a block")
+    if hasattr(module, "parametrizations"):
+        raise CannotRewriteError(f"{path}: {cls.__name__} is parametrized; remove the parametrization first")
+    hooks = module._forward_hooks if spot.position == "after" else module._forward_pre_hooks
+    if scene.record.hooks and hooks:
+        raise CannotRewriteError(
+            f"{path}: the block would run on the inner side of a hook that may change the shape; "
+            "inject before the hook is registered, or name a module beside it"
+        )
+
+
+def watchable(module: nn.Module) -> bool:
+    """Whether a module's class may be extended, so that what it gives is seen."""
+    own = "forward" in module.__dict__ or hasattr(module, "parametrizations")
+    return not own and not isinstance(module, _NormBase)
+
+
+def _parameter(carrier: Call, spot: Spot, path: str) -> int | str:
+    """The operand as the forward's parameter: its name, or its position where it was passed by position."""
+    parameters = list(inspect.signature(base_class(carrier.module).forward).parameters.values())[1:]
+    names = [p.name if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else "" for p in parameters]
+    operand = spot.operand
+    if isinstance(operand, int) and operand < len(carrier.args) and any(names[operand : operand + 1]):
+        return names[operand]
+    if isinstance(operand, str) and operand in names:
+        return operand
+    raise CannotRewriteError(
+        f"{path}: operand {operand!r} of {type(carrier.module).__name__} is no parameter of its forward by name; "
+        "name the module that makes the value, with after"
+    )

@@ -1,0 +1,105 @@
+"""A recipe resolved on one model, as frozen data: sites, and what carrying them out needs."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from attninject.errors import ForeignPlanError, StalePlanError
+from attninject.observe.example_inputs import Inputs
+from attninject.recipe.rules import Recipe
+from attninject.surgery.injected_state import Insertion
+from attninject.surgery.local_graph import LocalGraph
+
+from .planned_site import Site
+from .table import table
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A site with what carrying it out needs."""
+
+    site: Site
+    holder: nn.Module
+    insertion: Insertion
+    local: LocalGraph | None
+    device: torch.device  # of the tensor there; meta where the probe did not look
+    time: int  # orders the blocks of one carrier as the dataflow does
+    source: nn.Module | None = None  # makes the map whose positions the tokens at the site are
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Rules resolved on one model. `print` shows a table; `inject(model, plan)` carries it out.
+
+    Attributes:
+        sites: in the order of the rules, then of the calls.
+        recipe: what was resolved.
+        model_name: the class of the model.
+        base_parameters: parameters of the model before.
+        base_macs: multiply-accumulates of the model for one sample; 0 where the run did not get through.
+        notes: what was left aside.
+    """
+
+    sites: tuple[Site, ...]
+    recipe: Recipe
+    model_name: str
+    base_parameters: int
+    base_macs: int
+    notes: tuple[str, ...]
+    steps: tuple[Step, ...] = field(repr=False)
+    model: weakref.ref[nn.Module] = field(repr=False)
+    signature: Any = field(repr=False)
+    inputs: Inputs = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that the plan adds."""
+        return sum(s.parameters for s in self.sites)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates that the plan adds, for one sample."""
+        return sum(s.macs for s in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "model": self.model_name,
+            "recipe": self.recipe.to_dict(),
+            "sites": [s.to_dict() for s in self.sites],
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "base_parameters": self.base_parameters,
+            "base_macs": self.base_macs,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        return table(
+            self.model_name, self.recipe, self.sites, self.base_parameters, self.base_macs, self.notes
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that the plan was not made for, or one that has changed since.
+
+        Raises:
+            ForeignPlanError, StalePlanError: with what to do.
+        """
+        if self.model() is not model:
+            raise ForeignPlanError(
+                f"this plan was made for another {self.model_name} object; make one for this model with plan()"
+            )
+        if self.signature != signature(model) or any(
+            s.local is not None and not all(r.holds(s.holder) for r in s.local.reads) for s in self.steps
+        ):
+            raise StalePlanError("the model has changed since this plan was made; make it anew with plan()")
+
+
+def signature(model: nn.Module) -> Any:
+    """What a plan depends on: names, classes and identities of all modules."""
+    return tuple((name, id(m), type(m)) for name, m in model.named_modules(remove_duplicate=False))

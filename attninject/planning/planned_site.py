@@ -1,0 +1,63 @@
+"""One block at one point of the dataflow, as a plan shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from attninject.layout import Layout
+from attninject.recipe.frozen import FrozenDict
+
+
+@dataclass(frozen=True)
+class Site:
+    """One block at one point of the dataflow.
+
+    Attributes:
+        path: `layer1.0.bn3`, or `layer1.0::add` for an operation.
+        position: `after` or `before`.
+        call: which call of the module within one run of its owner, from 1.
+        owner: name of the module whose forward contains the site; "" for the model.
+        block: the block's registered name, or the class.
+        args: the block's arguments.
+        init: `identity`, `paper` or `blend`.
+        name: qualified name of the new module.
+        shape: of the tensor there, as the probe met it (its batch is 2 unless example_inputs said otherwise).
+        layout: what the tensor's axes mean.
+        channels: extent of the channel axis.
+        parameters: of the new block.
+        macs: multiply-accumulates of the new block for one sample (convolutions and matrix products).
+        mechanism: `graph` or `module`.
+        reason: why the mechanism is not `graph`; "" when it is.
+        rule: index of the rule in the recipe, from 0.
+        input: `before`: which operand, by position or name.
+        output: `after`: index or key of the tensor in a nested result.
+    """
+
+    path: str
+    position: str
+    call: int
+    owner: str
+    block: str | type
+    args: FrozenDict
+    init: str
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    channels: int
+    parameters: int
+    macs: int
+    mechanism: str
+    reason: str
+    rule: int
+    input: int | str | None = None
+    output: int | str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["block"] = self.block if isinstance(self.block, str) else self.block.__name__
+        data["args"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
+        data["shape"] = list(self.shape)
+        data["layout"] = str(self.layout)
+        return data

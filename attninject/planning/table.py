@@ -1,0 +1,70 @@
+"""A plan for people: the printed table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from attninject.recipe.rules import Recipe, Rule
+from attninject.wording import aligned, human
+
+from .planned_site import Site
+
+HEADER = ("site", "shape", "layout", "new module", "how", "parameters", "MACs")
+
+
+def table(
+    model_name: str,
+    recipe: Recipe,
+    sites: Sequence[Site],
+    base_parameters: int,
+    base_macs: int,
+    notes: Sequence[str],
+) -> str:
+    """The plan in words: rules with their counts, then a row per site, then the sums."""
+    lines = [f"{recipe.name} on {model_name}: {_sites(len(sites))}"]
+    for index, rule in enumerate(recipe.rules):
+        lines.append(f"rule {index + 1}: {described(rule)}: {_sites(sum(s.rule == index for s in sites))}")
+    lines += ["  " + line for line in aligned([HEADER, *map(row, sites)], right={5, 6})]
+    return "\n".join([*lines, *sums(sites, base_parameters, base_macs), *(f"note: {n}" for n in notes)])
+
+
+def described(rule: Rule) -> str:
+    """A rule in one line: `se (reduction=16), after layer1.*, init identity`."""
+    patterns = ", ".join(rule.after or rule.before or ())
+    where = rule.place or f"{'after' if rule.after else 'before'} {patterns}"
+    args = ", ".join(f"{key}={value}" for key, value in rule.args.items())
+    return f"{rule.block_name}{f' ({args})' if args else ''}, {where}, init {rule.init}"
+
+
+def row(site: Site) -> tuple[str, ...]:
+    """The cells of a site, under `HEADER`."""
+    call = f" call {site.call}" if site.call > 1 else ""
+    item = "" if site.output is None else f"[{site.output!r}]"
+    return (
+        f"{site.position} {site.path}{item}{call}",
+        "×".join(map(str, site.shape[1:])),
+        str(site.layout),
+        site.name,
+        site.mechanism,
+        f"{site.parameters:,}",
+        human(site.macs),
+    )
+
+
+def sums(sites: Sequence[Site], base_parameters: int, base_macs: int) -> Iterator[str]:
+    """The lines below the rows: reasons for `module`, parameters, MACs, and whether the output changes."""
+    for reason in dict.fromkeys(s.reason for s in sites if s.reason):
+        yield f"module: {reason}"
+    yield _sum("parameters", "{:,}".format, sum(s.parameters for s in sites), base_parameters)
+    if base_macs:
+        yield _sum("MACs", human, sum(s.macs for s in sites), base_macs)
+    same = all(s.init != "paper" for s in sites)
+    yield "output identical until training begins" if same else "output changes at once (init: paper)"
+
+
+def _sum(what: str, show: Callable[[int], str], new: int, base: int) -> str:
+    return f"{what}: {show(base)} + {show(new)} = {show(base + new)} (+{100 * new / max(base, 1):.1f} %)"
+
+
+def _sites(count: int) -> str:
+    return "1 site" if count == 1 else f"{count} sites"

@@ -1,0 +1,244 @@
+"""How each field of a rule is checked: one table, `_FIELDS`; all faults of a recipe in one report.
+
+A recipe may come from a stranger: nothing in it is imported, evaluated or fetched.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
+
+from attninject.anatomy.places import PLACES
+from attninject.errors import PatternError, UnknownBlockError
+from attninject.layout import RANK
+from attninject.wording import did_you_mean, nearest, quoted
+
+from .block_args import check_block_args, plain_args
+from .checks import Checker, boolean, checked_fields, choice, distinct, integer, some, words
+from .frozen import FrozenDict
+from .patterns import compile_pattern
+from .report import BAD, Node, Report
+from .rules import Every, Recipe, Rule
+
+# --- the checks of a field: node in, value or BAD out ----------------------------------------
+
+
+def _pattern(node: Node, report: Report) -> Any:
+    if not isinstance(node.value, str):
+        return report.expected(node, "a pattern")
+    try:
+        return compile_pattern(node.value).text
+    except PatternError as error:
+        return report.add(node, str(error))
+
+
+def _type_name(node: Node, report: Report) -> Any:
+    if isinstance(node.value, type):
+        return node.value.__name__
+    if not isinstance(node.value, str):
+        return report.expected(node, "the name of a class, such as BatchNorm2d")
+    if not node.value.isidentifier():
+        last = node.value.rpartition(".")[2]
+        hint = f"; write {last}" if last.isidentifier() and last != node.value else ""
+        return report.expected(node, "the bare name of a class, such as BatchNorm2d", hint)
+    return node.value
+
+
+def _operand(what: str, minimum: int | None) -> Checker:
+    number = integer(what, minimum)
+
+    def check(node: Node, report: Report) -> Any:
+        return node.value if isinstance(node.value, str) and node.value else number(node, report)
+
+    return check
+
+
+def _stage(node: Node, report: Report) -> Any:
+    if node.value == 0 and isinstance(node.value, int) and not isinstance(node.value, bool):
+        return report.add(node, "there is no stage 0; stages count from 1, or from -1 at the end")
+    return integer("the number of a stage, from 1, or negative from the end")(node, report)
+
+
+_PICK_WORDS = ("all", "first", "last")
+_pick_numbers = distinct(
+    some(integer("a number in call order, from 0, or negative from the end"), "a number")
+)
+
+
+def _pick(node: Node, report: Report) -> Any:
+    if isinstance(node.value, dict):
+        return _pick_every(node, report)
+    if isinstance(node.value, list | int) and not isinstance(node.value, bool):
+        return _pick_numbers(node, report)
+    if isinstance(node.value, str) and node.value in _PICK_WORDS:
+        return node.value
+    hint = did_you_mean(node.value, _PICK_WORDS) if isinstance(node.value, str) else ""
+    return report.expected(node, "first, last, all, a list such as [0, -1], or {every: 2, offset: 1}", hint)
+
+
+def _pick_every(node: Node, report: Report) -> Any:
+    checkers = {"every": integer("a number from 1", 1), "offset": integer("a number from 0", 0)}
+    before = len(report.faults)
+    values = checked_fields(node, checkers, "key", report)
+    if len(report.faults) > before:
+        return BAD
+    if "every" not in values:
+        return report.add(node, "`every` is missing, as in {every: 2, offset: 1}")
+    return BAD if BAD in values.values() else Every(**values)
+
+
+def _call(node: Node, report: Report) -> Any:
+    if isinstance(node.value, int) and not isinstance(node.value, bool):
+        return integer("a call's number, from 1, or last, or all", 1)(node, report)
+    return choice("a call's number, from 1, or one of", ("last", "all"))(node, report)
+
+
+def _block(node: Node, report: Report) -> Any:
+    if isinstance(node.value, type):
+        from torch import nn
+
+        good = issubclass(node.value, nn.Module)
+        return node.value if good else report.expected(node, "a subclass of torch.nn.Module")
+    if not isinstance(node.value, str):
+        from torch import nn
+
+        hint = "; give the class, not an instance" if isinstance(node.value, nn.Module) else ""
+        return report.expected(node, "the name of a block", hint)
+    from attninject.blocks import registry
+
+    try:
+        registry.get(node.value)
+    except UnknownBlockError as error:
+        if registry.refused(node.value):
+            return report.add(node, str(error))
+        hint = did_you_mean(node.value, registry.list_blocks())
+        return report.add(node, f"unknown block {quoted(node.value)}{hint}")
+    return node.value
+
+
+@cache
+def _module_attributes() -> frozenset[str]:
+    from torch import nn
+
+    return frozenset(dir(nn.Module()))
+
+
+def _name_fault(name: str) -> str | None:
+    """Why a module cannot bear this name, or None."""
+    if "." in name:
+        return f"{quoted(name)} is dotted; a name is one word, {quoted(name.rpartition('.')[2])} for example"
+    if not name.isascii() or not name.isidentifier():
+        return f"{quoted(name)} is no name for a module; use letters, digits and _"
+    if keyword.iskeyword(name) or name.startswith("__"):
+        return f"{name!r} is reserved by Python; take for example attn_{name.strip('_') or 'block'}"
+    if name in _module_attributes():
+        return f"{name!r} is reserved, every torch.nn.Module has it; take for example attn_{name.strip('_')}"
+    return None
+
+
+def _child_name(node: Node, report: Report) -> Any:
+    if not isinstance(node.value, str):
+        return report.expected(node, "a name")
+    fault = _name_fault(node.value)
+    return report.add(node, fault) if fault else node.value
+
+
+_patterns = some(_pattern, "a pattern")
+
+_FIELDS: dict[str, Checker] = {
+    "block": _block,
+    "after": _patterns,
+    "before": _patterns,
+    "place": choice("a place", PLACES),
+    "input": _operand("an operand, by position from 0 or by name", 0),
+    "output": _operand("an index or a key of the output", None),
+    "layout": choice("a layout", RANK),
+    "type": some(_type_name, "a class name"),
+    "exclude": _patterns,
+    "pick": _pick,
+    "per": choice("one of", ("model", "owner", "stage")),
+    "call": _call,
+    "stages": distinct(some(_stage, "a stage")),
+    "min_channels": integer("a number from 1", 1),
+    "args": plain_args,
+    "init": choice("one of", ("identity", "paper", "blend")),
+    "name": _child_name,
+    "optional": boolean,
+}
+
+
+# --- rules and recipes ------------------------------------------------------------------------
+
+
+def recipe_from(node: Node, report: Report, default_name: str) -> Recipe | None:
+    """The recipe of a tree, or None when a fault was reported."""
+    if not isinstance(node.value, dict):
+        hint = "; put `rules:` above the list" if isinstance(node.value, list) else ""
+        return cast(None, report.expected(node, "a mapping with `rules:`", hint))
+    checkers: dict[str, Checker] = {"name": words, "source": words, "rules": _rules}
+    before = len(report.faults)
+    values = checked_fields(node, checkers, "key", report)
+    if "rules" not in values:
+        hint = "; put `rules:` above, and - in front of `block`" if "block" in node.value else ""
+        report.add(node, f"`rules` is missing{hint}")
+    if len(report.faults) > before or BAD in values.values():
+        return None
+    return Recipe(values.get("name", default_name), values["rules"], values.get("source"))
+
+
+def _rules(node: Node, report: Report) -> Any:
+    if not isinstance(node.value, list) or not node.value:
+        hint = "; put - in front of each rule" if isinstance(node.value, dict) else ""
+        return report.expected(node, "a list of rules", hint)
+    top = Report(report.file, "", report.faults)
+    rules = [rule_from(item, top.within(f"rule {number}")) for number, item in enumerate(node.value, 1)]
+    return BAD if None in rules else tuple(rules)
+
+
+def rule_from(node: Node, report: Report) -> Rule | None:
+    """The rule of a tree, or None when a fault was reported."""
+    if not isinstance(node.value, dict):
+        return cast(None, report.expected(node, "a mapping with `block` and `after`, `before` or `place`"))
+    before = len(report.faults)
+    values = checked_fields(node, _FIELDS, "field", report, "; a block's own options go under `args`")
+    _check_together(node, values, report)
+    if "block" not in values:
+        if not _misspelt(node, ("block",)):
+            report.add(node, "`block` is missing")
+    elif values["block"] is not BAD and values.get("args") is not BAD:
+        block, args = node.value["block"][1], node.value.get("args", (None, Node({})))[1]
+        check_block_args(block, args, values.get("args", FrozenDict()), report.within("args"))
+    if len(report.faults) > before or BAD in values.values():
+        return None
+    return _with_usable_name(Rule(**values), node, report)
+
+
+def _check_together(node: Node, values: Mapping[str, Any], report: Report) -> None:
+    """What fields demand or forbid one another."""
+    where = [key for key in ("after", "before", "place") if key in values]
+    if not where and not _misspelt(node, ("after", "before", "place")):
+        report.add(node, "one of `after`, `before` and `place` is missing: where does the block go?")
+    for key in where[1:]:
+        report.add(node.value[key][0], f"`{key}` and `{where[0]}` exclude each other; make two rules of them")
+    if "input" in values and where and "before" not in where:
+        report.add(node.value["input"][0], f"`input` goes with `before`, not with `{where[0]}`")
+    if "output" in values and where == ["before"]:
+        report.add(node.value["output"][0], "`output` goes with `after`, not with `before`")
+    if "call" in values and where == ["place"]:
+        report.add(node.value["call"][0], "`call` goes with `after` or `before`, not with `place`")
+
+
+def _misspelt(node: Node, fields: tuple[str, ...]) -> bool:
+    """Whether an unknown field is reported as one of these: it is not missing besides."""
+    return any(set(nearest(str(key), _FIELDS, 1)) & set(fields) for key in node.value if key not in _FIELDS)
+
+
+def _with_usable_name(rule: Rule, node: Node, report: Report) -> Rule | None:
+    """The rule, if the name that its block gets by default can be a module's name."""
+    fault = _name_fault(rule.child_name)
+    if fault is None:
+        return rule
+    report.add(node, f"the block's own name serves as the module's, but {fault}; set `name`")
+    return None

@@ -1,0 +1,139 @@
+"""What a trace would freeze without a word: attribute reads are recorded, writes and contexts refused."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from attninject.errors import TraceRefused
+from attninject.observe.record import written_tensors
+from attninject.observe.recorder import Mode
+from attninject.observe.snapshot import undoing
+
+from .local_graph import MISSING, PRESENT
+
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_ITERATION = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+
+
+def _frozen(value: Any) -> Any:
+    """A copy of nested plain containers, so that a later change in place shows; what they hold stays the same.
+
+    Raises:
+        TraceRefused: a tensor in it, which has no equality to test.
+    """
+    if isinstance(value, Tensor):
+        raise TraceRefused("its forward reads a container of tensors")
+    if type(value) in (list, tuple):
+        return type(value)(_frozen(v) for v in value)
+    if type(value) is dict:
+        return {k: _frozen(v) for k, v in value.items()}
+    return value.copy() if isinstance(value, (list, dict)) else value
+
+
+class AttributeReads:
+    """Collects the attributes that modules are asked for; filled slots read as None."""
+
+    def __init__(self, owner: nn.Module, hidden: frozenset[str]) -> None:
+        self.owner, self.hidden, self.thread = owner, hidden, threading.get_ident()
+        self.on = False
+        self.found: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
+        self.iterates = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While torch.fx itself looks a tensor's name up."""
+        was_on, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = was_on
+
+    def get(self, module: nn.Module, name: str) -> Any:
+        """An attribute of a module, noted while a trace is on."""
+        on = self.on and threading.get_ident() == self.thread
+        if not on or name in _INTERNAL or name.startswith("__"):
+            if on and module is self.owner and name in _ITERATION:
+                self.iterates = True
+            return object.__getattribute__(module, name)
+        if module is self.owner:
+            if name in self.hidden:
+                return None
+            self.iterates |= name in _ITERATION
+        try:
+            value = object.__getattribute__(module, name)
+        except AttributeError:
+            registered = {**module.__dict__["_parameters"], **module.__dict__["_buffers"]}
+            registered.update(module.__dict__["_modules"])
+            if registered.get(name, MISSING) is None:
+                self.note(module, name, None)
+            elif name not in registered:
+                if not hasattr(type(module), name):
+                    self.note(module, name, MISSING)
+            elif isinstance(registered[name], nn.Module):
+                self.note(module, name, PRESENT)
+            raise
+        if name in module.__dict__ or isinstance(value, (bool, int, float, str, tuple, type(None))):
+            self.note(module, name, value)
+        return value
+
+    def note(self, module: nn.Module, name: str, value: Any) -> None:
+        """Keep the first value that was read."""
+        if isinstance(value, (Tensor, nn.Module)):
+            return
+        self.found.setdefault((id(module), name), (module, _frozen(value)))
+
+
+class NoWrites(Mode):
+    """Refuses a trace that would write into a real tensor (a counter, a cache), since the trace alone would count."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if written_tensors(func, args, kwargs or {}):
+            raise TraceRefused("its forward writes into a tensor that it did not make")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def guarded(reads: AttributeReads) -> Iterator[None]:
+    """Record attribute reads; refuse what a graph would silently lose: writes, checkpoints, contexts.
+
+    Other threads may go on making modules; calling one, torch.fx's own patch would be in their way.
+    """
+
+    def refuse(why: str, original: Callable) -> Callable:
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == reads.thread:
+                raise TraceRefused(why)
+            return original(*args, **kwargs)
+
+        return refused
+
+    children, grad = "it checkpoints its children", "its forward depends on the grad mode"
+    refusals: list[tuple[Any, str, str]] = [
+        (torch.utils.checkpoint, "CheckpointFunction", children),
+        (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", children),
+        (torch._C, "_set_grad_enabled", grad),
+        (torch, "is_grad_enabled", grad),
+        (torch.amp.autocast_mode.autocast, "__enter__", "its forward sets autocast"),
+        (nn.Module, "__setattr__", "its forward writes an attribute"),
+        (nn.Module, "__delattr__", "its forward writes an attribute"),
+    ]
+    saved = [(holder, name, getattr(holder, name)) for holder, name, _ in refusals]
+
+    def put_back() -> None:
+        with contextlib.suppress(AttributeError):
+            del nn.Module.__getattribute__
+        for holder, name, value in saved:
+            setattr(holder, name, value)
+
+    with undoing(put_back):
+        for (holder, name, why), (_, _, original) in zip(refusals, saved, strict=True):
+            setattr(holder, name, refuse(why, original))
+        nn.Module.__getattribute__ = lambda self, name: reads.get(self, name)  # type: ignore[method-assign, arg-type]
+        yield

@@ -1,0 +1,127 @@
+"""How a generated forward calls a block: any layout becomes the one that the block wants, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from attninject.errors import LayoutError
+from attninject.layout import RANK
+
+
+def run_block(
+    block: nn.Module, x: Any, kind: str = "NCHW", prefix: int = 0, grid: tuple[int, ...] | None = None
+) -> Any:
+    """Call a block on a value of any layout; generated forwards and extended carriers call this.
+
+    Args:
+        block: takes and gives (B, C, …).
+        x: the site's tensor, in the layout that the other arguments describe; see `Layout`.
+
+    Returns:
+        A tensor of x's shape; x itself while the block is disabled.
+
+    Raises:
+        LayoutError: the grid of the tokens of another input size cannot be told.
+    """
+    if getattr(block, "_attninject_disabled", False):
+        return x
+    call: Callable[[Any], Any] = _Leaf(block) if isinstance(x, fx.Proxy) else block
+    if grid is None and kind in ("NCHW", "NCL", "NCDHW"):
+        return call(x)
+    if kind in ("NHWC", "NDHWC"):
+        last = x.ndim - 1 if isinstance(x, Tensor) else RANK[kind] - 1
+        return call(x.permute(0, last, *range(1, last))).permute(0, *range(2, last + 1), 1)
+    tokens = x[:, prefix:] if prefix else x
+    sequence = tokens if kind == "NCL" else tokens.transpose(1, 2)
+    y = call(_to_map(sequence, grid, getattr(block, EXTENT, None)))
+    y = y.flatten(2) if grid else y
+    y = y if kind == "NCL" else y.transpose(1, 2)
+    return torch.cat((x[:, :prefix], y), dim=1) if prefix else y
+
+
+class _Leaf:
+    """A block that somebody else's torch.fx tracer is to see as one call, as it sees torch's own layers."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, x: fx.Proxy) -> Any:
+        tracer: Any = x.tracer
+        usual = tracer.is_leaf_module
+        tracer.is_leaf_module = lambda m, name: m is self.block or usual(m, name)
+        try:
+            return self.block(x)
+        finally:
+            del tracer.is_leaf_module
+
+
+def _to_map(sequence: Any, grid: tuple[int, ...] | None, extent: Extent | None) -> Any:
+    """(B, C, H·W) → (B, C, H, W); unchanged without a grid."""
+    if grid is None:
+        return sequence
+    if not isinstance(sequence, fx.Proxy):
+        seen = None if extent is None or _side_effects_count() else extent.positions
+        grid = fit_grid(sequence.shape[2], grid, seen)
+    return sequence.unflatten(2, grid)
+
+
+def fit_grid(count: int, grid: tuple[int, ...], seen: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The grid of `count` tokens: that of the map they were made of, else the measured one or its aspect ratio.
+
+    Args:
+        count: how many there are.
+        grid: measured when the plan was made.
+        seen: what the layer that made the map gave last; None where no such layer could be watched.
+
+    Raises:
+        LayoutError: none of them fits.
+    """
+    if seen is not None and count == math.prod(seen):
+        return seen
+    if count == math.prod(grid):
+        return grid
+    if len(grid) == 2:
+        height, width = grid
+        rows = round((count * height / width) ** 0.5)
+        if rows and count % rows == 0 and rows * width == height * (count // rows):
+            return rows, count // rows
+    raise LayoutError(
+        f"{count} tokens form no grid of the aspect ratio {':'.join(map(str, grid))} that the plan measured; "
+        "plan again with example_inputs of this size"
+    )
+
+
+EXTENT = "_attninject_extent"  # attribute of a block on tokens, and of the layer that makes their map
+
+
+class Extent:
+    """Rows and columns of the map that tokens come from, as the running forward met them.
+
+    One object is shared by the layer that makes the map, which writes, and the blocks behind it, which read: so
+    a block knows a 2 × 8 map from a 4 × 4 one. A copy begins empty, since it belongs to another network.
+    """
+
+    def __init__(self) -> None:
+        self.positions: tuple[int, ...] | None = None
+
+    def __reduce__(self) -> tuple[type[Extent], tuple[()]]:
+        return Extent, ()
+
+
+def note_extent(layer: nn.Module, out: Any) -> None:
+    """Write down the extents of the (B, C, H, W) that a layer gives; its generated forward calls this."""
+    extent = getattr(layer, EXTENT, None)
+    if extent is not None and isinstance(out, Tensor) and not _side_effects_count():
+        extent.positions = tuple(out.shape[2:])
+
+
+def _side_effects_count() -> bool:
+    """Under jit.trace and strict export, which complain of a write, a block takes the measured grid."""
+    compiler: Any = torch.compiler
+    strict = compiler.is_dynamo_compiling() and getattr(compiler, "is_exporting", bool)()
+    return torch.jit.is_tracing() or strict

@@ -1,0 +1,63 @@
+"""What has changed since injection: version counters, batches seen, what `freeze` holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .injected_state import injected_blocks
+
+FROZEN = "_attninject_frozen"  # of a module: its parameters that `freeze` froze → had they changed before?
+HELD = "_attninject_held"  # of a norm that `freeze` keeps in eval: had its statistics changed before?
+
+
+# --- what has changed since injection ----------------------------------------------------------
+
+_born: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter or batch norm → its state at injection
+
+
+def remember(model: nn.Module) -> None:
+    """Note the state of every parameter and batch norm at injection: version counters, batches seen.
+
+    Weak and outside the model, so that nothing is added to it; a copy of a model is unknown here.
+    """
+    first = not injected_blocks(model)
+    things: list[Tensor | nn.Module] = [*model.parameters(), *model.modules()]
+    for thing in things:
+        if first or thing not in _born:
+            state = _state_now(thing)
+            if state is not None:
+                _born[thing] = state
+
+
+def _state_now(thing: Tensor | nn.Module) -> Any:
+    """What an optimizer's step, or a batch in train mode, changes; None: cannot tell."""
+    if isinstance(thing, Tensor):
+        return None if thing.is_inference() else thing._version
+    # the running statistics have no use for this: their version counters stay still in train mode
+    batches = thing._buffers.get("num_batches_tracked")
+    return None if batches is None or batches.is_meta else batches.detach().clone()
+
+
+def changed_since_injection(thing: Tensor | nn.Module, unknown: bool = True) -> bool:
+    """Whether a parameter or a norm's statistics may have changed; `unknown`: the answer if nobody noted."""
+    then, now = _born.get(thing), _state_now(thing)
+    if then is None or now is None:
+        return unknown
+    return bool((then != now.to(then.device)) if isinstance(now, Tensor) else then != now)
+
+
+def kept_by_freeze(model: nn.Module) -> set[str]:
+    """Keys of base parameters and buffers that `freeze` holds, and that were as at injection when it did."""
+    kept = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        for name, changed in module.__dict__.get(FROZEN, {}).items():
+            parameter = module._parameters.get(name)
+            if parameter is not None and not parameter.requires_grad and not changed:
+                kept.add(dot + name)
+        if module.__dict__.get(HELD) is False:
+            kept.update(dot + name for name in module._buffers)
+    return kept

@@ -1,0 +1,162 @@
+"""The source text of a generated forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from .block_call import note_extent, run_block
+from .graph_edit import edit_graph, layout_arguments, with_item
+from .injected_state import Insertion
+from .local_graph import MISSING, PRESENT, LocalGraph, Read
+
+
+class ForwardWriter:
+    """Writes the source of a generated forward, and the names that the source needs."""
+
+    def __init__(
+        self,
+        base: type[nn.Module],
+        edit: tuple[Insertion, ...],
+        local: LocalGraph | None,
+        watched: bool,
+        remake: Callable[..., Any],
+    ) -> None:
+        """`remake(holder, *args)`: what the forward calls when its graph no longer holds."""
+        self.base, self.edit, self.local, self.watched = base, edit, local, watched
+        self.around_result = watched or any(i.target is None and i.position == "after" for i in edit)
+        self.names: dict[str, Any] = {
+            "_base": base.forward,
+            "_remake": remake,
+            "run_block": run_block,
+            "with_item": with_item,
+            "note_extent": note_extent,
+        }
+        self.parameters = _parameters(base.forward)
+
+    def source(self) -> str:
+        """The text of `forward`, and before it its inner functions."""
+        lines = [f"def forward({self._header()}):"]
+        if self.local:
+            lines += self._guards(self.local)
+        around = [i for i in self.edit if i.target is None]
+        for insertion in around:
+            if insertion.position == "before":
+                name = self._parameter(insertion.operand)
+                lines.append(f"    {name} = {_call(insertion, name)}")
+        text, calls = self._inner()
+        lines += [c.replace("return ", "_out = ", 1) for c in calls] if self.around_result else calls
+        if self.watched:
+            lines.append("    note_extent(self, _out)")
+        lines += ["    " + _after(i) for i in around if i.position == "after"]
+        if self.around_result:
+            lines.append("    return _out")
+        return text + "\n".join(lines) + "\n"
+
+    def _header(self) -> str:
+        parts, star = ["self"], False
+        for p in self.parameters:
+            text = p.name
+            if p.kind is p.VAR_POSITIONAL:
+                text, star = "*" + text, True
+            elif p.kind is p.VAR_KEYWORD:
+                text = "**" + text
+            elif p.kind is p.KEYWORD_ONLY and not star:
+                parts.append("*")
+                star = True
+            if p.default is not p.empty:
+                self.names[f"_default_{p.name}"] = p.default
+                text += f"=_default_{p.name}"
+            parts.append(text)
+        return ", ".join(parts)
+
+    def _arguments(self) -> str:
+        parts = ["self"]
+        for p in self.parameters:
+            if p.kind is p.KEYWORD_ONLY:
+                parts.append(f"{p.name}={p.name}")
+            else:
+                star = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(p.kind.name, "")
+                parts.append(star + p.name)
+        return ", ".join(parts)
+
+    def _parameter(self, operand: int | str) -> str:
+        if isinstance(operand, str):
+            return operand
+        return self.parameters[operand].name
+
+    def _guards(self, local: LocalGraph) -> list[str]:
+        """Lines that make the graph anew when something it depends on is not as it was."""
+        tests = []
+        for a in local.arguments.constants:
+            if isinstance(a.value, tuple):
+                tests.append(a.name)  # *args or **kwargs: empty then
+            else:
+                tests.append(f"{a.name} {'!=' if isinstance(a.value, str) else 'is not'} {a.value!r}")
+        slots = self._slots()
+        guarded = [r for r in local.reads if (r.path, r.name) not in slots and r.value is not PRESENT]
+        for n, read in enumerate(guarded):
+            tests.append(self._read_test(n, read))
+        if not tests:
+            return []
+        return [f"    if {' or '.join(tests)}:", f"        return _remake({self._arguments()})"]
+
+    def _slots(self) -> set[tuple[str, str]]:
+        return {("", i.name) for i in self.edit if i.slot != "free"}
+
+    def _read_test(self, n: int, read: Read) -> str:
+        holder = _dotted(read.path)
+        if read.value is MISSING:
+            return f"hasattr({holder}, {read.name!r})"
+        if read.value is None or isinstance(read.value, bool):
+            return f"{holder}.{read.name} is not {read.value!r}"
+        self.names[f"_read_{n}"] = read.value
+        plain = isinstance(read.value, (int, float, str, tuple, list, dict))
+        return f"{holder}.{read.name} {'!=' if plain else 'is not'} _read_{n}"
+
+    def _inner(self) -> tuple[str, list[str]]:
+        """Text of the inner functions, and the lines that call them."""
+        if self.local is None:
+            return "", [f"    return _base({self._arguments()})"]
+        given = ", ".join(["self", *(a.name for a in self.local.arguments.inputs)])
+        text = self._graph_source("_run_eval", self.local.eval)
+        lines = []
+        if self.local.train is not self.local.eval:
+            text += self._graph_source("_run_train", self.local.train)
+            if self.around_result:
+                return text, [f"    return (_run_train if self.training else _run_eval)({given})"]
+            lines = ["    if self.training:", f"        return _run_train({given})"]
+        return text, [*lines, f"    return _run_eval({given})"]
+
+    def _graph_source(self, name: str, graph: fx.Graph) -> str:
+        edited = edit_graph(graph, tuple(i for i in self.edit if i.target), self.base)
+        code = edited.python_code("self")
+        self.names.update((k, v) for k, v in code.globals.items() if k not in self.names)
+        return code.src.strip().replace("def forward(", f"def {name}(", 1) + "\n\n"
+
+
+def _parameters(forward: Callable) -> list[inspect.Parameter]:
+    return list(inspect.signature(forward).parameters.values())[1:]
+
+
+def _dotted(path: str) -> str:
+    text = "self"
+    for part in path.split(".") if path else ():
+        text = f"{text}.{part}" if part.isidentifier() else f"getattr({text}, {part!r})"
+    return text
+
+
+def _call(insertion: Insertion, value: str) -> str:
+    tail = "".join(f", {a!r}" for a in layout_arguments(insertion.layout))
+    given = f"{value}.clone()" if insertion.copy_given else value
+    return f"run_block(self.{insertion.name}, {given}{tail}){'.clone()' if insertion.copy_result else ''}"
+
+
+def _after(insertion: Insertion) -> str:
+    if insertion.output is None:
+        return f"_out = {_call(insertion, '_out')}"
+    item = f"_out[{insertion.output!r}]"
+    return f"_out = with_item(_out, {insertion.output!r}, {_call(insertion, item)})"

@@ -1,0 +1,166 @@
+"""Is a graph what its module does? Replayed on the probe's values, operation by operation."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+
+from attninject.errors import TraceRefused
+from attninject.observe.meta_kernels import execute
+from attninject.observe.record import Call, Op, Record, Ref, map_refs, map_tensors, written_tensors
+from attninject.observe.recorder import Mode
+
+from .local_graph import Effect, LocalGraph
+
+# --- faithfulness ------------------------------------------------------------------------------
+
+
+def check(local: LocalGraph, owner: nn.Module, call: Call, record: Record, training: bool) -> LocalGraph:
+    """Compare a graph with what the probe saw the owner's own forward do.
+
+    The graph is run on the probe's values, with the recorded results in place of the children. It must
+    make the same sequence of ATen operations and child calls, on the same values.
+
+    Returns:
+        The same graph with `effects` or `train_effects` filled in.
+
+    Raises:
+        TraceRefused: they differ.
+    """
+    graph = local.train if training else local.eval
+    effects = _Replay(graph, owner, call, record).run(local)
+    if training and local.train is not local.eval:
+        return dataclasses.replace(local, train_effects=effects)
+    return dataclasses.replace(local, effects=effects)
+
+
+class _Replay(Mode):
+    def __init__(self, graph: fx.Graph, owner: nn.Module, call: Call, record: Record) -> None:
+        super().__init__()
+        self.graph, self.owner, self.call, self.record = graph, owner, call, record
+        self.events = iter(call.events)
+        self.current: dict[int, int] = {}
+        self.keep: list[Any] = []
+        self.seen: list[Op] = []
+        self.modules = dict(owner.named_modules(remove_duplicate=False))
+
+    def twin(self, ref: Ref) -> Tensor:
+        tensor = self.record.values[ref.value].twin
+        self.current[id(tensor)] = ref.value
+        return tensor
+
+    def expect(self, kind: type, what: str) -> Any:
+        event = next(self.events, None)
+        if not isinstance(event, kind):
+            raise TraceRefused(f"its graph does something else than its forward (at {what})")
+        return event
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        op = self.expect(Op, str(func))
+        ins: list[Tensor] = []
+        map_tensors((args, kwargs), ins.append)
+        if op.name != str(func) or any(
+            self.current.get(id(t), i) != i for t, i in zip(ins, op.ins, strict=False)
+        ):
+            raise TraceRefused(f"its graph does {func} where its forward does {op.name}")
+        out = execute(func, args, kwargs)
+        outs: list[Tensor] = []
+        map_tensors(out, outs.append)
+        outs += [t for t in written_tensors(func, args, kwargs) if not any(t is o for o in outs)]
+        for tensor, value in zip(outs, op.outs, strict=False):
+            if tuple(tensor.shape) != self.record.shape(value):
+                raise TraceRefused(f"its graph gives other shapes than its forward at {func}")
+            self.keep.append(tensor)
+            self.current[id(tensor)] = value
+        self.seen.append(op)
+        return out
+
+    def run(self, local: LocalGraph) -> dict[fx.Node, Effect]:
+        env: dict[fx.Node, Any] = {}
+        effects: dict[fx.Node, Effect] = {}
+        signature = inspect.signature(local.forward)
+        bound = signature.bind(None, *self.call.args, **self.call.kwargs)
+        bound.apply_defaults()
+        with torch.no_grad():
+            for node in self.graph.nodes:
+                self.seen = []
+                args = fx.node.map_arg(node.args, env.__getitem__)
+                kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+                if node.op == "placeholder":
+                    env[node] = map_refs(bound.arguments[str(node.target)], self.twin)
+                elif node.op == "get_attr":
+                    env[node] = self.attribute(str(node.target))
+                elif node.op == "call_module":
+                    env[node] = self.child(node, args, kwargs)
+                elif node.op == "output":
+                    self.finish(args[0])
+                else:
+                    env[node] = self.operation(node, args, kwargs)
+                if node.op != "output":
+                    effects[node] = self.effect(env[node])
+        return effects
+
+    def effect(self, out: Any) -> Effect:
+        values = self.record.values
+        tree = map_tensors(out, lambda t: Ref(self.current[id(t)]) if id(t) in self.current else None)
+        storages: set[int] = set()
+        map_refs(tree, lambda r: storages.add(values[r.value].storage))
+        writes = frozenset().union(*(e.writes for e in self.seen))
+        return Effect(frozenset(storages), writes, tree)
+
+    def attribute(self, path: str) -> Any:
+        value = operator.attrgetter(path)(self.owner)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self.record.stand_ins:
+            raise TraceRefused(f"its graph reads {path}, which is no tensor of the model")
+        known = self.record.constant_of.get(id(value))
+        if known is not None:
+            return self.twin(Ref(known))
+        tensor = torch.empty_like(value, device="meta")
+        self.keep.append(tensor)
+        return tensor
+
+    def child(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        event = self.expect(Call, str(node.target))
+        if event.module is not self.modules.get(str(node.target)):
+            raise TraceRefused(f"its graph calls {node.target} where its forward calls another module")
+        given: list[int | None] = []
+        map_tensors((args, kwargs), lambda t: given.append(self.current.get(id(t))))
+        if tuple(given) != event.ins:
+            raise TraceRefused(f"its graph gives {node.target} other inputs than its forward does")
+        self.seen = list(event.ops())
+        written = (o for op in self.seen if op.writes for o in op.outs)
+        for value in written:  # has a new version
+            twin = id(self.record.values[value].twin)
+            if twin in self.current:
+                self.current[twin] = value
+        return map_refs(event.out, self.twin)
+
+    def operation(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        try:
+            with self:
+                if node.op == "call_function":
+                    return node.target(*args, **kwargs)  # type: ignore[operator]
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        except TraceRefused:
+            raise
+        except Exception as error:
+            raise TraceRefused(f"its graph fails on the probe's values ({error})") from error
+
+    def finish(self, out: Any) -> None:
+        if next(self.events, None) is not None:
+            raise TraceRefused("its forward does more than its graph")
+        given: list[int | None] = []
+        map_tensors(out, lambda t: given.append(self.current.get(id(t))))
+        if tuple(given) != self.call.outs:
+            raise TraceRefused("its graph returns other values than its forward")
+        if self.call.exotic:
+            raise TraceRefused(f"its forward returns a {self.call.exotic}, which a graph would not")

@@ -1,0 +1,221 @@
+"""A holder's generated class: made, cached, copied, pickled, and made anew when its graph no longer holds.
+
+A holder (the module that a block becomes a child of) gets a generated subclass of its own class whose
+forward runs the block: within the holder's own graph (`graph`), or around its forward (`module`). Object,
+children, keys and methods stay. Generated classes hold no module and no tensor, so copies are independent;
+they are cached, and rebuilt on unpickling from the original class and the recorded edit.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import itertools
+import linecache
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attninject.errors import CannotRewriteError, TraceRefused
+from attninject.observe.example_inputs import Inputs
+from attninject.observe.probe import run
+
+from .codegen import ForwardWriter
+from .faithfulness import check
+from .injected_state import CONTAINERS, Injected, Insertion, as_original, extended_since, injected_in
+from .local_graph import Arguments, LocalGraph
+from .tracer import trace
+
+
+def set_class(holder: nn.Module, cls: type) -> None:
+    """Swap a holder's class: object, children and keys stay."""
+    holder.__class__ = cls  # type: ignore[assignment]
+
+
+# --- generating a class ------------------------------------------------------------------------
+
+_classes: dict[Any, type] = {}
+_serial = itertools.count()
+
+
+def generate(
+    base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, watched: bool = False
+) -> type:
+    """The subclass of `base` whose forward runs the blocks of `edit`; cached.
+
+    Args:
+        base: the holder's original class.
+        edit: all its insertions, in the order in which they apply.
+        local: the graph of base's own forward; needed when an insertion has a target.
+        watched: whether it writes the size of its result down, for blocks on tokens.
+
+    Raises:
+        CannotRewriteError: a target is not in the graph.
+    """
+    local = local if any(i.target for i in edit) else None
+    key = (base, edit, None if local is None else _local_key(local), watched)
+    if key in _classes:
+        return _classes[key]
+    writer = ForwardWriter(base, edit, local, watched, remake)
+    source, names = writer.source(), writer.names
+    filename = f"<attninject {base.__module__}.{base.__qualname__} {next(_serial)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    exec(compile(source, filename, "exec"), names)  # the text is ours, made from the graph
+    attributes = {
+        "_attninject": Injected(base, edit, writer.local, watched),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "forward": names["forward"],
+        "__reduce_ex__": _reduce,
+        "__copy__": lambda self: _copy(self, lambda state: state),
+    }
+    if not hasattr(base, "__deepcopy__"):
+        attributes["__deepcopy__"] = lambda self, memo: _copy(self, lambda s: copy.deepcopy(s, memo), memo)
+    hidden = frozenset(i.name for i in edit if i.target is None)
+    if hidden and issubclass(base, CONTAINERS):
+        attributes.update(_hiding(base, hidden))
+    cls = _classes[key] = _subclass(base, attributes)
+    return cls
+
+
+def _subclass(base: type[nn.Module], attributes: dict[str, Any]) -> type:
+    return types.new_class(base.__name__, (base,), {}, lambda body: body.update(attributes))
+
+
+def _local_key(local: LocalGraph) -> Any:
+    """Equal for graphs of the same text, globals and conditions."""
+    reads = tuple(sorted((r.path, r.name, _value_key(r.value)) for r in local.reads))
+    return local.arguments, reads, *(_graph_key(g) for g in local.graphs)
+
+
+_graph_keys: weakref.WeakKeyDictionary[fx.Graph, Any] = weakref.WeakKeyDictionary()
+
+
+def _graph_key(graph: fx.Graph) -> Any:
+    if graph not in _graph_keys:
+        code = graph.python_code("self")
+        _graph_keys[graph] = (code.src, tuple(sorted((k, id(v)) for k, v in code.globals.items())))
+    return _graph_keys[graph]
+
+
+def _value_key(value: Any) -> str:
+    if value is None or isinstance(value, (bool, int, float, str, tuple, list, dict)):
+        return f"{type(value).__name__} {value!r}"
+    return f"id {id(value)}"
+
+
+# --- life of a generated class -----------------------------------------------------------------
+
+
+def remake(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`_remake`, kept out of compiled graphs; disabling only here spares everybody else torch._dynamo's import."""
+    return torch.compiler.disable(_remake)(holder, *args, **kwargs)
+
+
+def _remake(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Trace the holder's forward anew, since something the graph depends on has changed, and run it.
+
+    Raises:
+        CannotRewriteError: there is no faithful graph any more, or the site is not in it.
+    """
+    known = injected_in(holder)
+    assert known is not None
+    if extended_since(holder):
+        raise CannotRewriteError(
+            f"{known.base.__qualname__} changed since blocks were injected into its forward, and its class was "
+            f"extended ({type(holder).__name__}), so the forward cannot be made anew; make the change before that"
+        )
+    try:
+        arguments = Arguments.of(known.base.forward, args, kwargs)
+        local = trace(holder, known.base.forward, arguments, known.slots)
+        with as_original(holder):
+            record = run(holder, Inputs(args, kwargs), "meta", holder.training)
+            check(local, holder, record.calls[0], record, holder.training)
+    except TraceRefused as refused:
+        raise CannotRewriteError(
+            f"{known.base.__qualname__} changed since blocks were injected into its forward, and {refused}; "
+            "eject the blocks, make the change, and inject again"
+        ) from refused
+    set_class(holder, generate(known.base, known.edit, local, known.watched))
+    return holder.forward(*args, **kwargs)
+
+
+def _copy(holder: nn.Module, copy_state: Callable, memo: dict[int, Any] | None = None) -> nn.Module:
+    new = type(holder).__new__(type(holder))
+    if memo is not None:
+        memo[id(holder)] = new
+    new.__setstate__(copy_state(holder.__getstate__()))
+    return new
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Pickle as the original class plus the edit: generated code is never written to a file."""
+    known = injected_in(self)
+    assert known is not None
+    reduced: Any = known.base.__reduce_ex__(self, protocol)  # type: ignore[call-arg, arg-type]
+    if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        raise TypeError(f"{known.base.__qualname__} has its own __reduce__; eject the blocks to pickle it")
+    arguments = known.local.arguments if known.local else None
+    return (_rebuild, (known.base, known.edit, arguments, known.watched), *reduced[2:])
+
+
+def _rebuild(
+    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None, watched: bool
+) -> nn.Module:
+    settled = arguments is None
+    cls: Any = generate(base, edit, None, watched) if settled else _pending(base, edit, arguments, watched)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+def _pending(base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments, watched: bool) -> type:
+    """A class for the moment between a holder's making and its state: settles once the children are there."""
+    key = (base, edit, arguments, watched, "pending")
+    if key in _classes:
+        return _classes[key]
+
+    def settle(self: nn.Module) -> None:
+        slots = frozenset(i.name for i in edit if i.slot != "free")
+        local = trace(self, base.forward, arguments, slots)
+        set_class(self, generate(base, edit, local, watched))
+
+    def setstate(self: nn.Module, state: Any) -> None:
+        base.__setstate__(self, state)  # type: ignore[attr-defined]
+        settle(self)
+
+    known = Injected(base, edit, None, watched)
+    attributes = {"_attninject": known, "__setstate__": setstate, "__module__": base.__module__}
+    cls = _classes[key] = _subclass(base, attributes)
+    return cls
+
+
+def _hiding(base: type[nn.Module], hidden: frozenset[str]) -> dict[str, Any]:
+    """Container methods that leave the blocks out: length, iteration, slices."""
+
+    def shown(self: Any) -> OrderedDict:
+        return OrderedDict((k, v) for k, v in self._modules.items() if k not in hidden)
+
+    methods: dict[str, Any] = {"__len__": lambda self: len(self._modules) - len(hidden)}
+    if issubclass(base, nn.ModuleDict):
+        methods["__iter__"] = lambda self: iter(shown(self))
+        methods["keys"] = lambda self: shown(self).keys()
+        methods["values"] = lambda self: shown(self).values()
+        methods["items"] = lambda self: shown(self).items()
+        methods["__contains__"] = lambda self, key: key in shown(self)
+        return methods
+
+    def getitem(self: Any, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return base.__getitem__(self, index)  # type: ignore[attr-defined, index]
+        chosen = OrderedDict(list(shown(self).items())[index])
+        make: Any = base
+        return make(chosen) if issubclass(base, nn.Sequential) else make(list(chosen.values()))
+
+    methods["__iter__"] = lambda self: iter(shown(self).values())
+    methods["__getitem__"] = getitem
+    return methods

@@ -1,0 +1,165 @@
+"""What injection leaves in a model, as data: which blocks hang where. What is set aside here is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from attninject.layout import Layout
+from attninject.observe.snapshot import undoing
+
+from .local_graph import LocalGraph, Target
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+FLAG = "_attninject_disabled"  # attribute of a block while it is passed through
+SITE = "_attninject_site"  # attribute of a block: the Site that it was planned for
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One block in one holder.
+
+    Attributes:
+        name: of the block among the holder's children.
+        position: `after` or `before`.
+        target: the node of the holder's own forward (`graph`); None: the holder's result or input (`module`).
+        operand: `before`: which operand, by position or name.
+        output: `after`: which item of a tuple, list or dict; None: the result itself.
+        layout: of the value.
+        slot: what the name held: `free` nothing, `attribute` None, `module` a child registered as None.
+        copy_given: give the block a copy, since the value is written to in place later.
+        copy_result: copy what it gives, since a view of that is read after an in-place operation.
+    """
+
+    name: str
+    position: str
+    target: Target | None
+    operand: int | str = 0
+    output: int | str | None = None
+    layout: Layout = Layout("NCHW")  # noqa: RUF009 (frozen)
+    slot: str = "free"
+    copy_given: bool = False
+    copy_result: bool = False
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What a generated class remembers. `watched`: it writes the size of its result into an `Extent`."""
+
+    base: type[nn.Module]
+    edit: tuple[Insertion, ...]
+    local: LocalGraph | None
+    watched: bool = False
+
+    @property
+    def slots(self) -> frozenset[str]:
+        """Names that the original forward must see as None."""
+        return frozenset(i.name for i in self.edit if i.slot != "free")
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What `apply` does at one holder. `sources`: for each block on tokens the layer that makes their map."""
+
+    holder: nn.Module
+    blocks: tuple[tuple[Insertion, nn.Module], ...]
+    local: LocalGraph | None
+    sources: tuple[nn.Module | None, ...]
+
+
+def injected_in(module: nn.Module) -> Injected | None:
+    """What injection did to this very module, or None; also where FSDP or a parametrization extended its class."""
+    return getattr(type(module), "_attninject", None)
+
+
+def extended_since(module: nn.Module) -> bool:
+    """Whether somebody made a subclass of a generated class: such a class cannot be swapped under them."""
+    return injected_in(module) is not None and "_attninject" not in type(module).__dict__
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class before any injection."""
+    found = injected_in(module)
+    return found.base if found else type(module)
+
+
+def injected_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Qualified name → block, in the order of `named_modules`."""
+    return {name: getattr(holder, i.name) for name, holder, i in insertions(model)}
+
+
+def insertions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Insertion]]:
+    """Qualified name of each block, its holder, and its insertion there, in the order of `named_modules`."""
+    for path, module in model.named_modules():
+        if found := injected_in(module):
+            for insertion in found.edit:
+                yield f"{path}.{insertion.name}".lstrip("."), module, insertion
+
+
+def sites_of(model: nn.Module) -> dict[str, Any]:
+    """Qualified name of each injected block → the `Site` that it was planned for."""
+    return {name: block.__dict__.get(SITE) for name, block in injected_blocks(model).items()}
+
+
+@contextlib.contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """Pass every injected block through for a while: the model computes what its base does."""
+    blocks = list(injected_blocks(model).values())
+    before = [block.__dict__.get(FLAG) for block in blocks]
+
+    def put_back() -> None:
+        for block, flag in zip(blocks, before, strict=True):
+            if flag is None:
+                block.__dict__.pop(FLAG, None)
+            else:
+                block.__dict__[FLAG] = flag
+
+    with undoing(put_back):
+        for block in blocks:
+            block.__dict__[FLAG] = True
+        yield
+
+
+@contextlib.contextmanager
+def as_original(model: nn.Module) -> Iterator[None]:
+    """Let every holder run the forward of its original class, its slots empty: what a probe is to see.
+
+    `bypassed` leaves the rewritten forward in place, whose operations may differ from the original's.
+    """
+    holders = [(m, found) for m in model.modules() if (found := injected_in(m))]
+    saved = [Contents(m) for m, _ in holders]
+
+    def put_back() -> None:
+        for contents in saved:
+            contents.restore()
+
+    with undoing(put_back):
+        for holder, found in holders:
+            for insertion in found.edit:
+                if insertion.slot == "module":
+                    holder._modules[insertion.name] = None
+                elif insertion.slot == "attribute":
+                    del holder._modules[insertion.name]
+                    holder.__dict__[insertion.name] = None
+            holder.__dict__["forward"] = types.MethodType(found.base.forward, holder)
+        yield
+
+
+class Contents:
+    """Class, attributes and children of one module, to put back in their order."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.cls = module, type(module)
+        self.places = [(d, dict(d)) for d in (module._modules, module.__dict__)]
+
+    def restore(self) -> None:
+        """May be cut short and started anew."""
+        object.__setattr__(self.module, "__class__", self.cls)
+        for place, content in self.places:
+            place.clear()
+            place.update(content)

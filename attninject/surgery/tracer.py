@@ -1,0 +1,181 @@
+"""Local graphs: one module's own forward as a torch.fx graph, all its children leaves. Reads only.
+
+A plain trace freezes what Python decides on the way: `self.training`, optional arguments, attributes,
+the kind of a value. So a trace here records every attribute it reads, takes the optional arguments as the
+probe saw them, is made once for train and once for eval where that matters, and is accepted only when its
+operations, replayed on the probe's values, are those of the module's own forward (see `faithfulness`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from attninject.errors import TraceRefused
+from attninject.observe.snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
+
+from .attribute_guard import AttributeReads, NoWrites, guarded
+from .local_graph import IN_PLACE, Arguments, LocalGraph, Read
+
+_CHECKPOINT_FLAGS = frozenset({"grad_checkpointing", "use_checkpoint", "with_cp", "memory_efficient"})
+
+
+# --- tracing -----------------------------------------------------------------------------------
+
+
+class _Proxy(fx.Proxy):
+    """Keeps `x += y` in place: a plain Proxy turns it into `x = x + y`."""
+
+    __hash__ = fx.Proxy.__hash__
+
+
+def _in_place(name: str) -> Callable:
+    fn = getattr(operator, name)
+
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", fn, (self, other), {})
+
+    return method
+
+
+for _name in sorted(IN_PLACE):
+    setattr(_Proxy, f"__i{_name}__", _in_place(f"i{_name}"))
+
+
+class _TensorProxy(_Proxy):
+    """Stands for an argument that the probe saw to be a tensor: `isinstance(x, Tensor)` is true."""
+
+    _is_param = False  # asked by isinstance(x, nn.Parameter)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return Tensor
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else `self.count.add_(1)` would really count during the trace
+
+    def __init__(self, forward: Callable, arguments: Arguments, reads: AttributeReads) -> None:
+        super().__init__()
+        self.forward, self.arguments, self.reads = forward, arguments, reads
+        self.tensor_inputs = {a.name for a in arguments.inputs if a.tensor}
+        self.known = {id(t) for t in (*reads.owner.parameters(), *reads.owner.buffers())}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if node.op == "placeholder" and node.target in self.tensor_inputs:
+            return _TensorProxy(node, self)
+        return _Proxy(node, self)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """One placeholder per input; constants are passed as they are."""
+        positional, keyword = [], {}
+        parameters = inspect.signature(self.forward).parameters
+        for argument in self.arguments.items:
+            kind = parameters[argument.name].kind
+            if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                continue
+            value = argument.value
+            if not argument.constant:
+                value = self.create_proxy("placeholder", argument.name, (), {})
+            if kind is inspect.Parameter.KEYWORD_ONLY:
+                keyword[argument.name] = value
+            else:
+                positional.append(value)
+
+        def call(root: nn.Module) -> Any:
+            self.reads.on = True
+            try:
+                return self.forward(root, *positional, **keyword)
+            finally:
+                self.reads.on = False
+
+        return call, [self.root]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor) and id(a) not in self.known:
+            raise TraceRefused("its forward uses a tensor that is no parameter or buffer")
+        with self.reads.paused():
+            return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        with self.reads.paused():
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def trace(
+    owner: nn.Module, forward: Callable, arguments: Arguments, hidden: frozenset[str] = frozenset()
+) -> LocalGraph:
+    """Trace `forward` (the owner's, before any injection) with all children as leaves.
+
+    Args:
+        owner: the module; it is left as it was.
+        forward: the function of the owner's original class.
+        arguments: which arguments vary, which are constants.
+        hidden: slots filled by injection, which read as None.
+
+    Raises:
+        TraceRefused: no graph, or one that would freeze or miss something.
+    """
+    was_training = owner.training
+    with undoing(lambda: owner.__dict__.update(training=was_training)):
+        first, reads = _trace_once(owner, forward, arguments, hidden)
+        second = first
+        if any(r.path == "" and r.name == "training" for r in reads):
+            owner.__dict__["training"] = not was_training
+            second, more = _trace_once(owner, forward, arguments, hidden)
+            reads = tuple(dict.fromkeys((*reads, *more)))
+            if _text(second) == _text(first):
+                second = first
+    reads = tuple(r for r in reads if (r.path, r.name) != ("", "training"))
+    train, eval_ = (first, second) if was_training else (second, first)
+    return LocalGraph(forward, arguments, eval_, train, reads)
+
+
+def _text(graph: fx.Graph) -> str:
+    return graph.python_code("self").src
+
+
+def _trace_once(
+    owner: nn.Module, forward: Callable, arguments: Arguments, hidden: frozenset[str]
+) -> tuple[fx.Graph, tuple[Read, ...]]:
+    reads = AttributeReads(owner, hidden)
+    tracer = _Tracer(forward, arguments, reads)
+    before, drawn = Snapshot(owner), generators()
+    try:
+        with rng_kept(), undoing(before.restore):
+            with PATCHING, guarded(reads), NoWrites():
+                graph = tracer.trace(owner)
+            dirty, random_drawn = before.changed(), drawn != generators()
+    except TraceRefused:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise TraceRefused(
+            f"torch.fx cannot trace it ({text[0] if text else type(error).__name__})"
+        ) from error
+    if dirty:
+        raise TraceRefused("its forward changes a cache of its own")
+    if random_drawn:
+        raise TraceRefused("its forward draws random numbers in Python")
+    if reads.iterates:
+        raise TraceRefused("it iterates over its own children")
+    paths = {id(m): name for name, m in owner.named_modules()} if reads.found else {}
+    found = []
+    for (key, name), (_, value) in reads.found.items():
+        if name in _CHECKPOINT_FLAGS:
+            raise TraceRefused("it can checkpoint its children")
+        if key not in paths:
+            raise TraceRefused("it reads attributes of a module outside itself")
+        found.append(Read(paths[key], name, value))
+    if not all(r.holds(owner) for r in found):
+        raise TraceRefused("it reads an attribute that is another at every look")
+    return graph, tuple(found)

@@ -1,0 +1,89 @@
+"""Names, counts and lists in words: what every message and table of the house is made of."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Container, Iterable, Sequence
+
+_MAX_WORD = 200  # characters of a name that are looked at
+
+
+def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """Up to n of the candidates that most resemble `word`, best first; [] when none does.
+
+    >>> nearest("resnet_cbma", ["se_resnet", "cbam_resnet", "bam"], n=1)
+    ['cbam_resnet']
+    """
+    wanted = word[:_MAX_WORD].lower()
+    given, ordered = (
+        difflib.SequenceMatcher(b=text, autojunk=False) for text in (wanted, _in_word_order(wanted))
+    )
+    scored: list[tuple[float, str]] = []
+    for candidate in dict.fromkeys(candidates):
+        lowered = candidate[:_MAX_WORD].lower()
+        score = max(_ratio(given, lowered), _ratio(ordered, _in_word_order(lowered)))
+        if min(len(wanted), len(lowered)) > 2 and (wanted in lowered or lowered in wanted):
+            score = max(score, 0.6)
+        if score >= 0.6:
+            scored.append((-score, candidate))
+    return [candidate for _, candidate in sorted(scored)[:n]]
+
+
+def nearest_hint(word: str, names: Iterable[str]) -> str:
+    """What a message adds of names that resemble `word`: `; the nearest names are a, b`, or nothing."""
+    near = nearest(word, names)
+    return f"; the nearest names are {', '.join(near)}" if near else ""
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few of some names, for a message: `a, b, c, …`."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def _in_word_order(name: str) -> str:
+    return "_".join(sorted(re.split(r"[_./\- ]+", name)))
+
+
+def _ratio(matcher: difflib.SequenceMatcher[str], text: str) -> float:
+    matcher.set_seq1(text)  # the second sequence, which the matcher indexes, stays
+    quick = matcher.real_quick_ratio() >= 0.6 and matcher.quick_ratio() >= 0.6
+    return matcher.ratio() if quick else 0.0
+
+
+def clipped(text: str) -> str:
+    """At most 60 characters."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def quoted(text: str) -> str:
+    """A text in quotes, clipped."""
+    return repr(clipped(text))
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`; did you mean bn3?`, or nothing where nothing is near."""
+    close = nearest(word, candidates)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def human(count: int) -> str:
+    """12.3 M for 12,345,678, 4.10 G for 4,096,000,000: always three digits from 1,000."""
+    for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= limit:
+            return f"{count / limit:#.3g}".rstrip(".") + f" {unit}"
+    return str(count)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """Rows of cells as lines whose columns stand below one another, those of `right` flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return [line(cells) for cells in rows]
