@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attninject.blocks.attend import (
     attend,
     attention_rows,
+    autocasting,
     exporting,
     full_precision,
     project,
@@ -290,7 +291,7 @@ class NonLocal(Block):
 def full(x: Tensor) -> bool:
     """Whether layers compute in x's dtype, and that is float32 or wider."""
     kind = x.device.type
-    low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    low = autocasting(kind)
     return at_least_float32(x) is x and not low
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from block_cases import build, macs, noise, scrambled
-from timm.layers import Attention
 from timm.layers.non_local_attn import NonLocalAttn
 from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
+from timm.models.vision_transformer import Attention
 from torch import nn
 
 from attninject.blocks import registry
