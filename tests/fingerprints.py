@@ -81,6 +81,12 @@ def _unequal(mine: list, its: list) -> list[tuple[Any, Any]]:
     return [(a, b) for a, b in zip(mine, its, strict=True) if a != b]
 
 
+def _tracing() -> bool:
+    """Whether torch.fx traces symbolically; torch 2.6 has only the older question, which later releases warn of."""
+    fx = torch.fx._symbolic_trace
+    return getattr(fx, "is_fx_symbolic_tracing", fx.is_fx_tracing)()
+
+
 def process_state() -> dict[str, Any]:
     """What of the process a plan, a probe or a trace could leave changed."""
     name, keys, position, *rest = np.random.get_state()
@@ -93,6 +99,6 @@ def process_state() -> dict[str, Any]:
         "grad mode": torch.is_grad_enabled(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
         "function modes": torch._C._len_torch_function_stack(),
-        "tracing": torch.fx._symbolic_trace.is_fx_symbolic_tracing(),
+        "tracing": _tracing(),
         "default device": torch.get_default_device(),
     }

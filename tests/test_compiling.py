@@ -94,7 +94,9 @@ def limit() -> Iterator[None]:
     """Running into torch's recompile limit is an error."""
     import torch._dynamo as dynamo
 
-    with dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    names = ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit")  # the latter in torch 2.6
+    name = next(n for n in names if hasattr(dynamo.config, n))
+    with dynamo.config.patch(**{name: True}):
         yield
 
 

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALL, untouched
 
-from .attend import attend, attention_rows, exporting, full_precision, project, relu_of_sums, rows, unrows
+from .attend import (
+    attend,
+    attention_rows,
+    autocasting,
+    exporting,
+    full_precision,
+    project,
+    relu_of_sums,
+    rows,
+    unrows,
+)
 from .base import BATCH_NORM, CONV, Block, BlockSpec, hidden_width, static_shape
 from .fast import affinity, pairs
 from .gate import at_least_float32, normalize, zero
@@ -282,7 +292,7 @@ class NonLocal(Block):
 def full(x: Tensor) -> bool:
     """Whether layers compute in x's dtype, and that is float32 or wider."""
     kind = x.device.type
-    low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    low = autocasting(kind)
     return at_least_float32(x) is x and not low
 
 

@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from attninject.probe import Inputs, run
 from torch import Tensor, nn
 
 from attninject.blocks import registry
+from attninject.planning import macs_of
 
 FAMILIES = [importlib.import_module(file.stem) for file in sorted(Path(__file__).parent.glob("family_*.py"))]
 Table = TypeVar("Table", dict, set)
@@ -106,6 +108,14 @@ def scrambled(name: str, channels: int = 16, seed: int = 1, **kwargs: Any) -> nn
             elif key.endswith("running_mean"):
                 buffer.normal_(generator=generator)
     return block
+
+
+def macs(block: nn.Module, x: Tensor, mode: str = "meta") -> int:
+    """Multiply-accumulates for one sample of x in a recorded forward: on stand-ins, or in `mode` "real" with data.
+
+    Our own count, not torch's: what torch's counter makes of its fused attention differs between its releases.
+    """
+    return macs_of(run(block, Inputs((x,)), mode))
 
 
 def noise(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from block_cases import DIMS, NAMES, SIZES, build, gathered, noise
-from torch.utils.flop_counter import FlopCounterMode
+from block_cases import DIMS, NAMES, SIZES, build, gathered, macs, noise
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 COUNTS: dict[str, Callable[[int, int], int]] = gathered("COUNTS", {
     "se": lambda c, d: 2 * c * (c // 16) + c // 16 + c,
@@ -62,11 +62,18 @@ def test_parameters_by_hand(name, dims, channels):
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize(("name", "dims"), DIMS)
 def test_operations_by_hand(name, dims, channels):
-    """torch's dispatcher sees two operations per multiply-accumulate of the formula, and no others."""
-    block, x = build(name, channels, init="paper", dims=dims).eval(), noise(2, channels, *SIZES[dims])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        block(x)
-    assert counter.get_total_flops() == 2 * 2 * MACS[name](channels, *SIZES[dims])
+    """The count of a plan is the formula, taken on stand-ins as well as from the kernels that run on data."""
+    block, x = build(name, channels, init="paper", dims=dims), noise(2, channels, *SIZES[dims])
+    found = {mode: macs(block, x, mode) for mode in ("meta", "real")}
+    assert found == dict.fromkeys(found, MACS[name](channels, *SIZES[dims]))
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
+def test_attention_counts_its_two_products_whatever_kernel_runs(kernel):
+    """q kᵀ and the rows times v, plain or fused: the same number."""
+    block, x = build("mhsa", 64, init="paper"), noise(2, 64, 7, 5)
+    with sdpa_kernel(kernel):
+        assert macs(block, x, "real") == MACS["mhsa"](64, 7, 5)
 
 
 # --- published figures ----------------------------------------------------------------------------

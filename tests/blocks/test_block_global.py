@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_cases import build, noise, scrambled
-from timm.layers import Attention
+from block_cases import build, macs, noise, scrambled
 from timm.layers.non_local_attn import NonLocalAttn
 from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
+from timm.models.vision_transformer import Attention
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from attninject.blocks import registry
 from attninject.blocks.attend import attend, attention_rows, bounded, relu_of_sums, saturated
@@ -130,28 +129,24 @@ def test_counts_by_hand(c, r):
     assert count("sca", c, reduction=r) == (2 * d + c * d + d + 1) + (c * d + d + c * d + d + 1)
 
 
-def flops(name: str, **args) -> int:
-    """Multiplications and additions in the matrix products of one forward on (2, 16, 6, 4)."""
-    block = build(name, **args).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        block(noise(2, 16, 6, 4))
-    return counter.get_total_flops()
+def test_multiplications_by_hand():
+    """One per multiply-add, C = 16, N = 24: linear layers, then attention at its padded head size."""
+    c, n = 16, 24
+    linear = n * c  # one output channel of a layer over C
 
+    def found(name: str, **args) -> int:
+        return macs(build(name, **args), noise(2, c, 6, 4))
 
-def test_flops_by_hand():
-    """Two per multiply-add, B = 2, C = 16, N = 24: linear layers, then attention at its padded head size."""
-    b, c, n = 2, 16, 24
-    linear = 2 * b * n * c  # one output channel of a layer over C
-    assert flops("self_attention") == 3 * linear * c + 2 * 2 * b * n * n * c
-    assert flops("mhsa", num_heads=4) == 4 * linear * c + 2 * 2 * b * n * n * c
-    assert flops("nonlocal", norm=False) == 4 * linear * 8 + 2 * 2 * b * n * n * 8
-    assert flops("nonlocal", mode="dot_product") == 4 * linear * 8 + 2 * 2 * b * n * 8 * 8
-    assert flops("danet_pam") == linear * (2 + 2 + c) + 2 * 2 * b * n * n * c
-    assert flops("danet_cam") == 2 * 2 * b * c * c * n
-    assert flops("a2") == 4 * linear * 4 + 2 * 2 * b * n * 4 * 4
-    assert flops("external", memory=5) == 2 * linear * c + 2 * linear * 5
-    assert flops("generalized", terms="0010", num_heads=4) == (
-        2 * linear * c + 2 * 2 * b * n * c + 2 * b * c * c  # one row for all positions, also through W
+    assert found("self_attention") == 3 * linear * c + 2 * n * n * c
+    assert found("mhsa", num_heads=4) == 4 * linear * c + 2 * n * n * c
+    assert found("nonlocal", norm=False) == 4 * linear * 8 + 2 * n * n * 8
+    assert found("nonlocal", mode="dot_product") == 4 * linear * 8 + 2 * n * 8 * 8
+    assert found("danet_pam") == linear * (2 + 2 + c) + 2 * n * n * c
+    assert found("danet_cam") == 2 * c * c * n
+    assert found("a2") == 4 * linear * 4 + 2 * n * 4 * 4
+    assert found("external", memory=5) == 2 * linear * c + 2 * linear * 5
+    assert found("generalized", terms="0010", num_heads=4) == (
+        2 * linear * c + 2 * n * c + c * c  # one row for all positions, also through W
     )
 
 
