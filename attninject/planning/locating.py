@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from attninject.anatomy.dataflow import Spot, output_key
 from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.observe.record import Call, Op
-from attninject.planning import inplace_hazards
 from attninject.surgery.injected_state import CONTAINERS, base_class
 from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets
 
+from . import inplace_hazards
 from .scene import Scene, call_node, node_of
 
 

@@ -11,11 +11,11 @@ from attninject.anatomy.dataflow import Spot
 from attninject.errors import NoMatchError
 from attninject.layout import Layout
 from attninject.observe.probe import probe
-from attninject.planning import support
 from attninject.recipe.patterns import compile_pattern
 from attninject.surgery import injected_state
 from attninject.wording import aligned, nearest_hint
 
+from . import support
 from .scene import Scene
 
 # --- sites -------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from attninject.probe import Inputs, run
 from torch import Tensor, nn
 
 from attninject.blocks import registry
-from attninject.planning import macs_of
+from attninject.observe.example_inputs import Inputs
+from attninject.observe.probe import run
+from attninject.planning.cost import macs_of
 
 FAMILIES = [importlib.import_module(file.stem) for file in sorted(Path(__file__).parent.glob("family_*.py"))]
 Table = TypeVar("Table", dict, set)
