@@ -25,7 +25,7 @@ from attninject.observe.record import Record
 from attninject.planning.locating import locate
 from attninject.planning.scene import Scene
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "tests" / "reference"
 PLACES = yaml.safe_load((REFERENCE / "places.yaml").read_text())
 COUNTS = yaml.safe_load((REFERENCE / "parameter_counts.yaml").read_text())

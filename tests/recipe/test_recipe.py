@@ -128,7 +128,7 @@ def test_shipped_recipes_load_by_name():
         assert recipe.name == name
         assert recipe.source
         assert load_recipe(recipe) is recipe
-        header = (Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text().split("\nname:")[0]
+        header = (Path(__file__).parents[2] / "recipes" / f"{name}.yaml").read_text().split("\nname:")[0]
         assert all(line.startswith("#") for line in header.splitlines())
         assert all(
             word in header for word in ("Run:", f"attninject inject torchvision/resnet50 {name} "[:18], name)
