@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -89,14 +90,18 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def limit() -> Iterator[None]:
-    """Running into torch's recompile limit is an error."""
+def limit_is_an_error() -> contextlib.AbstractContextManager[None]:
+    """Running into torch's recompile limit raises."""
     import torch._dynamo as dynamo
 
     names = ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit")  # the latter in torch 2.6
-    name = next(n for n in names if hasattr(dynamo.config, n))
-    with dynamo.config.patch(**{name: True}):
+    return dynamo.config.patch({next(n for n in names if hasattr(dynamo.config, n)): True})
+
+
+@pytest.fixture
+def limit() -> Iterator[None]:
+    """Running into torch's recompile limit is an error."""
+    with limit_is_an_error():
         yield
 
 
@@ -147,12 +152,10 @@ def test_sizes_batches_and_no_grad_stay_under_the_limit_too(limit):
 
 def torchs_own_way() -> None:
     """The same net, each block compiled by itself."""
-    import torch._dynamo as dynamo
-
     model = net(WIDTHS)
     for block in ai.injected(model).values():
         block.compile(backend="eager")
-    with dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with limit_is_an_error():
         model.train()(image())
         model.eval()(image())
         model(image().to(memory_format=torch.channels_last))
