@@ -55,7 +55,7 @@ class Gate(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: any shape → the factor, same shape, float32 or wider."""
-        y = GATES[self.kind][self.identity](at_least_float32(z))
+        y = GATES[self.kind][int(self.identity)](at_least_float32(z))
         return 1 + y if self.skip and not self.identity else y
 
     def extra_repr(self) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import warnings
 
 import pytest
 import torch
 from block_cases import CASES, DIMS, NAMES, SIZES, SLOW_EXPORT, build, label, noise, scrambled
+from small import skip_onnx_of_norms
 
 FAST = ["se", "nonlocal"]
 
@@ -103,28 +103,11 @@ def onnx_output(block: torch.nn.Module, x: torch.Tensor, path: str) -> torch.Ten
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-@functools.cache
-def exports_batch_norm() -> bool:
-    """Whether torch and onnxscript together export torch's own batch norm: torch 2.6 does not with a newer onnxscript."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                torch.nn.BatchNorm2d(2).eval(), (noise(1, 2, 3, 3),), dynamo=True, verbose=False
-            )
-    except Exception as error:
-        if "_native_batch_norm_legit_no_training" not in str(error):
-            raise
-        return False
-    return True
-
-
 @pytest.mark.parametrize("name", FAST)
 def test_onnx_parity(name, tmp_path):
     """onnxruntime computes what torch computes."""
     block, x = scrambled(name).eval(), noise(2, 16, 7, 5)
-    if any(isinstance(m, torch.nn.BatchNorm2d) for m in block.modules()) and not exports_batch_norm():
-        pytest.skip("this torch and this onnxscript do not export torch's own batch norm")
+    skip_onnx_of_norms(block)
     y = onnx_output(block, x, str(tmp_path / "block.onnx"))
     torch.testing.assert_close(y, block(x).detach(), rtol=1e-4, atol=1e-5)
 
