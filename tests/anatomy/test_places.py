@@ -287,6 +287,8 @@ def tiered(names: list[str]) -> list:
 @pytest.mark.parametrize("name", tiered(sorted(GOLDEN)))
 def test_places_are_those_read_from_the_source(name: str) -> None:
     """Stage ends, units, residual adds and where their branches end, as the nets' source has them."""
+    if name == "timm/test_coatnet" and not timm.is_model("test_coatnet"):
+        pytest.skip("this timm has no such model yet")
     assert golden.compared(name).all() == []
 
 

@@ -510,7 +510,7 @@ def test_faults_of_one_rule(fields, message):
         ("? [a]: b\n: c", "expected a word as key, found a list"),
         ("a: 1\nb: \0", "r.yaml:2:4: no YAML: the character U+0000 is not allowed"),
         ("a: \ud800", "r.yaml:1:4: no YAML: the character U+D800 is not allowed"),
-        ('"\\UFFFFFFFF"', "no YAML: OverflowError"),
+        ('"\\UFFFFFFFF"', "no YAML: "),  # an OverflowError before Python 3.13, then a ValueError
         (b"a: \xff", "r.yaml: not UTF-8: invalid start byte at byte 3"),
         ("#" * (1 << 20) + "\n", "r.yaml: larger than 1 MiB (1048576 bytes), the most that is read"),
         ("é" * (1 << 19) + "\n", "r.yaml: larger than 1 MiB"),
