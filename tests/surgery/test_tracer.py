@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -102,7 +103,7 @@ def keeps_tensors(self, x):
         (draws_torch, "draws random numbers"),
         (constant, "no parameter or buffer"),
         (iterates, "iterates over its own children"),
-        (checkpoints, "grad mode"),
+        (checkpoints, "grad mode|checkpoints its children"),
         (autocasts, "sets autocast"),
         (without_grad, "depends on the grad mode"),
         (caches, "cache of its own"),
@@ -119,7 +120,7 @@ def test_what_a_graph_would_freeze_or_lose_goes_by_module(body: Callable, reason
     plan = ai.plan(model, **se(after="inner.b"), example_inputs=x)
     assert state(model) == marks
     assert plan.sites[0].mechanism == "module"
-    assert reason in plan.sites[0].reason
+    assert re.search(reason, plan.sites[0].reason)  # which of the two a checkpoint shows first is torch's
     ai.inject(model, plan)
     after = model(x)
     assert type(after) is type(before)
