@@ -249,6 +249,7 @@ def test_an_operand_of_a_module_in_the_root_comes_back(tmp_path: Path) -> None:
         assert not torch.equal(model(X), clean.a(X) + clean.b(X))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by torch 2.11's own compiler
 def test_a_wrapped_model_is_saved_like_the_model_inside(tmp_path: Path) -> None:
     """DataParallel-like and torch.compile wrappers do not show in the file."""
     model = inject(base())
