@@ -97,9 +97,9 @@ def forget() -> None:
 
 # Steps at which a half-done change would show; of all others the short run takes a sample.
 CRITICAL = re.compile(
-    r"^(create_block|_attach|_detach|_set_class|generate|edit_graph|exec|compile|setattr|set_rng_state|trace|check|run)$"
+    r"^(create_block|_attach|_detach|set_class|generate|edit_graph|exec|compile|setattr|set_rng_state|trace|check|run)$"
     r"|(add_module|__new__|graph_copy|Module\.to|Module\.train|Module\.__setattr__|dict\.clear|dict\.update)$"
-    r"|^(Snapshot\.|Contents\.|stand_ins|calls_through|_guarded|as_original|undoing|rng_kept|_outputs|_build)"
+    r"|^(Snapshot\.|Contents\.|stand_ins|calls_through|guarded|as_original|undoing|rng_kept|outputs|_build)"
 )
 
 
@@ -335,7 +335,7 @@ def check(prepare: Callable[[Net], Callable[[], Any]], kinds: list[type[BaseExce
 @pytest.mark.parametrize("prepare", OPERATIONS, ids=lambda f: f.__name__)
 def test_a_fault_at_any_critical_step_leaves_everything_as_it_was(prepare: Any) -> None:
     """Whatever fails, and wherever: model, generators and torch itself are untouched, and a retry works."""
-    assert check(prepare, [Fault, Interrupt], every=False) >= 5
+    assert check(prepare, [Fault, Interrupt], every=False) > 5
 
 
 @pytest.mark.slow
