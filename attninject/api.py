@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +12,20 @@ from torch import Tensor, nn
 from attninject.anatomy.places import PLACES
 from attninject.blocks import registry
 from attninject.errors import NoMatchError, VerificationError
+from attninject.notebook import html_table
 from attninject.observe.snapshot import rng_kept
 from attninject.observe.verify import equal, outputs
 from attninject.planning import planner, support
 from attninject.planning.plan import Plan, Step
 from attninject.planning.support import unwrapped
-from attninject.recipe.loading import load_recipe, recipe_names, rule_from_fields
+from attninject.recipe.loading import RecipeLike, load_recipe, recipe_names, rule_from_fields
 from attninject.recipe.patterns import compile_pattern
-from attninject.recipe.rules import Recipe, Rule
+from attninject.recipe.rules import Init, Recipe, RuleFields, explains_fields
 from attninject.surgery import apply, change_history, injected_state
 from attninject.wording import nearest
 
-RecipeLike = Recipe | Rule | str | os.PathLike[str] | Mapping[str, Any]
 
-
+@explains_fields
 def plan(
     model: nn.Module,
     recipe: RecipeLike | None = None,
@@ -34,29 +33,29 @@ def plan(
     root: str = "",
     example_inputs: Any = None,
     strict: bool = True,
-    args: Mapping[str, Any] | None = None,
-    **rule: Any,
+    **rule: Unpack[RuleFields],
 ) -> Plan:
     """Resolve a recipe on a model, with every check; nothing is touched. `print` the result.
 
     Args:
         model: any `nn.Module` that is not wrapped, compiled, scripted or quantized.
-        recipe: a shipped name, a path, a dict, a `Recipe`; or none, and the fields of one rule as keywords
-            (`block=`, and one of `after=`, `before=`, `place=`).
+        recipe: a shipped name, a path, a dict, a `Recipe`; or none, and the fields of one rule as keywords.
         root: submodule that patterns and places are relative to, as "backbone.body".
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; None: found.
         strict: a rule that is not `optional` and finds nothing is an error.
-        args: the block's arguments; with a recipe they override those of every rule.
+        **rule: without a recipe: `block`, one of `after`, `before` and `place`, and what else the rule says.
+            With a recipe: `args` alone, which override those of every rule.
 
     Raises:
         RecipeError: the recipe is faulty.
         PlanError: a rule cannot be carried out; each kind has a class of its own.
         UnsupportedModelError, ProbeError: the model is not open to surgery, or fails its own forward.
     """
-    resolved = _recipe(recipe, args, rule)
+    resolved = _recipe(recipe, rule)
     return planner.make(model, resolved, root=root, example_inputs=example_inputs, strict=strict)
 
 
+@explains_fields
 def inject(
     model: nn.Module,
     recipe: RecipeLike | Plan | None = None,
@@ -65,8 +64,7 @@ def inject(
     example_inputs: Any = None,
     strict: bool = True,
     verify: bool = False,
-    args: Mapping[str, Any] | None = None,
-    **rule: Any,
+    **rule: Unpack[RuleFields],
 ) -> nn.Module:
     """Put attention into a model, in place, and return the same object.
 
@@ -80,23 +78,20 @@ def inject(
         example_inputs: see `plan`.
         strict: see `plan`.
         verify: run the model on random inputs before and after, and compare.
-        args: see `plan`.
-        **rule: fields of one rule.
+        **rule: see `plan`:
 
     Raises:
         ForeignPlanError, StalePlanError: a plan of another model, or of one changed since.
         VerificationError: `verify` found a difference; the model was restored.
     """
     if isinstance(recipe, Plan):
-        if root or args or rule:
+        if root or rule.pop("args", None) or rule:
             raise TypeError("a plan is resolved already; give root, args and fields of a rule to plan()")
         given = recipe
         support.refuse_unsupported(model)
         given.check(model)
     else:
-        given = plan(
-            model, recipe, root=root, example_inputs=example_inputs, strict=strict, args=args, **rule
-        )
+        given = plan(model, recipe, root=root, example_inputs=example_inputs, strict=strict, **rule)
     before = outputs(model, given.inputs) if verify else None
     changes = _changes(model, given)
     change_history.remember(model)
@@ -138,9 +133,21 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
+class InjectedBlocks(dict[str, nn.Module]):
+    """Qualified name → block, in a notebook a table."""
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, type(block).__name__, f"{sum(p.numel() for p in block.parameters()):,}")
+            for name, block in self.items()
+        ]
+        below = [] if rows else ["no injected blocks"]
+        return html_table(("module", "block", "parameters"), rows, right={2}, below=below)
+
+
 def injected(model: nn.Module) -> dict[str, nn.Module]:
     """Qualified name → block; {} on a clean model. Looks through DDP and torch.compile wrappers."""
-    return injected_state.injected_blocks(unwrapped(model))
+    return InjectedBlocks(injected_state.injected_blocks(unwrapped(model)))
 
 
 @contextmanager
@@ -151,7 +158,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def create_block(
-    block: str | type[nn.Module], channels: int, *, init: str = "identity", dims: int = 2, **args: Any
+    block: str | type[nn.Module], channels: int, *, init: Init = "identity", dims: int = 2, **args: Any
 ) -> nn.Module:
     """A block alone, for inputs (B, channels, *positions) with `dims` spatial dimensions.
 
@@ -179,10 +186,11 @@ def list_places() -> list[str]:
 # --- carrying out ------------------------------------------------------------------------------
 
 
-def _recipe(recipe: RecipeLike | None, args: Mapping[str, Any] | None, rule: Mapping[str, Any]) -> Recipe:
+def _recipe(recipe: RecipeLike | None, rule: RuleFields) -> Recipe:
     if recipe is None:
-        made = rule_from_fields(args=args, **rule)
+        made = rule_from_fields(**rule)
         return Recipe(made.child_name, (made,))
+    args = rule.pop("args", None)
     if rule:
         raise TypeError(f"a recipe and fields of a rule ({', '.join(rule)}) exclude each other")
     loaded = load_recipe(recipe)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class _Region:
         return self.compiled[key]
 
 
-def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(block: Any, *args: Any, **kwargs: Any) -> Any:
     return block._call_impl(*args, **kwargs)
 
 
@@ -85,8 +85,8 @@ def _caller(block: nn.Module, region: _Region) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return block._call_impl(*args, **kwargs)
+        if not isinstance(x, Tensor) or torch.compiler.is_compiling() or cast(Any, torch.jit).is_tracing():
+            return _call(block, *args, **kwargs)
         channels_last = x.ndim > 2 and x.stride(1) == 1
         return region.function(block.training, channels_last)(block, *args, **kwargs)
 

@@ -12,19 +12,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from attninject import __version__, api
+from attninject import api
 from attninject.blocks import registry
 from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
+from attninject.files import installed_versions, replacing
 from attninject.planning import support
+from attninject.planning.plan import Plan
+from attninject.planning.planned_site import Site
 from attninject.surgery import change_history, injected_state
 from attninject.wording import listed
 
@@ -55,27 +57,21 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
         raise DeltaError("the model has no injected blocks, so there is nothing to save: inject first")
     state = _tensors(model)
     chosen = _chosen(model, state)
-    prefixes = _prefixes(sites)
     record = {
         "format": FORMAT,
-        "versions": _versions(),
+        "versions": installed_versions(("attninject", "torch", "torchvision", "timm")),
         "base": base or _timm_name(model),
         "sites": sites,
-        "fingerprint": {
-            "tensors": {key: _signature(t) for key, t in state.items() if not key.startswith(prefixes)},
-            "values": {key: _digest(t) for key, t in state.items() if key not in chosen},
-        },
+        "fingerprint": _fingerprint(state, chosen, _prefixes(sites)),
     }
     text = json.dumps(record, default=dict)  # frozen mappings among the arguments
+    tensors = detached({key: state[key] for key in sorted(chosen)})
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_tensors(detached({key: state[key] for key in sorted(chosen)}), temporary, {METADATA_KEY: text})
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            save_tensors(tensors, temporary, {METADATA_KEY: text})
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{target} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -146,7 +142,7 @@ def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
             return True
         holder = model.get_submodule(key.rpartition(".")[0])
         frozen = holder.__dict__.get(change_history.FROZEN, {}).get(key.rpartition(".")[2], False)
-        return frozen or change_history.changed_since_injection(parameter, unknown=False)
+        return bool(frozen) or change_history.changed_since_injection(parameter, unknown=False)
 
     return {key for key in state if key.startswith(blocks) or may_differ(key)}
 
@@ -189,12 +185,14 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
 
 
-def _versions() -> dict[str, str]:
-    found = {"attninject": __version__}
-    for name in ("torch", "torchvision", "timm"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+def _fingerprint(
+    state: Mapping[str, torch.Tensor], chosen: Collection[str], prefixes: tuple[str, ...]
+) -> dict[str, dict[str, str]]:
+    """What `load` compares a base with: all its tensors, and the values of those outside the file."""
+    return {
+        "tensors": {key: _signature(t) for key, t in state.items() if not key.startswith(prefixes)},
+        "values": {key: _digest(t) for key, t in state.items() if key not in chosen},
+    }
 
 
 def _timm_name(model: nn.Module) -> str | None:
@@ -224,8 +222,8 @@ def _recorded(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
-def _rule(site: Any, insertion: injected_state.Insertion) -> dict[str, Any]:
-    rule = {
+def _rule(site: Site, insertion: injected_state.Insertion) -> dict[str, Any]:
+    rule: dict[str, Any] = {
         "block": _block_name(site),
         site.position: site.path,
         "args": site.args,
@@ -242,7 +240,7 @@ def _rule(site: Any, insertion: injected_state.Insertion) -> dict[str, Any]:
     return rule
 
 
-def _block_name(site: Any) -> str:
+def _block_name(site: Site) -> str:
     """The name that `load` will look up; a class that is not registered is stored by its own."""
     if isinstance(site.block, str):
         return site.block
@@ -285,7 +283,7 @@ def _record(file: Any, path: Path) -> dict[str, Any]:
     try:
         if len(text) > MAX_METADATA_BYTES:
             raise ValueError(f"metadata over {MAX_METADATA_BYTES} bytes")
-        record = json.loads(text)
+        record: dict[str, Any] = json.loads(text)
         if record["format"] != FORMAT:
             raise DeltaError(
                 f"{path} has delta format {record['format']!r}, this attninject reads {FORMAT}; "
@@ -358,7 +356,7 @@ def _plan(
     signatures: Mapping[str, str],
     path: Path,
     example_inputs: Any,
-) -> Any:
+) -> Plan:
     """The record's rules resolved on this model: the same names in the same layouts, and no larger."""
     rules = [site["rule"] for site in record["sites"]]
     try:

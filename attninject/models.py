@@ -5,7 +5,6 @@ The only file that imports `timm.create_model` and `torchvision.models`, and onl
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import inspect
 from collections import OrderedDict
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from attninject.errors import UnknownModelError
-from attninject.wording import listed
+from attninject.wording import listed, nearest
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".safetensors")
 NESTED_UNDER = ("state_dict", "model")
@@ -72,7 +71,7 @@ def family(name: str) -> str:
 def _list_torchvision() -> list[str]:
     import torchvision.models
 
-    return torchvision.models.list_models()
+    return list(torchvision.models.list_models())
 
 
 def _list_timm() -> list[str]:
@@ -88,7 +87,7 @@ def _family_in_torchvision(bare: str) -> str:
     import torchvision.models
 
     builder = torchvision.models.get_model_builder(bare)
-    return builder.__module__.removeprefix("torchvision.models.")
+    return str(builder.__module__).removeprefix("torchvision.models.")
 
 
 def _family_in_timm(bare: str) -> str:
@@ -133,7 +132,7 @@ def _architecture(library: str, bare: str) -> str:
 
 def _nearest(bare: str, library: str = "") -> str:
     pool = {one: f"{lib}/{one}" for lib in _LISTS if library in ("", lib) for one in _LISTS[lib]()}
-    close = difflib.get_close_matches(bare.lower(), pool, n=3, cutoff=0.6)
+    close = nearest(bare, pool, reordered=False)
     return f"; nearest: {', '.join(pool[one] for one in close)}" if close else ""
 
 
@@ -209,7 +208,7 @@ def _unknown_weights(full: str, weights: str, tags: list[str]) -> UnknownModelEr
         return UnknownModelError(
             f"{full} has no published weights, {weights!r} was asked for; give `none` or a local file"
         )
-    close = difflib.get_close_matches(weights, tags, n=1)
+    close = nearest(weights, tags, 1, reordered=False)
     hint = f"; nearest: {close[0]}" if close else ""
     return UnknownModelError(
         f"{full} has no weights {weights!r}{hint}; it has: {', '.join(tags)}; or give `none`, `default`, "

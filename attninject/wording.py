@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 _MAX_WORD = 200  # characters of a name that are looked at
 
 
-def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """Up to n of the candidates that most resemble `word`, best first; [] when none does.
+def nearest(word: str, candidates: Iterable[str], n: int = 3, *, reordered: bool = True) -> list[str]:
+    """Up to n of the candidates that most resemble `word`, best first, whatever the case; [] when none does.
+
+    `reordered`: a candidate with the same words in another order, or with more of them, is near as well. Not so
+    for names of models, whose letters and digits are read from left to right.
 
     >>> nearest("resnet_cbma", ["se_resnet", "cbam_resnet", "bam"], n=1)
     ['cbam_resnet']
     """
+    if not reordered:
+        lower = {candidate.lower(): candidate for candidate in candidates}
+        return [lower[close] for close in difflib.get_close_matches(word.lower(), lower, n, 0.6)]
     wanted = word[:_MAX_WORD].lower()
     given, ordered = (
         difflib.SequenceMatcher(b=text, autojunk=False) for text in (wanted, _in_word_order(wanted))
@@ -69,9 +75,18 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 def human(count: int) -> str:
     """12.3 M for 12,345,678, 4.10 G for 4,096,000,000: always three digits from 1,000."""
-    for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+    return _with_unit(count, "GMk", lambda value: f"{value:#.3g}".rstrip("."))
+
+
+def parameter_count(count: int) -> str:
+    """2.5 M for 2,530,992, 7.0 B for 7,000,000,000: as the sizes of models are spoken of."""
+    return _with_unit(count, "BMk", "{:.1f}".format)
+
+
+def _with_unit(count: int, units: str, show: Callable[[float], str]) -> str:
+    for limit, unit in zip((10**9, 10**6, 10**3), units, strict=True):
         if count >= limit:
-            return f"{count / limit:#.3g}".rstrip(".") + f" {unit}"
+            return f"{show(count / limit)} {unit}"
     return str(count)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from attninject.layout import Layout
 
 # --- measuring ---------------------------------------------------------------------------------
+
+Shape = tuple[int, ...]
 
 
 def frame(shape: tuple[int, ...], given: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
@@ -60,7 +60,7 @@ def evident(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
     return Layout(fitting[0]) if len(fitting) == 1 else None
 
 
-def _scales(positions: tuple, size: tuple, kind: str, other: Any) -> bool:
+def _scales(positions: Shape, size: Shape, kind: str, other: tuple[Shape, Shape] | None) -> bool:
     """Do these axes, and not the channel axis, change with the input's size?"""
     if other is None:
         return True
@@ -70,7 +70,7 @@ def _scales(positions: tuple, size: tuple, kind: str, other: Any) -> bool:
     )
 
 
-def _proportional(positions: tuple, size: tuple, kind: str, other: Any) -> bool:
+def _proportional(positions: Shape, size: Shape, kind: str, other: tuple[Shape, Shape] | None) -> bool:
     """Is each axis the input's over one common stride, within a pixel of rounding?"""
     if len(positions) != len(size):
         return False
@@ -78,11 +78,13 @@ def _proportional(positions: tuple, size: tuple, kind: str, other: Any) -> bool:
     return abs(size[-1] / strides[0] - positions[-1]) <= 1.5
 
 
-def _alike(positions: tuple, size: tuple, kind: str, other: Any) -> bool:
+def _alike(positions: Shape, size: Shape, kind: str, other: tuple[Shape, Shape] | None) -> bool:
     return positions[-1] == positions[-2]
 
 
-def _sequence(shape: tuple, size: tuple, channels: int | None, other: Any) -> Layout | None:
+def _sequence(
+    shape: Shape, size: Shape, channels: int | None, other: tuple[Shape, Shape] | None
+) -> Layout | None:
     if len(size) == 1:
         if channels is not None:
             return Layout("NCL" if shape[1] == channels and shape[2] != channels else "NLC")

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +173,11 @@ def _thinned(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
     return numbers.expand(shape)
 
 
+def _distinct(numbers: Tensor) -> int:
+    """How many different numbers there are."""
+    return len(cast(Any, numbers).unique())
+
+
 def _once(numbers: Tensor) -> Tensor:
     """The same without the repetitions that take no memory."""
     return numbers[tuple(slice(0, 1 if step == 0 else None) for step in numbers.stride())]
@@ -235,7 +240,8 @@ def _compact(numbers: Tensor) -> Tensor:
 
 def _joined(op: Op, args: Any, kwargs: Any) -> Tensor:
     """A concatenation; what repeats along the last axis in all parts does so in the whole."""
-    parts, axis = list(args[0]), args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    parts: list[Tensor] = list(args[0])
+    axis: int = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     if not all(p.stride(-1) == 0 or p.shape[-1] == 1 for p in parts):
         return torch.cat(parts, axis)
     thin = [p[..., :1] for p in parts]
@@ -270,12 +276,14 @@ def _thinly(numbers: Tensor, untouched: Sequence[int], change: Callable[[Tensor]
 
 
 def _copied(op: Op, args: Any, kwargs: Any) -> Tensor:
-    return args[1].expand(args[0].shape)
+    written: Tensor = args[1]
+    return written.expand(args[0].shape)
 
 
 def _reduced(op: Op, args: Any, kwargs: Any) -> Tensor:
     """A pooled axis: several positions become one, which has the first one's number."""
-    numbers, axes = args[0], args[1] if len(args) > 1 else kwargs.get("dim")
+    numbers: Tensor = args[0]
+    axes = args[1] if len(args) > 1 else kwargs.get("dim")
     chosen = range(numbers.ndim) if axes is None else [axes] if isinstance(axes, int) else axes
     for axis in chosen:
         numbers = numbers.narrow(axis, 0, 1)
@@ -328,12 +336,12 @@ _MAKES = frozenset(
 _LOSES = ("sort", "topk", "gather", "scatter", "index", "cumsum")
 
 
-def _alike(shapes: list, known: list[Marks | None], shape: tuple[int, ...]) -> Marks | None:
+def _alike(shapes: list[tuple[int, ...]], known: list[Marks | None], shape: tuple[int, ...]) -> Marks | None:
     """Operations position by position: the numbers of the first operand that has the result's shape."""
     return next((m for m, s in zip(known, shapes, strict=True) if m is not None and s == shape), None)
 
 
-def _lost(shapes: list, known: list[Marks | None], shape: tuple[int, ...]) -> None:
+def _lost(shapes: list[tuple[int, ...]], known: list[Marks | None], shape: tuple[int, ...]) -> None:
     return None
 
 
@@ -342,7 +350,7 @@ def _layer(a: Marks | None, shape: tuple[int, ...]) -> Marks | None:
     if a is None:
         return None
     first = a.numbers[..., :1]
-    mixes = not _constant(a.numbers, -1) and _once(first).unique().numel() < 2
+    mixes = not _constant(a.numbers, -1) and _distinct(_once(first)) < 2
     return None if mixes else Marks(first.expand(shape), a.source)
 
 
@@ -355,7 +363,9 @@ def _product(a: Marks | None, b: Marks | None, shape: tuple[int, ...]) -> Marks 
     return None
 
 
-def _attended(shapes: list, known: list[Marks | None], shape: tuple[int, ...]) -> Marks | None:
+def _attended(
+    shapes: list[tuple[int, ...]], known: list[Marks | None], shape: tuple[int, ...]
+) -> Marks | None:
     """Attention gives a value to each query."""
     query = known[0]
     if query is None or not _constant(query.numbers, -1) or shapes[0][:-1] != shape[:-1]:
@@ -363,7 +373,7 @@ def _attended(shapes: list, known: list[Marks | None], shape: tuple[int, ...]) -
     return Marks(query.numbers[..., :1].expand(shape), query.source)
 
 
-_PRODUCTS: dict[str, Callable[[list, list[Marks | None], tuple[int, ...]], Marks | None]] = {
+_PRODUCTS: dict[str, Callable[[list[tuple[int, ...]], list[Marks | None], tuple[int, ...]], Marks | None]] = {
     "mm": lambda shapes, known, shape: (
         _layer(known[0], shape) if known[0] else _product(known[0], known[1], shape)
     ),
@@ -426,5 +436,5 @@ def _grid(numbers: Tensor, extents: tuple[int, ...]) -> tuple[int, ...] | None:
         return None
     if len(numbers) > 1 and not bool((numbers[1:] > numbers[:-1]).all()):
         return None
-    counts = tuple(len(c.unique()) for c in torch.unravel_index(numbers, extents))
+    counts = tuple(map(_distinct, torch.unravel_index(numbers, extents)))
     return counts if math.prod(counts) == len(numbers) else None

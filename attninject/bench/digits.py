@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from attninject import __version__, api, models
 from attninject.errors import RunError
+from attninject.files import replacing
 from attninject.training import finetune
 from attninject.training.data import Digits, DigitsTransform, look_of, open_images
 from attninject.training.experiment import Data
@@ -166,9 +166,8 @@ def _opened(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _write(file: Path, record: dict[str, Any]) -> None:
     """Whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 # --- words --------------------------------------------------------------------------------------

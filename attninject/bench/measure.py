@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attninject.files import installed_versions
 
 Work = Callable[[], Any]
 LIBRARIES = ("attninject", "torch", "timm", "torchvision", "mmcv", "mmcv-lite")
@@ -227,11 +228,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Name → version of the libraries compared, as far as they are installed."""
-    found = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return {**found, "torch": torch.__version__}
+    return {**installed_versions(LIBRARIES), "torch": torch.__version__}
 
 
 def allocator() -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # --- inputs ------------------------------------------------------------------------------------
 
@@ -31,13 +31,22 @@ class Inputs:
         return Inputs((example,))
 
 
+def first_float(module: nn.Module, otherwise: Tensor | None = None) -> Tensor:
+    """The first floating-point parameter of a module, whose dtype and device its inputs share; or `otherwise`.
+
+    Without either: an empty tensor of torch's default dtype.
+    """
+    fallback = torch.empty(0) if otherwise is None else otherwise
+    return next((p for p in module.parameters() if p.is_floating_point()), fallback)
+
+
 def candidates(model: nn.Module, batch: int = 2) -> Iterator[Inputs]:
     """Inputs to try on a model that nobody gave an example for, the likeliest first.
 
     timm's models say their input size; others get an image, clip, signal or vector that fits the first
     layer with weights, at usual sizes.
     """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = first_float(model, torch.empty(0, dtype=torch.float32)).dtype
     count, names = _required_arguments(model)
     shapes = itertools.chain(_declared_shapes(model), _guessed_shapes(model))
     for shape in dict.fromkeys(shapes):

@@ -21,7 +21,7 @@ def meta_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def execute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an ATen operation as recordings do: on the meta device some only say their result's shape.
 
     torch's own answers for these are written in Python, and take most of a probe's time.
@@ -134,7 +134,9 @@ def short_recurrences(mode: str) -> Iterator[None]:
         yield
 
 
-def _recurrence(original: Callable, gates: int, x: Tensor, hidden: Any, weights: Any, *rest: Any) -> Any:
+def _recurrence(
+    original: Callable[..., Any], gates: int, x: Tensor, hidden: Any, weights: Any, *rest: Any
+) -> Any:
     """What a recurrent layer gives, for (input, hidden, flat weights, bias, layers, dropout, train, both ways, …)."""
     if not isinstance(weights, (list, tuple)) or not x.is_meta or any(w.ndim > 2 for w in weights):
         return original(x, hidden, weights, *rest)  # a packed sequence

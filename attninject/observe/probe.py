@@ -75,7 +75,7 @@ def _data_dependent(error: Exception) -> bool:
     return hasattr(error, "attninject_record") and any(word in str(error) for word in words)
 
 
-def _maker(mode: str) -> tuple[Callable[[Tensor], Tensor], contextlib.AbstractContextManager]:
+def _maker(mode: str) -> tuple[Callable[[Tensor], Tensor], contextlib.AbstractContextManager[Any]]:
     if mode == "meta":
         return lambda t: torch.empty_like(t.detach(), device="meta"), contextlib.nullcontext()
     if mode == "fake":
@@ -92,7 +92,7 @@ def _maker(mode: str) -> tuple[Callable[[Tensor], Tensor], contextlib.AbstractCo
 
 
 @contextlib.contextmanager
-def _quietly(mode: contextlib.AbstractContextManager) -> Iterator[None]:
+def _quietly(mode: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
     """Fake tensors log every failure with its traceback; here a failure only means: try the next way."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled = logger.disabled

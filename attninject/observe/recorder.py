@@ -7,7 +7,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,12 @@ def _exotic(tree: Any) -> str:
 def storage_of(tensor: Tensor) -> int:
     """Identity of a tensor's storage while the tensor lives; its own id where it has no storage."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):
         return id(tensor)
 
 
-class Mode(TorchDispatchMode):
+class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """A dispatch mode that torch does not wrap for torch.compile: that would load all of torch._dynamo."""
 
     @classmethod
@@ -46,11 +46,11 @@ class Mode(TorchDispatchMode):
         return False
 
 
-class Recorder(Mode):
+class Recorder(Mode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """Sees every ATen operation; `call` sees every module call."""
 
     def __init__(self, record: Record) -> None:
-        super().__init__()
+        cast(Any, super()).__init__()
         self.record = record
         self.clock = itertools.count()
         self.current: dict[int, int] = {}  # id of a tensor -> its newest value
@@ -112,13 +112,16 @@ class Recorder(Mode):
         self.stack[-1].events.append(op)
         return out
 
-    def _kept(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The arguments of an operation as they are, save in a real run, whose tensors must not live on."""
         if self.record.mode != "real":
             return args, kwargs
-        return map_tensors((args, kwargs), lambda t: Ref(self.current[id(t)]))
+        kept = map_tensors((args, kwargs), lambda t: Ref(self.current[id(t)]))
+        return cast(tuple[Any, dict[str, Any]], kept)
 
-    def call(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def call(
+        self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run one module call and note it, its inputs and its results."""
         if threading.get_ident() != self.thread:
             return original(module, *args, **kwargs)
@@ -153,7 +156,7 @@ class _Husk:
     @staticmethod
     def of(tensor: Tensor, recorder: Recorder) -> Any:
         husk = _Husk(id(tensor), storage_of(tensor), recorder)
-        storage_ref = torch.multiprocessing.reductions.StorageWeakRef(tensor.untyped_storage())
+        storage_ref = cast(Any, torch.multiprocessing.reductions).StorageWeakRef(tensor.untyped_storage())
         # the weak storage reference keeps the address from being used again
         return weakref.finalize(tensor, husk.forget), storage_ref
 
@@ -162,8 +165,14 @@ class _Husk:
         self.recorder.twins.pop(self.key, None)
 
 
+Handler = Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+"""What sees a call: the original `__call__`, the module, and the arguments by position and by name."""
+
+
 @contextlib.contextmanager
-def calls_through(handler: Callable[[Callable, nn.Module, tuple, dict], Any]) -> Iterator[None]:
+def calls_through(
+    handler: Handler,
+) -> Iterator[None]:
     """Send every module call of this process through `handler` (torch.fx's tracer works the same way)."""
     with PATCHING:
         original = nn.Module.__call__

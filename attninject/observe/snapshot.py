@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def undoing(undo: Callable[[], Any]) -> Iterator[None]:
 def rng_kept() -> Iterator[None]:
     """Put every random generator's state back: torch's (all devices in use), Python's, NumPy's."""
     cpu, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if cast(Any, torch.cuda).is_initialized() else []
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
 
@@ -116,7 +116,7 @@ def _same(now: Any, saved: Any) -> bool:
         return all(map(operator.is_, now, saved)) and all(map(operator.is_, now.values(), saved.values()))
     if isinstance(now, list):
         return all(map(operator.is_, now, saved))
-    return now == saved
+    return bool(now == saved)
 
 
 @contextlib.contextmanager

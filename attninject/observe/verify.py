@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .example_inputs import Inputs
+from .example_inputs import Inputs, first_float
 from .record import map_tensors
 from .snapshot import rng_kept, stand_ins
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
     """Outputs in eval and in train mode on random inputs; the model's own buffers, modes and caches are spared."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = first_float(model)
     results: list[Any] = []
     with rng_kept(), torch.no_grad(), stand_ins(model, _own_buffer):
         torch.manual_seed(0)

@@ -14,9 +14,10 @@ from attninject.observe.example_inputs import Inputs
 from attninject.recipe.rules import Recipe
 from attninject.surgery.injected_state import Insertion
 from attninject.surgery.local_graph import LocalGraph
+from attninject.wording import parameter_count
 
 from .planned_site import Site
-from .table import table
+from .table import html, summary, table
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,15 @@ class Plan:
 
     def __str__(self) -> str:
         return table(
+            self.model_name, self.recipe, self.sites, self.base_parameters, self.base_macs, self.notes
+        )
+
+    def __repr__(self) -> str:
+        what = summary(self.model_name, self.recipe, self.sites)
+        return f"<Plan {what}, +{parameter_count(self.parameters)} parameters>"
+
+    def _repr_html_(self) -> str:
+        return html(
             self.model_name, self.recipe, self.sites, self.base_parameters, self.base_macs, self.notes
         )
 

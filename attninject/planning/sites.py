@@ -10,6 +10,7 @@ from torch import nn
 from attninject.anatomy.dataflow import Spot
 from attninject.errors import NoMatchError
 from attninject.layout import Layout
+from attninject.notebook import html_table
 from attninject.observe.probe import probe
 from attninject.recipe.patterns import compile_pattern
 from attninject.surgery import injected_state
@@ -47,12 +48,20 @@ class SiteList(tuple[SiteInfo, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        rows = [("path", "call", "type", "shape", "layout")]
-        for s in self:
-            shape = "×".join(map(str, s.shape)) if s.shape else "no tensor"
-            call = str(s.call) if s.calls == 1 else f"{s.call} of {s.calls}"
-            rows.append((s.path or "(the model)", call, s.type, shape, str(s.layout or "")))
-        return "\n".join(aligned(rows))
+        return "\n".join(aligned([HEADER, *map(_row, self)]))
+
+    def _repr_html_(self) -> str:
+        return html_table(HEADER, map(_row, self))
+
+
+HEADER = ("path", "call", "type", "shape", "layout")
+
+
+def _row(site: SiteInfo) -> tuple[str, ...]:
+    """The cells of a call, under `HEADER`."""
+    shape = "×".join(map(str, site.shape)) if site.shape else "no tensor"
+    call = str(site.call) if site.calls == 1 else f"{site.call} of {site.calls}"
+    return (site.path or "(the model)", call, site.type, shape, str(site.layout or ""))
 
 
 def sites(model: nn.Module, pattern: str = "**", *, root: str = "", example_inputs: Any = None) -> SiteList:

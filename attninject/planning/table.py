@@ -1,15 +1,17 @@
-"""A plan for people: the printed table."""
+"""A plan for people: the table, printed or in a notebook."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from attninject.notebook import html_table
 from attninject.recipe.rules import Recipe, Rule
 from attninject.wording import aligned, human
 
 from .planned_site import Site
 
 HEADER = ("site", "shape", "layout", "new module", "how", "parameters", "MACs")
+NUMBERS = {5, 6}  # the columns that are set flush right
 
 
 def table(
@@ -21,11 +23,41 @@ def table(
     notes: Sequence[str],
 ) -> str:
     """The plan in words: rules with their counts, then a row per site, then the sums."""
-    lines = [f"{recipe.name} on {model_name}: {_sites(len(sites))}"]
+    lines = [summary(model_name, recipe, sites), *_rules(recipe, sites)]
+    lines += ["  " + line for line in aligned([HEADER, *map(row, sites)], right=NUMBERS)]
+    return "\n".join([*lines, *sums(sites, base_parameters, base_macs), *_noted(notes)])
+
+
+def html(
+    model_name: str,
+    recipe: Recipe,
+    sites: Sequence[Site],
+    base_parameters: int,
+    base_macs: int,
+    notes: Sequence[str],
+) -> str:
+    """What `table` says, for a notebook."""
+    return html_table(
+        HEADER,
+        map(row, sites),
+        right=NUMBERS,
+        above=[summary(model_name, recipe, sites), *_rules(recipe, sites)],
+        below=[*sums(sites, base_parameters, base_macs), *_noted(notes)],
+    )
+
+
+def summary(model_name: str, recipe: Recipe, sites: Sequence[Site]) -> str:
+    """A plan in a few words: `cbam_resnet on ResNet: 16 sites`."""
+    return f"{recipe.name} on {model_name}: {_sites(len(sites))}"
+
+
+def _rules(recipe: Recipe, sites: Sequence[Site]) -> Iterator[str]:
     for index, rule in enumerate(recipe.rules):
-        lines.append(f"rule {index + 1}: {described(rule)}: {_sites(sum(s.rule == index for s in sites))}")
-    lines += ["  " + line for line in aligned([HEADER, *map(row, sites)], right={5, 6})]
-    return "\n".join([*lines, *sums(sites, base_parameters, base_macs), *(f"note: {n}" for n in notes)])
+        yield f"rule {index + 1}: {described(rule)}: {_sites(sum(s.rule == index for s in sites))}"
+
+
+def _noted(notes: Sequence[str]) -> list[str]:
+    return [f"note: {note}" for note in notes]
 
 
 def described(rule: Rule) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import keyword
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from attninject.anatomy.places import PLACES
 from attninject.errors import PatternError, UnknownBlockError
@@ -20,7 +20,7 @@ from .checks import Checker, boolean, checked_fields, choice, distinct, integer,
 from .frozen import FrozenDict
 from .patterns import compile_pattern
 from .report import BAD, Node, Report
-from .rules import Every, Recipe, Rule
+from .rules import CallWord, Every, Init, Per, PickWord, Recipe, Rule
 
 # --- the checks of a field: node in, value or BAD out ----------------------------------------
 
@@ -61,7 +61,7 @@ def _stage(node: Node, report: Report) -> Any:
     return integer("the number of a stage, from 1, or negative from the end")(node, report)
 
 
-_PICK_WORDS = ("all", "first", "last")
+_PICK_WORDS = get_args(PickWord)
 _pick_numbers = distinct(
     some(integer("a number in call order, from 0, or negative from the end"), "a number")
 )
@@ -92,7 +92,7 @@ def _pick_every(node: Node, report: Report) -> Any:
 def _call(node: Node, report: Report) -> Any:
     if isinstance(node.value, int) and not isinstance(node.value, bool):
         return integer("a call's number, from 1, or last, or all", 1)(node, report)
-    return choice("a call's number, from 1, or one of", ("last", "all"))(node, report)
+    return choice("a call's number, from 1, or one of", get_args(CallWord))(node, report)
 
 
 def _block(node: Node, report: Report) -> Any:
@@ -158,12 +158,12 @@ _FIELDS: dict[str, Checker] = {
     "type": some(_type_name, "a class name"),
     "exclude": _patterns,
     "pick": _pick,
-    "per": choice("one of", ("model", "owner", "stage")),
+    "per": choice("one of", get_args(Per)),
     "call": _call,
     "stages": distinct(some(_stage, "a stage")),
     "min_channels": integer("a number from 1", 1),
     "args": plain_args,
-    "init": choice("one of", ("identity", "paper", "blend")),
+    "init": choice("one of", get_args(Init)),
     "name": _child_name,
     "optional": boolean,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 from attninject.errors import Fault, RecipeError
 from attninject.wording import did_you_mean, quoted
@@ -13,16 +13,22 @@ from attninject.wording import did_you_mean, quoted
 from .checks import plain_value
 from .fields import recipe_from, rule_from
 from .report import BAD, Report
-from .rules import Recipe, Rule, tree_of
+from .rules import Recipe, RecipeFields, Rule, RuleFields, explains_fields, tree_of
 from .yaml_text import read_file, read_yaml
 
 # --- the way in -------------------------------------------------------------------------------
 
+RecipeLike = Recipe | Rule | str | os.PathLike[str] | RecipeFields | RuleFields | Mapping[str, Any]
+"""What stands for a recipe: itself, one rule, a shipped name, a path, or a dict (of a recipe or of one rule)."""
 
-def load_recipe(source: Recipe | Rule | str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
+
+def load_recipe(source: RecipeLike) -> Recipe:
     """A recipe from a shipped name, a path, a dict (a whole recipe or a single rule), or itself.
 
     A string is a path if it ends in .yaml or .yml, holds a separator, or names an existing file.
+
+    Raises:
+        RecipeError: every fault of the file or dict, each with its place.
     """
     if isinstance(source, Recipe):
         return source
@@ -43,7 +49,11 @@ def load_recipe(source: Recipe | Rule | str | os.PathLike[str] | Mapping[str, An
 
 
 def parse_recipe(text: str | bytes, file: str = "<string>") -> Recipe:
-    """A recipe from YAML text; `file` is what the faults call it."""
+    """A recipe from YAML text; `file` is what the faults call it.
+
+    Raises:
+        RecipeError: every fault of the text, each with line and column.
+    """
     report = Report(file)
     root = read_yaml(text, report)
     recipe = None if root is None else recipe_from(root, report, default_name=Path(file).stem.strip("<>"))
@@ -52,19 +62,24 @@ def parse_recipe(text: str | bytes, file: str = "<string>") -> Recipe:
     return recipe
 
 
-def rule_from_fields(**given: Any) -> Rule:
+@explains_fields
+def rule_from_fields(**rule: Unpack[RuleFields]) -> Rule:
     """A rule from keyword arguments: `rule_from_fields(block="se", after="layer[1-4].*.bn3")`.
 
-    None means "not given"; `block` may be a class.
+    Args:
+        **rule: the fields, of which None means "not given":
+
+    Raises:
+        RecipeError: all that is wrong with the fields.
     """
-    if all(value is None for value in given.values()):
+    if all(value is None for value in rule.values()):
         text = "nothing to inject: give a recipe, or block= with one of after=, before= and place="
         raise RecipeError([Fault(text)])
     report = Report()
-    rule = rule_from(tree_of(given, report), report)
+    made = rule_from(tree_of(rule, report), report)
     report.raise_if_any()
-    assert rule is not None
-    return rule
+    assert made is not None
+    return made
 
 
 def parse_value(text: str) -> Any:
@@ -110,7 +125,8 @@ def _looks_like_path(text: str) -> bool:
 
 def _recipe_from_mapping(source: Mapping[str, Any]) -> Recipe:
     if "rules" not in source and "block" in source:
-        return load_recipe(rule_from_fields(**{str(key): value for key, value in source.items()}))
+        fields = {str(key): value for key, value in source.items()}
+        return load_recipe(rule_from_fields(**cast(RuleFields, fields)))
     report = Report()
     recipe = recipe_from(tree_of(source, report), report, default_name="recipe")
     report.raise_if_any()

@@ -2,16 +2,94 @@
 
 from __future__ import annotations
 
+import inspect
 import keyword
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar
 
 from attninject.recipe import yaml_text
 
 from .block_args import check_block_args, plain_args
 from .frozen import FrozenDict
 from .report import BAD, Node, Report
+
+# --- what goes in -----------------------------------------------------------------------------
+
+Init = Literal["identity", "paper", "blend"]
+Per = Literal["model", "owner", "stage"]
+PickWord = Literal["all", "first", "last"]
+CallWord = Literal["last", "all"]
+
+_Patterns = str | Sequence[str]
+_Class = type[Any]
+
+
+class RuleFields(TypedDict, total=False):
+    """The fields of one rule, as keywords of `inject` and `plan` or as keys in a dict; None is "not given".
+
+    Attributes:
+        block: a block's name, as "cbam", or a class: cls(channels, **args).
+        after: pattern of modules or operations whose result is replaced: "layer[1-4].*.bn3".
+        before: pattern of modules or operations whose input is replaced, for that one call.
+        place: a family of sites with the same meaning on every model: "residual_branch".
+        input: with `before`: which operand, by position (from 0) or by name.
+        output: with `after`: index or key of the tensor in a tuple, list or dict.
+        layout: what the tensor's axes mean, as "NHWC", where it is not what was measured.
+        type: class name of the matched module, its own or that of a base.
+        exclude: pattern of what is left out.
+        pick: of what is left, in call order: "first", "last", "all", [0, -1], {"every": 2, "offset": 1}.
+        per: `pick` for each "owner", each "stage" or once for the "model" (default).
+        call: of a module called several times: a number from 1, "last" or "all".
+        stages: numbers from 1, or negative from the end.
+        min_channels: sites with fewer channels are left out.
+        args: the block's own arguments, as {"reduction": 16}.
+        init: "identity" (default; nothing changes until training), "paper" or "blend".
+        name: of the new module in its owner; by default the block's name.
+        optional: True: may match nothing.
+    """
+
+    block: str | _Class | None
+    after: _Patterns | None
+    before: _Patterns | None
+    place: str | None
+    input: int | str | None
+    output: int | str | None
+    layout: str | None
+    type: str | _Class | Sequence[str | _Class] | None
+    exclude: _Patterns | None
+    pick: PickWord | int | Sequence[int] | Mapping[str, int] | Every | None
+    per: Per | None
+    call: int | CallWord | None
+    stages: int | Sequence[int] | None
+    min_channels: int | None
+    args: Mapping[str, Any] | None
+    init: Init | None
+    name: str | None
+    optional: bool | None
+
+
+class RecipeFields(TypedDict, total=False):
+    """A recipe as a dict: what stands in a YAML file."""
+
+    name: str
+    source: str | None
+    rules: Sequence[RuleFields]
+
+
+_Verb = TypeVar("_Verb", bound=Callable[..., Any])
+
+
+def explains_fields(verb: _Verb) -> _Verb:
+    """Add what each field of a rule means to the `**rule` of a verb's docstring, for `help`."""
+    text, lines = inspect.getdoc(verb), (inspect.getdoc(RuleFields) or "").partition("Attributes:\n")[2]
+    if text:
+        head, rule, tail = text.partition("    **rule: ")
+        first, _, rest = tail.partition("\n")
+        verb.__doc__ = f"{head}{rule}{first}\n{textwrap.indent(lines, '    ')}\n{rest}"
+    return verb
+
 
 # --- what comes out ---------------------------------------------------------------------------
 
@@ -46,13 +124,13 @@ class Rule:
     layout: str | None = None
     type: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    pick: str | tuple[int, ...] | Every = "all"
-    per: str = "model"
-    call: int | str | None = None
+    pick: PickWord | tuple[int, ...] | Every = "all"
+    per: Per = "model"
+    call: int | CallWord | None = None
     stages: tuple[int, ...] = ()
     min_channels: int = 0
     args: FrozenDict = field(default_factory=FrozenDict)
-    init: str = "identity"
+    init: Init = "identity"
     name: str | None = None
     optional: bool = False
 

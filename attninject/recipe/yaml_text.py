@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -65,7 +65,7 @@ def read_yaml(
     try:
         loader = yaml.SafeLoader(text)
         while loader.check_event():
-            builder.take(loader.get_event(), loader)
+            builder.take(cast(Any, loader).get_event(), loader)  # PyYAML's stubs leave it untyped
     except _Stop:
         return None
     except yaml.reader.ReaderError as error:
@@ -181,7 +181,7 @@ class _TreeBuilder:
             return _marked(event.start_mark, BAD)
         if not event.implicit[0]:
             return _marked(event.start_mark, event.value)
-        tag = loader.resolve(yaml.ScalarNode, event.value, event.implicit)
+        tag = cast(Any, loader).resolve(yaml.ScalarNode, event.value, event.implicit)
         return _marked(event.start_mark, _scalar_value(tag, event.value), text=event.value)
 
     def _place(self, event: yaml.Event, anchor: str | None, node: Node) -> None:

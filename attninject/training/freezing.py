@@ -22,7 +22,7 @@ from attninject.observe.probe import probe
 from attninject.planning import support
 from attninject.recipe.patterns import compile_pattern
 from attninject.surgery import change_history, injected_state
-from attninject.wording import nearest, nearest_hint
+from attninject.wording import nearest, nearest_hint, parameter_count
 
 What = str | int | Sequence[str | int]
 Head = str | nn.Module | Sequence[str | nn.Module]
@@ -104,14 +104,7 @@ def trainable(model: nn.Module) -> str:
     total = sum(p.numel() for p in parameters)
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     share = 100 * learning / total if total else 0.0
-    return f"{_count(learning)} of {_count(total)} ({share:.1f} %)"
-
-
-def _count(number: int) -> str:
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return str(number)
+    return f"{parameter_count(learning)} of {parameter_count(total)} ({share:.1f} %)"
 
 
 def follow(model: nn.Module, copy: nn.Module) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from attninject import __version__
 from attninject.delta import detached, save_tensors
 from attninject.errors import CheckpointError, DeltaError, RunError
+from attninject.files import replacing
 
 FORMAT = 1
 KEY, SUM = "attninject_checkpoint", "attninject_checksum"
@@ -119,14 +120,13 @@ class Folder:
             RunError: the disk is full or the folder read-only; what was there before stays.
         """
         target = self.path / name
-        temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
         try:
-            yield temporary
-            with temporary.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            if keep is not None and target.exists():
-                self._keep(target, self.path / keep)
-            os.replace(temporary, target)
+            with replacing(target) as temporary:
+                yield temporary
+                with temporary.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+                if keep is not None and target.exists():
+                    self._keep(target, self.path / keep)
         except Exception as error:
             from safetensors import SafetensorError
 
@@ -136,9 +136,6 @@ class Folder:
             raise RunError(
                 f"{target} cannot be written ({error}); the run stops, {self.last_good()}"
             ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     def last_good(self) -> str:
         """Which checkpoint a message may offer."""

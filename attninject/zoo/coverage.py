@@ -17,14 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import IO, Any
 
 from torch import nn
 
-from attninject import __version__, api, models
+from attninject import api, models
 from attninject.errors import (
     AttnInjectError,
     LayoutError,
@@ -33,6 +31,7 @@ from attninject.errors import (
     RunError,
     UnsupportedModelError,
 )
+from attninject.files import installed_versions
 from attninject.planning.planned_site import Site
 from attninject.planning.support import refuse_unsupported
 from attninject.zoo import guarantees, subjects
@@ -73,7 +72,7 @@ def row(name: str, asked: Asked, meta_because: str = "") -> dict[str, Any]:
         "family": models.family(name),
         "asked": asked.to_dict(),
         "device": "meta" if asked.meta or meta_because else "cpu",
-        "versions": {p: version(p) for p in ("attninject", "torch", "torchvision", "timm")},
+        "versions": installed_versions(("attninject", "torch", "torchvision", "timm")),
     }
     if meta_because:
         result["meta_because"] = meta_because
@@ -85,14 +84,6 @@ def row(name: str, asked: Asked, meta_because: str = "") -> dict[str, Any]:
         result |= {"status": "failed", "error": guarantees.told(error)}
     result["seconds"] = round(time.perf_counter() - began, 2)
     return result
-
-
-def version(package: str) -> str:
-    """What is installed; a checkout of this library says its own."""
-    try:
-        return installed(package)
-    except PackageNotFoundError:
-        return __version__ if package == "attninject" else "?"
 
 
 def _examine(name: str, asked: Asked, result: dict[str, Any]) -> dict[str, Any]:
