@@ -35,30 +35,33 @@ _HOME = {
 
 __all__ = sorted([*_HOME, "__version__"])
 
-if TYPE_CHECKING:
-    from attninject.api import (
-        create_block,
-        disabled,
-        eject,
-        inject,
-        injected,
-        list_blocks,
-        list_places,
-        list_recipes,
-        plan,
-    )
-    from attninject.attention import attention_maps
-    from attninject.blocks.registry import register_block
-    from attninject.compiling import compile_blocks
-    from attninject.delta import load, save
-    from attninject.errors import AttnInjectError
-    from attninject.planning.plan import Plan
-    from attninject.planning.planned_site import Site
-    from attninject.planning.sites import sites
-    from attninject.recipe.loading import load_recipe, parse_recipe
-    from attninject.recipe.rules import Recipe, Rule
-    from attninject.training.freezing import freeze, trainable, unfreeze
-    from attninject.training.groups import param_groups
+if TYPE_CHECKING:  # `as`: names that type checkers take for public ones
+    from attninject.api import create_block as create_block
+    from attninject.api import disabled as disabled
+    from attninject.api import eject as eject
+    from attninject.api import inject as inject
+    from attninject.api import injected as injected
+    from attninject.api import list_blocks as list_blocks
+    from attninject.api import list_places as list_places
+    from attninject.api import list_recipes as list_recipes
+    from attninject.api import plan as plan
+    from attninject.attention import attention_maps as attention_maps
+    from attninject.blocks.registry import register_block as register_block
+    from attninject.compiling import compile_blocks as compile_blocks
+    from attninject.delta import load as load
+    from attninject.delta import save as save
+    from attninject.errors import AttnInjectError as AttnInjectError
+    from attninject.planning.plan import Plan as Plan
+    from attninject.planning.planned_site import Site as Site
+    from attninject.planning.sites import sites as sites
+    from attninject.recipe.loading import load_recipe as load_recipe
+    from attninject.recipe.loading import parse_recipe as parse_recipe
+    from attninject.recipe.rules import Recipe as Recipe
+    from attninject.recipe.rules import Rule as Rule
+    from attninject.training.freezing import freeze as freeze
+    from attninject.training.freezing import trainable as trainable
+    from attninject.training.freezing import unfreeze as unfreeze
+    from attninject.training.groups import param_groups as param_groups
 
 
 def __getattr__(name: str) -> Any:
