@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -23,8 +24,8 @@ ORDER = (
 )  # fmt: skip
 
 TOP = {
-    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "attninject", "examples", "pyproject.toml",
-    "recipes", "tests",
+    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "attninject", "examples", "hatch_build.py",
+    "pyproject.toml", "recipes", "tests",
 }  # fmt: skip
 
 
@@ -188,6 +189,38 @@ def test_wheel_holds_types_and_licence_and_no_tests(wheel: Path) -> None:
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/", 1)[0].split("-")[0] for name in names} == {"attninject"}
     assert not any("tests" in name.split("/") or "examples" in name.split("/") for name in names)
+
+
+def test_description_of_the_wheel_links_nowhere_relative(wheel: Path) -> None:
+    """A package index shows the README alone: no link of the description needs the checkout, and no page is lost."""
+    with zipfile.ZipFile(wheel) as file:
+        name = next(name for name in file.namelist() if name.endswith("dist-info/METADATA"))
+        text = file.read(name).decode("utf-8")
+    assert "Description-Content-Type: text/markdown" in text
+    assert "recipes/README.md" in text
+    assert [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match("https?:|#", link)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "made"),
+    [
+        (None, "See a/b.md, and this (a/b.md), [out](https://x.org), [up](#up)."),
+        (
+            "https://x.org/p/",
+            "See [a/b.md](https://x.org/p/blob/HEAD/a/b.md), and [this](https://x.org/p/blob/HEAD/a/b.md#c), "
+            "[out](https://x.org), [up](#up).",
+        ),
+    ],
+)
+def test_links_of_the_description(source: str | None, made: str) -> None:
+    """With the address of the source the links are absolute; without it, words."""
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "See [a/b.md](a/b.md), and [this](a/b.md#c), [out](https://x.org), [up](#up)."
+    assert module.description(text, source) == made
 
 
 def test_licence_is_the_full_apache_text() -> None:

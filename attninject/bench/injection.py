@@ -278,7 +278,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 def _about(result: dict[str, Any]) -> str:
     m = result["machine"]
     return (
-        f"# attninject bench inject\n\ntorch {m['torch']}, Python {m['python']}, CPU time of one "
+        f"torch {m['torch']}, Python {m['python']}, CPU time of one "
         f"thread, medians of {m['rounds']} interleaved rounds on fresh models."
     )
 
@@ -286,7 +286,7 @@ def _about(result: dict[str, Any]) -> str:
 def _injection(result: dict[str, Any]) -> str:
     found = result["inject"]
     lines = [
-        f"## {found['sites']} SE sites on torchvision resnet50",
+        f"### {found['sites']} SE sites on torchvision resnet50",
         "",
         "| | ms | of the build | fastest rounds |",
         "|---|--:|--:|--:|",
@@ -305,7 +305,7 @@ def _injection(result: dict[str, Any]) -> str:
 
 def _chains(result: dict[str, Any]) -> str:
     lines = [
-        "## Linear in sites: a chain of residual blocks",
+        "### Linear in sites: a chain of residual blocks",
         "",
         "| sites | s | ms per site |",
         "|--:|--:|--:|",
@@ -329,7 +329,7 @@ def _steps(result: dict[str, Any]) -> str:
         ),
     ]
     lines = [
-        f"## resnet50 + SE, injected and written by hand with the same block "
+        f"### resnet50 + SE, injected and written by hand with the same block "
         f"(batch {STEP_BATCH}, {STEP_SIZE}×{STEP_SIZE})",
         "",
         "| | injected | by hand | ratio |",
@@ -346,6 +346,6 @@ def _steps(result: dict[str, Any]) -> str:
 def _import(result: dict[str, Any]) -> str:
     found = result["import"]
     return (
-        f"## Import\n\n`import attninject` adds {found['seconds']:.3f} s to `import torch`; "
+        f"### Import\n\n`import attninject` adds {found['seconds']:.3f} s to `import torch`; "
         f"with the first look at `attninject.inject`, {found['with_inject']:.3f} s."
     )
