@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pattern", nargs="?", metavar="PATTERN", help="only names that match, as '*resnet50*'"
     )
-    parser.add_argument("--markdown", action="store_true", help="blocks as the table of the README")
+    parser.add_argument("--markdown", action="store_true", help="blocks as the table of their page")
     add_json(parser)
 
 
