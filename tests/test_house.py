@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import subprocess
@@ -24,8 +23,8 @@ ORDER = (
 )  # fmt: skip
 
 TOP = {
-    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "attninject", "examples", "hatch_build.py",
-    "pyproject.toml", "recipes", "tests",
+    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "attninject", "examples", "pyproject.toml",
+    "recipes", "tests",
 }  # fmt: skip
 
 
@@ -199,28 +198,6 @@ def test_description_of_the_wheel_links_nowhere_relative(wheel: Path) -> None:
     assert "Description-Content-Type: text/markdown" in text
     assert "recipes/README.md" in text
     assert [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match("https?:|#", link)] == []
-
-
-@pytest.mark.parametrize(
-    ("source", "made"),
-    [
-        (None, "See a/b.md, and this (a/b.md), [out](https://x.org), [up](#up)."),
-        (
-            "https://x.org/p/",
-            "See [a/b.md](https://x.org/p/blob/HEAD/a/b.md), and [this](https://x.org/p/blob/HEAD/a/b.md#c), "
-            "[out](https://x.org), [up](#up).",
-        ),
-    ],
-)
-def test_links_of_the_description(source: str | None, made: str) -> None:
-    """With the address of the source the links are absolute; without it, words."""
-    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    text = "See [a/b.md](a/b.md), and [this](a/b.md#c), [out](https://x.org), [up](#up)."
-    assert module.description(text, source) == made
 
 
 def test_licence_is_the_full_apache_text() -> None:
