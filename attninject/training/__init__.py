@@ -12,7 +12,7 @@ _HOME = {
     "GradualUnfreezing": "freezing",
     "param_groups": "groups",
     "extend_optimizer": "groups",
-    "Result": "loop",
+    "Result": "job",
     "finetune": "engine",
     "run_experiment": "engine",
     "trained": "engine",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .experiment import read_experiment
     from .freezing import GradualUnfreezing, freeze, trainable, unfreeze
     from .groups import extend_optimizer, param_groups
-    from .loop import Result
+    from .job import Result
 
 
 def __getattr__(name: str) -> Any:

@@ -20,8 +20,8 @@ from torch import nn
 
 import attninject as ai
 from attninject import errors
-from attninject.training import data as images_of
 from attninject.training import factories, finetune, runs
+from attninject.training.data import loaders
 
 HERE = Path(__file__).parent
 LONG: dict[str, Any] = {
@@ -294,7 +294,7 @@ def test_loader_processes_of_a_killed_run_hold_no_lock(
     first.begin(resume=False)
     assert first._lock is not None
     of_the_run = os.dup(first._lock.fileno())  # as after a fork, two hold one lock
-    images_of._quiet_worker(0)
+    loaders._quiet_worker(0)
     with pytest.raises(errors.RunError, match="another run is at work"):
         second.begin(resume=False)
     os.close(of_the_run)
