@@ -1,4 +1,25 @@
-"""Fine-tuning: freezing, parameter groups, data, and the engine behind `attninject finetune`."""
+"""Fine-tuning: freezing, parameter groups, images, and the engine behind `attninject finetune`.
+
+For: training a model that has its blocks, from settings to files that ship: `freeze`, `param_groups`,
+`finetune`, `run_experiment`, `trained`. Not for: changing a model's structure. Here `requires_grad` and the mode
+of norms change, and `unfreeze` undoes it; the one layer ever put in is a head (`building`). Not for figures to
+compare by either, which belong to `bench`.
+
+A *run* is one fine-tuning from its first step to its last, whatever interrupts it; its folder is `runs.Folder`.
+A *job* is what a run is asked for, its *state* all that training changes.
+
+From the ground up, each importing only what stands before it:
+
+- settings: setting_tables · experiment
+- a model's parts: dotted_names · heads · selecting · freezing · groups · dead_gates
+- images: runs · data/
+- machine and nets: devices · sharding · nets
+- one step: factories · measuring · learner
+- one run: job · optimizer_state · run_state · resuming · run_files · reporting · loop
+- from outside: building · engine · exporting
+
+Nothing of `setting_tables` and `experiment` needs torch: the command line describes its flags from them.
+"""
 
 from __future__ import annotations
 
