@@ -18,7 +18,7 @@ RULE = ("block", "after", "before", "place")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE, and every key of it as a flag."""
-    from attninject.training.setting_tables import DATA, TOP, TRAIN
+    from attninject.training.experiment import DATA, TOP, TRAIN
 
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="an experiment file (YAML)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder `out`")

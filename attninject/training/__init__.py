@@ -10,7 +10,7 @@ A *job* is what a run is asked for, its *state* all that training changes.
 
 From the ground up, each importing only what stands before it:
 
-- settings: setting_tables · experiment
+- settings: words · setting_tables · experiment
 - a model's parts: dotted_names · heads · selecting · freezing · groups · dead_gates
 - images: runs · data/
 - machine and nets: devices · sharding · nets
@@ -18,7 +18,7 @@ From the ground up, each importing only what stands before it:
 - one run: job · optimizer_state · run_state · resuming · run_files · reporting · loop
 - from outside: building · engine · exporting
 
-Nothing of `setting_tables` and `experiment` needs torch: the command line describes its flags from them.
+Nothing of the settings needs torch: the command line describes its flags from `experiment`.
 """
 
 from __future__ import annotations

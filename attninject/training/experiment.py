@@ -18,6 +18,8 @@ from attninject.recipe.yaml_text import from_python, read_file, read_yaml
 
 from .setting_tables import DATA, TOP, TRAIN, Table
 
+__all__ = ["DATA", "TOP", "TRAIN", "Data", "Experiment", "Training", "read_experiment", "settings"]
+
 FORM = "a mapping with `model:`"
 
 

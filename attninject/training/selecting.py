@@ -17,7 +17,7 @@ from attninject.wording import nearest_hint
 
 from .dotted_names import below, joined, parents
 from .heads import head_of
-from .setting_tables import FREEZE_WORDS
+from .words import WORDS
 
 What = str | int | Sequence[str | int]
 
@@ -72,7 +72,7 @@ def _keys(model: nn.Module, part: str | int) -> set[str]:
     if not found:
         hint = nearest_hint(part, [n for n in every if n])
         raise NoMatchError(
-            f"no module or parameter matches {part!r}{hint}; it may also be {', '.join(FREEZE_WORDS)}, or a "
+            f"no module or parameter matches {part!r}{hint}; it may also be {', '.join(WORDS)}, or a "
             f"stage's number"
         )
     return (found - inside) or found

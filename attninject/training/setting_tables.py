@@ -17,9 +17,10 @@ from attninject.recipe.loading import load_recipe, recipe_names
 from attninject.recipe.patterns import compile_pattern
 from attninject.recipe.report import BAD, Node, Report
 
+from .words import WORDS
+
 Table = Mapping[str, tuple[Checker, str]]
 
-FREEZE_WORDS = ("backbone", "head", "injected")  # beside patterns and the numbers of stages
 DATA_KINDS = ("digits", "imagefolder", "timm", "torchvision")
 
 # --- checks ------------------------------------------------------------------------------------
@@ -48,9 +49,7 @@ def _what(node: Node, report: Report) -> Any:
     if isinstance(node.value, int) and not isinstance(node.value, bool) and node.value:
         return node.value
     if not isinstance(node.value, str):
-        return report.expected(
-            node, f"{', '.join(FREEZE_WORDS)}, a pattern, a stage's number, or a list of these"
-        )
+        return report.expected(node, f"{', '.join(WORDS)}, a pattern, a stage's number, or a list of these")
     try:
         return compile_pattern(node.value).text
     except PatternError as error:
@@ -141,7 +140,7 @@ TRAIN: Table = {
     "weight_decay": (_from_zero, "weight decay of kernels and matrices"),
     "layer_decay": (_maybe(_number("a factor above 0, at most 1", 0, 1, above=True)),
         "timm's layer-wise learning rate decay"),
-    "freeze": (_maybe(_what), f"{', '.join(FREEZE_WORDS)}, a pattern, a stage's number, or a list of these"),
+    "freeze": (_maybe(_what), f"{', '.join(WORDS)}, a pattern, a stage's number, or a list of these"),
     "unfreeze": (_unfreeze, "gradual unfreezing: [{epoch: 2, what: layer4}]; epochs from 1"),
     "bn": (choice("a mode for frozen batch norms", ("eval", "train")),
         "frozen batch norms keep (eval) or update (train) their statistics"),

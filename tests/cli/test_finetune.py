@@ -46,8 +46,7 @@ def test_settings_are_read_without_torch(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("model: timm/resnet18\nout: x\ntrain: {freeze: backbone}\n")
     code = (
         "import sys\n"
-        "from attninject.training.experiment import read_experiment\n"
-        "from attninject.training.setting_tables import TRAIN\n"
+        "from attninject.training.experiment import TRAIN, read_experiment\n"
         "assert read_experiment(sys.argv[1]).train.freeze == 'backbone' and 'lr' in TRAIN\n"
         "print([name for name in ('torch', 'numpy', 'timm') if name in sys.modules])"
     )
