@@ -112,6 +112,7 @@ class Loaders:
         rank, ranks = accelerator.process_index, accelerator.num_processes
         count, classes = len(images.train), len(images.classes)
         skip, pin = data.unreadable == "skip", accelerator.device.type == "cuda"
+        for_train, for_val = (None, None) if preprocessing is None else transforms(data, preprocessing)
         self.order = Schedule(count, train.batch_size, rank, ranks, train.seed)
         if (train.mixup or train.cutmix) and self.order.batch_size % 2:
             raise DataError(
@@ -119,7 +120,6 @@ class Loaders:
                 f"{self.order.batch_size}: give an even `batch_size` below that"
             )
         in_order = Schedule(len(images.val), train.batch_size, rank, ranks, train=False)
-        for_train, for_val = (None, None) if preprocessing is None else transforms(data, preprocessing)
         samples = Samples(images.train, for_train, train.seed, skip, classes)
         held = Padded(images.val, for_val, train.seed, skip, classes)
         self.train = loader(samples, self.order, data.workers, pin)
