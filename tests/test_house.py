@@ -33,8 +33,8 @@ def room(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(source: str, package: tuple[str, ...]) -> set[str]:
-    """Rooms of attninject that a source text imports, at the top or inside functions, relative or not."""
+def imported_names(source: str, package: tuple[str, ...]) -> set[str]:
+    """Full names that a source text imports: at the top, inside functions, for type checkers, relative or not."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -44,11 +44,40 @@ def imported_rooms(source: str, package: tuple[str, ...]) -> set[str]:
             above = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join((*above, *(node.module or "").split("."))).strip(".")
             names = [f"{base}.{alias.name}" for alias in node.names]
-        for name in names:
-            first, _, rest = name.partition(".")
-            if first == "attninject":
-                found.add(rest.partition(".")[0])
+        found.update(names)
     return found
+
+
+def imported_rooms(source: str, package: tuple[str, ...]) -> set[str]:
+    """Rooms of attninject that a source text imports."""
+    names = (name.split(".") for name in imported_names(source, package))
+    return {"".join(name[1:2]) for name in names if name[0] == "attninject"}
+
+
+def imports_of(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which modules each imports, by the longest name that is one; sources by path (`attninject/api.py`)."""
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in sources}
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        parts = tuple(path.split("/")[:-1])
+        others = set()
+        for name in imported_names(sources[path], parts):
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            others.add(name)
+        found[module] = others - {module, ""}
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import one another by whatever way round, a list for each ring."""
+    reached = {module: set(others) for module, others in imports.items()}
+    for between in reached:
+        for others in reached.values():
+            if between in others:
+                others |= reached[between]
+    rings = {tuple(sorted(o for o in reached[m] if m in reached[o])) for m in reached if m in reached[m]}
+    return [list(ring) for ring in sorted(rings)]
 
 
 def python(*args: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -89,6 +118,30 @@ def test_imports_go_up_the_list_never_down() -> None:
                 wrong.append(f"{file.relative_to(ROOT)} imports {other or 'attninject itself'}")
     assert wrong == []
     assert len(files) > 10
+
+
+@pytest.mark.parametrize(
+    ("sources", "found"),
+    [
+        ({"a/x.py": "from . import y", "a/y.py": "import os"}, []),
+        ({"a/x.py": "from . import y", "a/y.py": "def f():\n    from a.x import g"}, [["a.x", "a.y"]]),
+        ({"a/x.py": "import a.y", "a/y.py": "if TYPE_CHECKING:\n    from .x import X"}, [["a.x", "a.y"]]),
+        (
+            {"a/x.py": "from .b import f", "a/b/__init__.py": "from . import z", "a/b/z.py": "from .. import x"},
+            [["a.b", "a.b.z", "a.x"]],
+        ),
+    ],
+)  # fmt: skip
+def test_reader_of_circles(sources: dict[str, str], found: list[list[str]]) -> None:
+    """The reader behind the next test sees rings of two and of three, inside functions and for type checkers."""
+    assert circles(imports_of(sources)) == found
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Imports go one way between files too, inside a room as between rooms, those for type checkers among them."""
+    files = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
+    sources = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    assert circles(imports_of(sources)) == []
 
 
 def test_timm_and_torchvision_builders_are_imported_in_one_file_only() -> None:

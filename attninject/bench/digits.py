@@ -25,7 +25,9 @@ from attninject import __version__, api, models
 from attninject.errors import RunError
 from attninject.files import replacing
 from attninject.training import finetune
-from attninject.training.data import Digits, DigitsTransform, look_of, open_images
+from attninject.training.data.datasets import Digits
+from attninject.training.data.opening import open_images
+from attninject.training.data.preprocessing import DigitsTransform, preprocessing_of
 from attninject.training.experiment import Data
 
 MODEL = "torchvision/resnet18"
@@ -90,7 +92,7 @@ def run(
 def _images() -> tuple[Enlarged, Enlarged]:
     data = Data()
     opened = open_images(data)
-    transform = DigitsTransform(look_of(None, data))
+    transform = DigitsTransform(preprocessing_of(None, data))
 
     def enlarged(part: Digits) -> Enlarged:
         return Enlarged(torch.stack([transform(image) for image in part.images]), part.labels)

@@ -25,10 +25,13 @@ from torch.utils.data import Dataset
 
 from attninject import api, models
 from attninject.training import devices
-from attninject.training.data import Images
+from attninject.training.data.datasets import Images
 from attninject.training.experiment import settings
 from attninject.training.freezing import trainable
+from attninject.training.job import Job
 from attninject.training.loop import Run
+from attninject.training.reporting import Reporter
+from attninject.training.run_files import RunFiles
 
 from .measure import resident
 
@@ -128,11 +131,11 @@ class Step:
                 api.inject(model, task.recipe)
         data, _ = settings("digits")
         images = Images(noise, noise, noise.classes)
-        self.run = Run(model, images, data, train, None, None, None, lambda text: None)
-        self.run.accelerator = devices.open_accelerator(train)
-        self.run.prepare()
-        self.run.nets.net.train()
-        self.batch = next(iter(self.run.loader))
+        job = Job(model, images, data, train)
+        silent = Reporter(lambda text: None, None, True, train.log_every)
+        self.run = Run(job, devices.open_accelerator(train), RunFiles(job, True), silent)
+        self.run.learner.nets.net.train()
+        self.batch = next(iter(self.run.loaders.train))
         self.on_gpu = self.run.accelerator.device.type == "cuda"
         self.blocks, self.learning = len(api.injected(model)), trainable(model)
         self.parameters = sum(p.numel() for p in model.parameters())

@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _from_run(args: argparse.Namespace) -> tuple[Any, str, int]:
     from attninject.training import read_experiment, trained
-    from attninject.training.data import look_of
+    from attninject.training.data.preprocessing import preprocessing_of
     from attninject.training.runs import SETTINGS
 
     model = trained(args.file)
     experiment = read_experiment(args.file / SETTINGS)
-    return model, experiment.model, look_of(model, experiment.data).size
+    return model, experiment.model, preprocessing_of(model, experiment.data).size
 
 
 def _from_delta(args: argparse.Namespace) -> tuple[Any, str, int]:
@@ -69,7 +69,7 @@ def _from_delta(args: argparse.Namespace) -> tuple[Any, str, int]:
 
     from attninject import delta, models
     from attninject.training.building import build
-    from attninject.training.data import look_of
+    from attninject.training.data.preprocessing import preprocessing_of
     from attninject.training.experiment import Data
 
     torch.manual_seed(args.seed)
@@ -78,4 +78,4 @@ def _from_delta(args: argparse.Namespace) -> tuple[Any, str, int]:
     else:  # as a run makes it, where the weights have other classes
         base = build(args.model, args.weights, args.num_classes)
     model = delta.load(base, args.file)
-    return model, args.model, look_of(model, Data("imagefolder")).size
+    return model, args.model, preprocessing_of(model, Data("imagefolder")).size

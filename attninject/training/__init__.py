@@ -1,4 +1,25 @@
-"""Fine-tuning: freezing, parameter groups, data, and the engine behind `attninject finetune`."""
+"""Fine-tuning: freezing, parameter groups, images, and the engine behind `attninject finetune`.
+
+For: training a model that has its blocks, from settings to files that ship: `freeze`, `param_groups`,
+`finetune`, `run_experiment`, `trained`. Not for: changing a model's structure. Here `requires_grad` and the mode
+of norms change, and `unfreeze` undoes it; the one layer ever put in is a head (`building`). Not for figures to
+compare by either, which belong to `bench`.
+
+A *run* is one fine-tuning from its first step to its last, whatever interrupts it; its folder is `runs.Folder`.
+A *job* is what a run is asked for, its *state* all that training changes.
+
+From the ground up, each importing only what stands before it:
+
+- settings: words · setting_tables · experiment
+- a model's parts: dotted_names · heads · selecting · freezing · groups · dead_gates
+- images: runs · data/
+- machine and nets: devices · sharding · nets
+- one step: factories · measuring · learner
+- one run: job · optimizer_state · run_state · resuming · run_files · reporting · loop
+- from outside: building · engine · exporting
+
+Nothing of the settings needs torch: the command line describes its flags from `experiment`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +33,7 @@ _HOME = {
     "GradualUnfreezing": "freezing",
     "param_groups": "groups",
     "extend_optimizer": "groups",
-    "Result": "loop",
+    "Result": "job",
     "finetune": "engine",
     "run_experiment": "engine",
     "trained": "engine",
@@ -38,7 +59,7 @@ if TYPE_CHECKING:
     from .experiment import read_experiment
     from .freezing import GradualUnfreezing, freeze, trainable, unfreeze
     from .groups import extend_optimizer, param_groups
-    from .loop import Result
+    from .job import Result
 
 
 def __getattr__(name: str) -> Any:

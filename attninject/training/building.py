@@ -7,7 +7,7 @@ from torch import nn
 from attninject import models
 from attninject.errors import UnknownModelError
 
-from .freezing import head_of
+from .heads import head_of
 
 
 def build(name: str, weights: str, classes: int) -> nn.Module:
@@ -37,7 +37,7 @@ def _last_layer(model: nn.Module) -> str:
     ]
     if not found:
         raise UnknownModelError(f"{type(model).__name__} has no layer that gives logits")
-    return found[-1]
+    return str(found[-1])
 
 
 def _with_outputs(layer: nn.Module, classes: int) -> nn.Module:

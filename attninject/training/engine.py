@@ -13,12 +13,15 @@ from torch import nn
 from attninject import api, delta, models
 from attninject.errors import RunError
 from attninject.observe.snapshot import rng_kept
-from attninject.training import data as images_of
-from attninject.training import runs
 
+from . import runs
 from .building import build
+from .data.datasets import Images, classes_of
+from .data.opening import open_images
+from .data.preprocessing import preprocessing_of
 from .experiment import Experiment, read_experiment, settings
-from .loop import Result, Run
+from .job import Job, Result
+from .loop import carry_out
 
 
 def finetune(
@@ -58,16 +61,14 @@ def finetune(
     if workers is not None:
         data_settings = replace(data_settings, workers=workers)
     with rng_kept():
-        if pair:
-            opened = images_of.Images(pair[0], pair[1], images_of.classes_of(pair[0]))
-        else:
-            opened = images_of.open_images(data_settings)
+        opened = Images(pair[0], pair[1], classes_of(pair[0])) if pair else open_images(data_settings)
         if recipe is not None:
             torch.manual_seed(train_settings.seed)
             api.inject(model, recipe)
-        look = None if pair else images_of.look_of(model, data_settings)
-        run = Run(model, opened, data_settings, train_settings, look, out, base, say or _print)
-        return run.carry_out(resume)
+        preprocessing = None if pair else preprocessing_of(model, data_settings)
+        where = None if out is None else Path(out)
+        job = Job(model, opened, data_settings, train_settings, preprocessing, where, base)
+        return carry_out(job, say or _print, resume)
 
 
 def run_experiment(
@@ -75,14 +76,24 @@ def run_experiment(
 ) -> Result:
     """Build the model, inject the recipe, train: what `attninject finetune` does."""
     with rng_kept():
-        opened = images_of.open_images(experiment.data)
+        opened = open_images(experiment.data)
         torch.manual_seed(experiment.train.seed)
         model = build(experiment.model, experiment.weights, len(opened.classes))
         if experiment.recipe is not None:
             api.inject(model, experiment.recipe)
-        look = images_of.look_of(model, experiment.data)
-        args = (model, opened, experiment.data, experiment.train, look, experiment.out, experiment.model)
-        return Run(*args, say or _print, experiment).carry_out(resume)
+        preprocessing = preprocessing_of(model, experiment.data)
+        where = Path(experiment.out)
+        job = Job(
+            model,
+            opened,
+            experiment.data,
+            experiment.train,
+            preprocessing,
+            where,
+            experiment.model,
+            experiment,
+        )
+        return carry_out(job, say or _print, resume)
 
 
 def trained(folder: Any, file: str = runs.BEST) -> nn.Module:

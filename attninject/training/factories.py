@@ -1,4 +1,4 @@
-"""timm's parts by the settings: optimizer, schedule, loss, Mixup, average; and what a wrong name is told."""
+"""What timm makes by the settings: optimizer, schedule, loss and Mixup; and what a wrong name is told."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import nn
 from attninject import api
 from attninject.planning import support
 
-from .freezing import head_of
+from .heads import head_of
 
 LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.modules.conv._ConvNd, nn.modules.rnn.RNNBase)
 
@@ -48,32 +48,29 @@ def param_groups(
         NoHeadError: name the head with `freeze(model, what, head=…)` before.
     """
     model = support.unwrapped(model)
-    kinds = _kinds(model)
+    kinds, still = _kinds(model), _undecayed(model)
+    scales = {} if layer_decay is None else _layer_scales(model, layer_decay, kinds)
+    members: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = bool(weight_decay) and name not in still
+            members.setdefault((kinds[name], scales.get(name, 1.0), decayed), []).append(parameter)
     rates = {
+        "backbone": lr,
         "blocks": lr if attn_lr is None else attn_lr,
         "head": lr if head_lr is None else head_lr,
-        "backbone": lr,
     }
-    scales = {} if layer_decay is None else _layer_scales(model, layer_decay, kinds)
-    still = _undecayed(model)
-    groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        kind, decayed = kinds[name], bool(weight_decay) and name not in still
-        scale = scales.get(name, 1.0)
-        group = groups.setdefault(
-            (kind, scale, decayed),
-            {
-                "params": [],
-                "lr": rates[kind] * scale,
-                "weight_decay": weight_decay if decayed else 0.0,
-                "name": kind + (f" ×{scale:.3g}" if scale != 1 else "") + ("" if decayed else ", no decay"),
-            },
-        )
-        group["params"].append(parameter)
-    order = ("backbone", "blocks", "head")
-    return [groups[key] for key in sorted(groups, key=lambda key: order.index(key[0]))]
+    order = list(rates)
+    return [
+        {
+            "params": members[key],
+            "lr": rates[kind] * scale,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "name": kind + (f" ×{scale:.3g}" if scale != 1 else "") + ("" if decayed else ", no decay"),
+        }
+        for key in sorted(members, key=lambda key: order.index(key[0]))
+        for kind, scale, decayed in [key]
+    ]
 
 
 def extend_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, **rates: Any) -> list[str]:

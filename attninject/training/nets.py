@@ -37,7 +37,7 @@ class Nets:
         else:
             model.to(accelerator.device)
             if train.channels_last:
-                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                model.to(memory_format=torch.channels_last)
         self.net = self.twin.net if self.twin else model
         self.average: nn.Module | None = None
         self._average_twin: Twin | None = None
@@ -45,6 +45,8 @@ class Nets:
         if train.ema is not None:
             self._make_average(train.ema)
         self._gathered: int | None = None
+        self.ddp: Any = None
+        self.runner: Any = self.net
         self.wrap()
 
     def _make_average(self, decay: float) -> None:
@@ -78,7 +80,7 @@ class Nets:
                 runner, device_ids=[self.accelerator.device.index] if on_gpu else None
             )
         self.ddp = None if runner is self.net else runner
-        self.runner: Any = torch.compile(runner) if self.train.compile else runner
+        self.runner = torch.compile(runner) if self.train.compile else runner
 
     @property
     def manner(self) -> str:
@@ -100,7 +102,8 @@ class Nets:
         if self.twin is not None:
             self.twin.sync(last)
         elif self.ddp is not None and not last:
-            return self.ddp.no_sync()
+            later: AbstractContextManager[Any] = self.ddp.no_sync()
+            return later
         return contextlib.nullcontext()
 
     def settle(self) -> None:

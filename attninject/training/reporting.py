@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from attninject.training import runs
+from . import runs
 
 BOARD = "tensorboard"  # folder within the run's
 

@@ -23,14 +23,14 @@ def test_finetune_takes_the_engines_steps_in_turn(monkeypatch: pytest.MonkeyPatc
     real = loop.Run.one_step
 
     def counted(run: Any, batches: Any) -> float:
-        order.append(len(run.names))
+        order.append(len(run.learner.names))
         return real(run, batches)
 
     monkeypatch.setattr(loop.Run, "one_step", counted)
     monkeypatch.setattr(finetuning, "_peak_in_child", lambda task: 2**20)
     result = finetuning.finetune(SMALL, rounds=1)
     plain, recipe, frozen = result["rows"]
-    tensors = len(list(finetuning.Step(SMALL).run.names))
+    tensors = len(list(finetuning.Step(SMALL).run.learner.names))
     assert order == [62, tensors, tensors] * 3
     assert (plain["blocks"], recipe["blocks"], frozen["blocks"]) == (0, 8, 8)
     assert plain["parameters"] < recipe["parameters"] == frozen["parameters"]

@@ -41,6 +41,24 @@ def run(capsys: pytest.CaptureFixture[str]):
     return call
 
 
+def test_settings_are_read_without_torch(tmp_path: Path) -> None:
+    """The tables behind the flags, and an experiment file without a recipe load no torch."""
+    (tmp_path / "e.yaml").write_text("model: timm/resnet18\nout: x\ntrain: {freeze: backbone}\n")
+    code = (
+        "import sys\n"
+        "from attninject.training.experiment import TRAIN, read_experiment\n"
+        "assert read_experiment(sys.argv[1]).train.freeze == 'backbone' and 'lr' in TRAIN\n"
+        "print([name for name in ('torch', 'numpy', 'timm') if name in sys.modules])"
+    )
+    given = [sys.executable, "-c", code, str(tmp_path / "e.yaml")]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    done = subprocess.run(given, capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder of three colours: 24 training and 9 validation images."""

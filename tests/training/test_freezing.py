@@ -16,7 +16,7 @@ from torch import nn
 import attninject as ai
 from attninject import errors
 from attninject.training import GradualUnfreezing
-from attninject.training.freezing import head_of
+from attninject.training.heads import head_of
 
 
 class Unit(nn.Module):

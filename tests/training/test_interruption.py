@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,14 @@ from torch import nn
 
 import attninject as ai
 from attninject import errors
-from attninject.training import data as images_of
-from attninject.training import factories, finetune, runs
+from attninject.training import devices, factories, finetune, resuming, runs
+from attninject.training.data import loaders
+from attninject.training.data.datasets import Images
+from attninject.training.experiment import settings
+from attninject.training.job import Job
+from attninject.training.loop import Run
+from attninject.training.reporting import Reporter
+from attninject.training.run_files import RunFiles
 
 HERE = Path(__file__).parent
 LONG: dict[str, Any] = {
@@ -294,7 +301,7 @@ def test_loader_processes_of_a_killed_run_hold_no_lock(
     first.begin(resume=False)
     assert first._lock is not None
     of_the_run = os.dup(first._lock.fileno())  # as after a fork, two hold one lock
-    images_of._quiet_worker(0)
+    loaders._quiet_worker(0)
     with pytest.raises(errors.RunError, match="another run is at work"):
         second.begin(resume=False)
     os.close(of_the_run)
@@ -363,9 +370,58 @@ def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_plain_data(run: Path) -> None:
-    """Tensors and JSON: any program reads them."""
+    """Tensors and JSON, with the entries that they have always had: any program reads them."""
     tensors = load_file(run / runs.CHECKPOINT)
     assert {k.split(".")[0] for k in tensors} == {"model", "optimizer"}
     meta = runs.read_meta(run / runs.CHECKPOINT)
     assert json.loads(json.dumps(meta))["classes"] == ["red", "green", "blue"]
     assert ai.__version__ == meta["version"]
+    assert set(meta) == {
+        "alive", "batch", "best", "checksums", "classes", "epoch", "format", "history", "loss_sum", "optimizer",
+        "processes", "scaler", "settings", "skipped", "step", "version", "warnings",
+    }  # fmt: skip
+    assert {part: type(value) for part, value in meta["settings"].items()} == {"data": dict, "train": dict}
+
+
+# tests/reference/checkpoint_0.1.0.safetensors: taken by version 0.1.0 in the second of three epochs of this
+OF_0_1_0: dict[str, Any] = {
+    "epochs": 3, "batch_size": 8, "lr": 1e-2, "ema": 0.9, "device": "cpu", "freeze": "backbone",
+    "unfreeze": [{"epoch": 2, "what": "units.1"}], "log_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    """The folder of a run that version 0.1.0 left behind in its second epoch."""
+    (tmp_path / "a").mkdir()
+    shutil.copy(HERE.parent / "reference" / "checkpoint_0.1.0.safetensors", tmp_path / "a" / runs.CHECKPOINT)
+    return tmp_path / "a"
+
+
+def test_a_checkpoint_of_the_first_version_is_taken_over_whole(old_run: Path) -> None:
+    """Weights, average, momenta, counters and log: what is loaded gives the same checkpoint again."""
+    data, train = settings("digits", **OF_0_1_0)
+    job = Job(net(), Images(*DATA, Shades.classes), data, train, out=old_run)
+    accelerator = devices.open_accelerator(train)
+    try:
+        run = Run(job, accelerator, RunFiles(job, True), Reporter(lambda text: None, None, True, 1))
+        run.resume()
+        state = run.state.state_dict() | resuming.terms(job, 1)
+    finally:
+        devices.forget_accelerator()
+    tensors, meta = runs.read(old_run / runs.CHECKPOINT)
+    assert len(tensors) == 87
+    assert all(torch.equal(state[key], tensor) for key, tensor in tensors.items())
+    plain = json.loads(json.dumps({key: value for key, value in state.items() if key not in tensors}))
+    numbers, numbers_then = plain.pop("optimizer"), meta.pop("optimizer")
+    assert all(entry in numbers for entry in numbers_then)  # another torch may keep more
+    assert plain == {k: meta[k] for k in meta if k not in ("checksums", "format", "version")}
+
+
+def test_a_run_of_the_first_version_goes_on(old_run: Path) -> None:
+    """Its rows stay, the epoch that it stopped in is finished, and the last one follows."""
+    before = runs.read_meta(old_run / runs.CHECKPOINT)
+    assert (before["epoch"], before["batch"], before["step"]) == (1, 2, 8)
+    result = finetune(net(), DATA, **OF_0_1_0, say=lambda text: None, out=old_run, resume=True)
+    assert result.history[:2] == before["history"]
+    assert [(row["epoch"], row["step"]) for row in result.history] == [(0, 0), (1, 6), (2, 12), (3, 18)]

@@ -1,0 +1,162 @@
+"""From the settings to data sets on disk: digits, image folders, timm's and torchvision's. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attninject.errors import DataError, MissingPackageError
+from attninject.wording import nearest
+
+from ..experiment import Data
+from .datasets import Digits, Images, Part, TimmImages, class_names, classes_of
+
+DIGITS_TEST = 0.3  # held out for validation, unless `val_fraction` says otherwise
+
+
+def open_images(data: Data) -> Images:
+    """Open the data sets; nothing is read but lists of files.
+
+    Raises:
+        DataError: a folder is missing or empty, or the splits have different classes.
+        MissingPackageError: the digits without scikit-learn.
+    """
+    kinds = {"digits": _digits, "imagefolder": _folders, "timm": _timm, "torchvision": _torchvision}
+    opened = kinds[data.kind](data)
+    for name, part in (("training", opened.train), ("validation", opened.val)):
+        if len(part) == 0:
+            raise DataError(f"there are no {name} images in {data.root or data.kind}")
+    return opened
+
+
+# --- kinds -------------------------------------------------------------------------------------
+
+
+def _digits(data: Data) -> Images:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingPackageError(
+            'the digits come with scikit-learn, which is not installed: pip install "attninject[train]"'
+        ) from error
+    raw = load_digits()
+    images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1).expand(-1, 3, -1, -1) / 16
+    labels = torch.tensor(raw.target)
+    train, val = _held_out(len(labels), data.val_fraction or DIGITS_TEST)
+    names = tuple(str(n) for n in range(10))
+    return Images(Digits(images[train], labels[train]), Digits(images[val], labels[val]), names)
+
+
+def _folders(data: Data) -> Images:
+    root = Path(str(data.root))
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}")
+    if data.val_fraction is not None:
+        whole = _folder(root / data.train_split if (root / data.train_split).is_dir() else root)
+        return _divided(whole, data.val_fraction)
+    for split in (data.train_split, data.val_split):
+        if not (root / split).is_dir():
+            there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:6]) or "no folders"
+            raise DataError(
+                f"there is no folder {root / split} ({root} has {there}); name the splits with `train_split` "
+                f"and `val_split`, or hold out a part of all images with `val_fraction: 0.2` (--data-val-fraction 0.2)"
+            )
+    train_set, val_set = _folder(root / data.train_split), _folder(root / data.val_split)
+    if train_set.classes != val_set.classes:
+        _refuse_classes(str(root), train_set.classes, val_set.classes)
+    return Images(train_set, val_set, tuple(train_set.classes))
+
+
+def _folder(path: Path) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is no image folder: {str(error).splitlines()[0]}; each class is a folder of images"
+        ) from error
+
+
+def _timm(data: Data) -> Images:
+    from timm.data import ImageDataset, create_dataset
+
+    def make(split: str) -> Any:
+        try:
+            name, learning = str(data.name), split == data.train_split
+            made = create_dataset(name, root=data.root, split=split, is_training=learning)
+            return TimmImages(made) if isinstance(made, ImageDataset) else made
+        except (AssertionError, OSError, RuntimeError, ValueError, ImportError) as error:
+            raise DataError(
+                f"timm cannot open {data.name!r}, split {split!r}, in {data.root}: {error}"
+            ) from error
+
+    return _opened(make, data)
+
+
+def _torchvision(data: Data) -> Images:
+    from torchvision import datasets
+
+    name = str(data.name)
+    known = [n for n in datasets.__all__ if isinstance(getattr(datasets, n), type)]
+    if name not in known:
+        raise DataError(f"torchvision has no data set {name!r}; nearest: {', '.join(nearest(name, known))}")
+    cls = getattr(datasets, name)
+
+    def make(split: str) -> Any:
+        taken = inspect.signature(cls).parameters
+        which = {"split": split} if "split" in taken else {"train": split == data.train_split}
+        try:
+            return cls(root=data.root, **which)
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
+            raise DataError(
+                f"torchvision's {name} cannot be opened in {data.root}, split {split!r}: "
+                f"{str(error).splitlines()[0]}; nothing is downloaded here"
+            ) from error
+
+    return _opened(make, data)
+
+
+# --- splits ------------------------------------------------------------------------------------
+
+
+def _opened(make: Callable[[str], Any], data: Data) -> Images:
+    """Both splits by name, or the training split divided."""
+    train = _by_number(make(data.train_split), data)
+    if data.val_fraction is not None:
+        return _divided(train, data.val_fraction)
+    val = _by_number(make(data.val_split), data)
+    ours, theirs = class_names(train), class_names(val)
+    if ours and theirs and ours != theirs:
+        _refuse_classes(str(data.name), ours, theirs)
+    return Images(train, val, classes_of(train))
+
+
+def _by_number(part: Any, data: Data) -> Any:
+    """The split, unless it can only be streamed."""
+    if hasattr(part, "__getitem__") and hasattr(part, "__len__"):
+        return part
+    raise DataError(f"{data.name} can only be streamed; fine-tuning needs images that are found by number")
+
+
+def _refuse_classes(where: str, ours: Sequence[str], theirs: Sequence[str]) -> None:
+    differ = sorted(set(ours) ^ set(theirs)) or ["another order"]
+    raise DataError(
+        f"the classes under {where} differ between training and validation: {', '.join(differ[:6])}"
+    )
+
+
+def _divided(whole: Any, fraction: float) -> Images:
+    train, val = _held_out(len(whole), fraction)
+    return Images(Part(whole, train), Part(whole, val), classes_of(whole))
+
+
+def _held_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
+    """Numbers for training and for validation; the same split whatever the seed of the run."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    held = max(1, round(count * fraction))
+    return sorted(order[held:]), sorted(order[:held])
