@@ -20,7 +20,7 @@ from attninject.recipe.patterns import compile_pattern
 from attninject.recipe.report import BAD, Node, Report
 from attninject.recipe.yaml_text import from_python, read_file, read_yaml
 
-from .freezing import WORDS
+from .words import WORDS
 
 DATA_KINDS = ("digits", "imagefolder", "timm", "torchvision")
 FORM = "a mapping with `model:`"

@@ -24,10 +24,11 @@ from attninject.recipe.patterns import compile_pattern
 from attninject.surgery import change_history, injected_state
 from attninject.wording import nearest, nearest_hint, parameter_count
 
+from .words import WORDS
+
 What = str | int | Sequence[str | int]
 Head = str | nn.Module | Sequence[str | nn.Module]
 
-WORDS = ("backbone", "head", "injected")
 _HEAD = "_attninject_head"  # attribute of a model: names of the head's modules, as `freeze(head=…)` said
 
 
