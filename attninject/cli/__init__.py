@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in VERBS:
-        return _verb(name).parse(rest)
+        return parser_of(name).parse(rest)
     top = _top()
     if name.startswith("-"):
         top.parse(argv[:1])  # --help, --version, or an unknown flag
@@ -84,8 +84,8 @@ def _top() -> Parser:
     return parser
 
 
-def _verb(name: str) -> Parser:
-    """The parser of one verb, made by its file."""
+def parser_of(name: str) -> Parser:
+    """The parser of a verb, made by its file."""
     module = importlib.import_module(f"{__name__}.{'listing' if name == 'list' else name}")  # not the builtin
     parser = Parser(f"attninject {name}", module.__doc__)
     module.add_arguments(parser)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .common import add_output, positive, print_json, say, silent, word
+from .common import add_output, path, positive, print_json, refuse_unwritable, say, silent, word
 from .parser import Parser
 
 DTYPES, FORMATS = ("float32", "bfloat16", "float16"), ("NCHW", "channels_last")
@@ -39,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
 def _add_shared(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--quick", action="store_true", help="three rounds, small maps and images")
     group.add_argument("--rounds", type=positive, default=9, metavar="N", help="rounds per figure")
-    group.add_argument("--save", type=Path, metavar="FILE", help="write the figures there as JSON too")
+    group.add_argument("--save", type=path, metavar="FILE", help="write the figures there as JSON too")
     group.add_argument(
         "--device",
         type=word(("auto", "cpu", "cuda"), "device"),
@@ -78,7 +78,7 @@ def _add_finetune(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_digits(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--file", type=Path, default=Path("digits.json"), metavar="FILE",
+    group.add_argument("--file", type=path, default=Path("digits.json"), metavar="FILE",
                        help="keeps finished runs; the same command goes on with it")  # fmt: skip
     group.add_argument("--seeds", type=positive, default=5, metavar="N", help="seeds")
     group.add_argument("--epochs", type=positive, default=10, metavar="N", help="epochs of fine-tuning")
@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.quick:
         args.rounds = min(args.rounds, 3)
+    if args.save:
+        refuse_unwritable(args.save)
     result, words = makers[args.what](args)
     if args.save:
         import json
@@ -196,7 +198,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return found
 
 
 def _among(choices: tuple[str, ...]) -> Callable[[str], list[str]]:

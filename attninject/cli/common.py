@@ -6,7 +6,10 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from attninject.errors import ProbeError, RecipeError
 
 from .parser import Parser, did_you_mean
 
@@ -51,7 +54,6 @@ def word(choices: Iterable[str], what: str) -> Callable[[str], str]:
 
 def scalar(text: str) -> Any:
     """A value as a recipe reads it: `8`, `0.5`, `true`, `null`, `max`, `[1, 2]`."""
-    from attninject.errors import RecipeError
     from attninject.recipe.loading import parse_value
 
     try:
@@ -72,7 +74,11 @@ def example_inputs(size: tuple[int, ...]) -> torch.Tensor:
     """Two random images of that size, the same in every run."""
     import torch
 
-    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    except (RuntimeError, TypeError) as error:
+        shown, reason = ",".join(map(str, size)), str(error).partition("\n")[0]
+        raise ProbeError(f"no inputs of size {shown} can be made here: {reason}") from None
 
 
 def print_json(value: Any) -> None:
@@ -104,6 +110,21 @@ def positive(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+
+
+def path(text: str) -> Path:
+    """An argparse type: what can be a file's name."""
+    if text and "\0" not in text:
+        return Path(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no file name")
+
+
+def refuse_unwritable(file: Path) -> None:
+    """Before the work is done: a folder in the file's place, or no folder around it, is an OSError."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} cannot be written: it is a folder")
+    if not file.parent.is_dir():
+        raise NotADirectoryError(f"{file} cannot be written: there is no folder {file.parent}")
 
 
 def whole(text: str) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from .common import add_output, positive, print_json, seed, whole, word
+from .common import add_output, path, positive, print_json, refuse_unwritable, seed, whole, word
 from .parser import Parser
 
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}
@@ -15,14 +14,14 @@ SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}
 def add_arguments(parser: Parser) -> None:
     """FILE, its base, and the target."""
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help="a run's folder, or a delta file with --model"
+        "file", metavar="FILE", type=path, help="a run's folder, or a delta file with --model"
     )
     copy = parser.add_argument_group("the copy")
     copy.add_argument(
         "--to", required=True, type=word(SUFFIX, "target"), metavar="TO", help=", ".join(SUFFIX)
     )
     copy.add_argument(
-        "-o", "--out", "--output", type=Path, metavar="OUT", help="the file to write; default: beside FILE"
+        "-o", "--out", "--output", type=path, metavar="OUT", help="the file to write; default: beside FILE"
     )
     copy.add_argument("--like", type=word(("timm",), "naming"), metavar="timm",
                       help="with state_dict: as timm's own attention network loads it")  # fmt: skip
@@ -43,12 +42,13 @@ def run(args: argparse.Namespace) -> None:
     """Load, export, compare."""
     if args.model is None and not args.file.is_dir():
         args.parser.error(f"{args.file} is no run's folder: give --model, the base of the delta file")
-    from attninject.training.exporting import export
-
-    model, name, size = _from_run(args) if args.model is None else _from_delta(args)
     output = (
         args.out or (args.file if args.file.is_dir() else args.file.parent) / f"exported{SUFFIX[args.to]}"
     )
+    refuse_unwritable(output)
+    from attninject.training.exporting import export
+
+    model, name, size = _from_run(args) if args.model is None else _from_delta(args)
     found = export(model, output, args.to, size=args.size or size, like=args.like, name=name)
     if args.json:
         rows = [{"shape": list(p.shape), "difference": p.difference, "scale": p.scale} for p in found]

@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from .common import add_output, print_json, say, scalar, silent
+from .common import add_output, path, print_json, say, scalar, silent
 from .parser import Parser, with_default
 from .rule_flags import add_fields, add_settings, flag, refuse_incomplete, rule_fields
 
@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
     """FILE, and every key of it as a flag."""
     from attninject.training.experiment import DATA, TOP, TRAIN, Data, Experiment, Training
 
-    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="an experiment file (YAML)")
+    parser.add_argument("file", metavar="FILE", nargs="?", type=path, help="an experiment file (YAML)")
     run = parser.add_argument_group("the run")
     for key, row in TOP.items():
         _add_setting(run, f"--{key}", key, row, Experiment)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .common import add_model, add_output, build_model, print_json, seed
+from .common import add_model, add_output, build_model, path, print_json, refuse_unwritable, seed
 from .parser import Parser
 from .rule_flags import add_recipe, plan_arguments
 
@@ -14,7 +13,7 @@ def add_arguments(parser: Parser) -> None:
     """MODEL, RECIPE and the file."""
     parser.add_argument("model", metavar="MODEL", help="torchvision/resnet50, timm/convnext_tiny, …")
     file = parser.add_argument_group("the file")
-    file.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    file.add_argument("-o", "--out", type=path, required=True, metavar="FILE", help="the file to write")
     file.add_argument("--verify", action="store_true", help="run the model before and after, and compare")
     add_recipe(parser)
     model = add_model(parser)
@@ -25,6 +24,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Build, plan, inject, save."""
     given = plan_arguments(args)
+    refuse_unwritable(args.out)
     import torch
 
     from attninject import api, delta

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from .common import above_zero, add_output, positive, print_json, word
+from .common import above_zero, add_output, path, positive, print_json, word
 from .parser import Parser
 
 
@@ -31,7 +30,7 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     )
     which.add_argument("--all", action="store_true", help="every model")
     which.add_argument(
-        "--table", type=Path, nargs="+", metavar="FOLDER", help="make no rows: print the table of FOLDER's"
+        "--table", type=path, nargs="+", metavar="FOLDER", help="make no rows: print the table of FOLDER's"
     )
 
 
@@ -60,7 +59,7 @@ def _add_checks(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_rows(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--out", type=Path, metavar="FOLDER", help="where rows.jsonl goes, or goes on")
+    group.add_argument("--out", type=path, metavar="FOLDER", help="where rows.jsonl goes, or goes on")
     group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
