@@ -120,6 +120,8 @@ def _names(args: argparse.Namespace) -> list[str]:
     from attninject.errors import UnknownModelError
     from attninject.zoo import subjects
 
+    if args.names and (args.sample or args.all):
+        args.parser.error("--sample and --all name the models: leave the NAMEs out")
     if args.sample:
         return subjects.sample()
     if args.all:

@@ -72,6 +72,10 @@ def elsewhere(*argv: str, **kw: object) -> subprocess.CompletedProcess[str]:
         (["plan", NET, "--block", "se", "--place", "stage_end", "--stages", "[1"], "'[1' is no value"),
         (["bench", "blocks", "--device", "gpu"], "unknown device 'gpu'; did you mean cpu?"),
         (["zoo", "--timeout", "nan"], "'nan' is no number above 0"),
+        (["inject", NET, "se", "-o", ""], "'' is no file name"),
+        (["bench", "inject", "--sites", ","], "',' names nothing"),
+        (["zoo", "--sample", "timm/resnet18"], "leave the NAMEs out"),
+        (["plan", NET, "--block", "se", "--place", "stage_end", "--call", ""], "'' is no value"),
         (["inject", NET, "se", "-o", "f", "--seed", "9" * 30], "is no seed"),
         (["plan"], "required: MODEL"),
         (["plan", NET], "give a RECIPE (attninject list recipes), or --block"),
@@ -157,6 +161,9 @@ def test_version(run) -> None:
         (["plan", NET, "--block", "se", "--after", "layer1.*", "--set", "redcution=8"], "reduction"),
         (["plan", NET, "se_resnet", "--weights", "nothing.pth"], "no weights file at nothing.pth"),
         (["sites", NET, "nothing_here"], "nothing_here"),
+        (["plan", NET, "se", "--input-size", f"3,{10**20},8"], "no inputs of size 3,100000000000000000000,8"),
+        (["inject", NET, "se", "-o", "."], ". cannot be written: it is a folder"),
+        (["plan", NET, "--block", "se", "--place", "stage_end", "--stages", "x"], "the number of a stage"),
     ],
 )
 def test_refusals_exit_with_1_and_no_traceback(argv: list[str], expected: str, run) -> None:
