@@ -228,7 +228,7 @@ def _overall(found: dict[str, Any]) -> str:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder, in the order in which they were written; a line cut short, or of something else, is no row."""
+    """The rows of a folder, as they were written; a line cut short, or of something else, is no row."""
     path = folder / ROWS
     if not path.exists():
         return []
