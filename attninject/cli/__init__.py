@@ -1,4 +1,8 @@
-"""The command line: one file per verb. Exit code 0 done, 1 refused with a message, 2 usage."""
+"""The command line: one file per verb, and only that of the verb named is loaded.
+
+Exit code 0 done, 1 refused with a message, 2 usage. It stays with argparse: help and a wrong flag answer at once, and
+nothing but torch's own world need be installed.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +14,26 @@ from collections.abc import Sequence
 
 from attninject import __version__
 from attninject.errors import AttnInjectError
+from attninject.wording import aligned
 
-from .common import nearest
+from .parser import Parser, did_you_mean
 
-VERBS = {  # verb: its module here
-    "list": "listing",  # a module named `list` would hide the builtin
-    "sites": "sites",
-    "plan": "plan",
-    "inject": "inject",
-    "finetune": "finetune",
-    "export": "export",
-    "demo": "demo",
-    "bench": "bench",
-    "zoo": "zoo",
+VERBS = {  # verb: what it does; its file bears its name
+    "list": "list blocks, recipes, places or models",
+    "sites": "show what can be targeted in a model",
+    "plan": "show what a recipe would do to a model",
+    "inject": "inject a recipe into a model and write a file",
+    "finetune": "fine-tune a model, with blocks or plain, and keep a small file",
+    "export": "write a trained model as ONNX, torch.export or a state dict",
+    "demo": "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two",
+    "bench": "measure injection and blocks against their peers, in one process, as ratios",
+    "zoo": "inject into every timm and torchvision model and check every guarantee",
 }
 
 DESCRIPTION = "Attention blocks injected into pretrained vision networks, without losing a weight."
 EPILOG = """\
+`attninject COMMAND --help` shows the flags of one command.
+
 examples:
   attninject plan torchvision/resnet50 cbam_resnet
   attninject plan timm/convnext_tiny --block se --place residual_branch --set reduction=8
@@ -35,7 +42,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (usage errors exit with 2 through argparse)."""
+    """Run one command; returns its exit code (help and usage errors leave through SystemExit, as in argparse)."""
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
@@ -53,38 +60,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser, verbs = _parsers()
-    if not argv or argv[0].startswith("-"):
-        parser.parse_args(argv)  # --help, --version, or an error
-    name, rest = argv[0], argv[1:]
-    if name not in verbs:
-        parser.error(f"unknown command {name!r}{nearest(name, VERBS)}; commands: {', '.join(VERBS)}")
-    verb = verbs[name]
-    args, extra = verb.parse_known_intermixed_args(rest)  # options may stand between positionals
-    if extra:
-        options = [option for action in verb._actions for option in action.option_strings]
-        verb.error(f"unknown argument {extra[0]!r}{nearest(extra[0].partition('=')[0], options)}")
-    return args
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in VERBS:
+        return parser_of(name).parse(rest)
+    top = _top()
+    if name.startswith("-"):
+        top.parse(argv[:1])  # --help, --version, or an unknown flag
+    if not name or name.startswith("-"):
+        top.error(f"a COMMAND is required: {', '.join(VERBS)}")
+    top.error(f"unknown command {name!r}{did_you_mean(name, VERBS)}; commands: {', '.join(VERBS)}")
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = argparse.ArgumentParser(
-        prog="attninject",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _top() -> Parser:
+    """The parser of what stands in front of a verb, or of no verb at all."""
+    verbs = "\n".join(f"    {line}" for line in aligned(list(VERBS.items())))
+    parser = Parser("attninject", f"{DESCRIPTION}\n\ncommands:\n{verbs}", EPILOG)
+    parser.add_argument("command", metavar="COMMAND", help="one of these, then its arguments and flags")
+    flags = parser.add_argument_group("flags")
+    flags.add_argument(
+        "--version", action="version", version=f"attninject {__version__}", help="show the version and leave"
     )
-    parser.add_argument("--version", action="version", version=f"attninject {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    verbs = {}
-    for name, module_name in VERBS.items():
-        module = importlib.import_module(f"attninject.cli.{module_name}")
-        verb = commands.add_parser(name, help=module.HELP, description=module.__doc__, allow_abbrev=False)
-        module.add_arguments(verb)
-        verb.set_defaults(run=module.run, parser=verb)
-        verbs[name] = verb
-    return parser, verbs
+    parser.add_help_to(flags)
+    return parser
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of a verb, made by its file."""
+    module = importlib.import_module(f"{__name__}.{'listing' if name == 'list' else name}")  # not the builtin
+    parser = Parser(f"attninject {name}", module.__doc__)
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run, parser=parser)
+    return parser
 
 
 def _paragraph(error: BaseException) -> str:

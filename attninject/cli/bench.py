@@ -13,49 +13,75 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attninject.cli import bench_training
+from .common import add_output, path, positive, print_json, refuse_unwritable, say, silent, word
+from .parser import Parser
 
-from .common import add_json, positive, print_json, word
-
-HELP = "measure injection and blocks against their peers, in one process, as ratios"
-WHAT = ("inject", "blocks", "models", "finetune", "digits")
 DTYPES, FORMATS = ("float32", "bfloat16", "float16"), ("NCHW", "channels_last")
+WHAT = ("inject", "blocks", "models", "finetune", "digits")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """What to measure and how often."""
     parser.add_argument(
         "what", type=word(WHAT, "benchmark"), metavar="WHAT", help=f"one of: {', '.join(WHAT)}"
     )
-    parser.add_argument(
-        "--rounds", type=positive, default=9, metavar="N", help="rounds per figure (default 9)"
+    _add_shared(parser.add_argument_group("how"))
+    inject = parser.add_argument_group("inject: injection beside PEFT and torchvision")
+    inject.add_argument(
+        "--sites", type=_numbers, default=[100, 1000, 10000], metavar="N,…", help="sizes of the chain"
     )
-    parser.add_argument(
-        "--sites", type=_numbers, default=[100, 1000, 10000], metavar="N,…", help="inject: sizes of the chain"
-    )
-    add_json(parser)
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the figures there as JSON too")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
-    )
-    parser.add_argument("--quick", action="store_true", help="three rounds, small maps and images")
-    parser.add_argument("--compiled", action="store_true", help="blocks, models: our blocks compiled by inductor "
-                        "too (slow); finetune: the model compiled")  # fmt: skip
-    parser.add_argument("--batch", type=positive, metavar="N", help="models, finetune: images per step")
-    parser.add_argument("--image", type=positive, metavar="N", help="models, finetune: side of an image")
     _add_speed(parser.add_argument_group("blocks and models: time and memory beside their peers"))
-    bench_training.add_arguments(parser)
+    _add_finetune(parser.add_argument_group("finetune: throughput and memory beside plain fine-tuning"))
+    _add_digits(parser.add_argument_group("digits: resnet18 with and without attention, several seeds"))
+    add_output(parser)
 
 
-def _add_speed(group: Any) -> None:
-    group.add_argument("--only", type=_names, metavar="NAME,…", help="these rows, as se,cbam; all by default")
+def _add_shared(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--quick", action="store_true", help="three rounds, small maps and images")
+    group.add_argument("--rounds", type=positive, default=9, metavar="N", help="rounds per figure")
+    group.add_argument("--save", type=path, metavar="FILE", help="write the figures there as JSON too")
     group.add_argument(
-        "--threads", type=positive, default=1, metavar="N", help="within an operation (default 1)"
+        "--device",
+        type=word(("auto", "cpu", "cuda"), "device"),
+        default="auto",
+        metavar="DEVICE",
+        help="auto (a GPU where there is one), cpu, cuda",
     )
-    group.add_argument("--dtypes", type=_among(DTYPES), metavar="D,…", help=f"of {', '.join(DTYPES)}")
-    group.add_argument("--formats", type=_among(FORMATS), metavar="F,…", help=f"of {', '.join(FORMATS)}")
+    group.add_argument("--compiled", action="store_true", help="blocks, models: our blocks compiled by inductor "
+                       "too (slow); finetune: the model compiled")  # fmt: skip
+    group.add_argument("--batch", type=positive, metavar="N", help="models, finetune: images per step")
+    group.add_argument("--image", type=positive, metavar="N", help="models, finetune: side of an image")
+
+
+def _add_speed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--only", type=_names, metavar="NAME,…", help="these rows, as se,cbam; all by default")
+    group.add_argument("--threads", type=positive, default=1, metavar="N", help="within an operation")
+    group.add_argument("--dtypes", type=_among(DTYPES), metavar="TYPE,…", help=f"of {', '.join(DTYPES)}")
+    group.add_argument("--formats", type=_among(FORMATS), metavar="FORMAT,…", help=f"of {', '.join(FORMATS)}")
     group.add_argument("--maps", type=_maps, metavar="BxCxHxW,…", help="blocks: maps, as 8x256x56x56")
     group.add_argument("--details", action="store_true", help="every figure, not the ratios alone")
+
+
+def _add_finetune(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", default="torchvision/resnet50", metavar="MODEL", help="the network")
+    group.add_argument(
+        "--recipe", default="cbam_resnet", metavar="RECIPE", help="a shipped recipe's name or a YAML file"
+    )
+    group.add_argument(
+        "--precision",
+        type=word(("no", "bf16", "fp16"), "precision"),
+        default="no",
+        metavar="TYPE",
+        help="mixed precision: no, bf16 or fp16",
+    )
+    group.add_argument("--channels-last", action="store_true", help="channels_last memory format")
+
+
+def _add_digits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--file", type=path, default=Path("digits.json"), metavar="FILE",
+                       help="keeps finished runs; the same command goes on with it")  # fmt: skip
+    group.add_argument("--seeds", type=positive, default=5, metavar="N", help="seeds")
+    group.add_argument("--epochs", type=positive, default=10, metavar="N", help="epochs of fine-tuning")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,11 +90,13 @@ def run(args: argparse.Namespace) -> None:
         "inject": _inject,
         "blocks": _blocks,
         "models": _models,
-        "finetune": bench_training.finetune,
-        "digits": bench_training.digits,
+        "finetune": _finetune,
+        "digits": _digits,
     }
     if args.quick:
         args.rounds = min(args.rounds, 3)
+    if args.save:
+        refuse_unwritable(args.save)
     result, words = makers[args.what](args)
     if args.save:
         import json
@@ -105,6 +133,30 @@ def _models(args: argparse.Namespace) -> Measured:
     batch, image = args.batch or (2 if args.quick else None), args.image or (64 if args.quick else None)
     result = networks.networks(batch=batch, image=image, **given)
     return result, lambda found: networks.to_markdown(found, details=args.details)
+
+
+def _finetune(args: argparse.Namespace) -> Measured:
+    from attninject.bench import finetuning
+
+    task = finetuning.Task(
+        model=args.model,
+        recipe=args.recipe,
+        batch_size=args.batch or (2 if args.quick else 8),
+        size=args.image or (64 if args.quick else 96),
+        precision=args.precision,
+        channels_last=args.channels_last,
+        compile=args.compiled,
+        device="cpu" if args.device == "cpu" else "auto",
+    )
+    return finetuning.finetune(task, args.rounds), finetuning.to_markdown
+
+
+def _digits(args: argparse.Namespace) -> Measured:
+    """Each run is said as it ends, unless only data is wanted."""
+    from attninject.bench import digits as nets
+
+    record = nets.run(args.file, args.seeds, args.epochs, say=silent if args.json else say)
+    return {**record, "summary": nets.summary(record)}, nets.to_markdown
 
 
 def _shared(args: argparse.Namespace, rows: Any) -> dict[str, Any]:
@@ -146,7 +198,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return found
 
 
 def _among(choices: tuple[str, ...]) -> Callable[[str], list[str]]:

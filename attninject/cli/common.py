@@ -1,76 +1,41 @@
-"""Options that several verbs share, and what they mean."""
+"""Flags that several verbs share, and what they mean."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
+import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from attninject.errors import ProbeError, RecipeError
+
+from .parser import Parser, did_you_mean
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-RULE_FIELDS = ("block", "after", "before", "place", "type", "exclude", "pick", "per", "call", "init", "name")
+
+def add_output(parser: Parser) -> None:
+    """The last group: `--json` and `--help`."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print machine-readable output")
+    parser.add_help_to(group)
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json`."""
-    parser.add_argument("--json", action="store_true", help="print machine-readable output")
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL and how to build it."""
-    parser.add_argument("model", metavar="MODEL", help="torchvision/resnet50, timm/convnext_tiny, …")
-    parser.add_argument(
-        "--weights",
-        default="none",
-        metavar="W",
-        help="none (random; the default), default, a tag as IMAGENET1K_V2, or a local .pth/.safetensors file",
+def add_model(parser: Parser) -> argparse._ArgumentGroup:
+    """How MODEL is built; returns the group."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("--weights", default="none", metavar="WEIGHTS",
+        help="none (random), default, a tag as IMAGENET1K_V2, or a local .pth/.safetensors file")  # fmt: skip
+    group.add_argument(
+        "--num-classes", type=whole, metavar="N", help="size of the head, if not the model's default"
     )
-    parser.add_argument(
-        "--num-classes", type=int, metavar="N", help="size of the head, if not the model's default"
-    )
-    parser.add_argument(
-        "--input-size",
-        type=_size,
-        metavar="C,H,W",
-        help="probe the model with an input of this size, as 3,224,224 (default: the model's own)",
-    )
-
-
-def add_rule(parser: argparse.ArgumentParser) -> None:
-    """RECIPE, or one rule in options."""
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a shipped recipe's name or a YAML file")
-    rule = parser.add_argument_group("one rule in place of RECIPE")
-    rule.add_argument("--block", help="a block's name (attninject list blocks)")
-    where = rule.add_mutually_exclusive_group()
-    where.add_argument(
-        "--after", metavar="PATTERN", help="after the call of the modules or operations matched"
-    )
-    where.add_argument("--before", metavar="PATTERN", help="before that call")
-    where.add_argument("--place", help="a named place (attninject list places)")
-    rule.add_argument("--type", metavar="CLASS", help="only modules of this class")
-    rule.add_argument("--exclude", metavar="PATTERN", help="but not these")
-    rule.add_argument(
-        "--pick", type=scalar, metavar="P", help="first, last, all, [0, -1], {every: 2, offset: 1}"
-    )
-    rule.add_argument("--per", choices=("owner", "stage", "model"), help="pick per owner, stage or model")
-    rule.add_argument("--call", type=scalar, metavar="N", help="which call: a number from 1, last, all")
-    rule.add_argument("--name", help="name of the new module")
-    rule.add_argument("--init", choices=("identity", "paper", "blend"), help="how the block starts")
-    both = parser.add_argument_group("for a recipe and for one rule")
-    both.add_argument("--root", metavar="PATH", help="inject under this submodule only")
-    both.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        type=setting,
-        metavar="KEY=VALUE",
-        help="an argument of the block, as reduction=8; may be repeated; overrides every rule's",
-    )
+    group.add_argument("--input-size", type=_size, metavar="C,H,W",
+        help="probe the model with an input of this size, as 3,224,224; default: the model's own")  # fmt: skip
+    return group
 
 
 def word(choices: Iterable[str], what: str) -> Callable[[str], str]:
@@ -81,21 +46,14 @@ def word(choices: Iterable[str], what: str) -> Callable[[str], str]:
         if text in known:
             return text
         raise argparse.ArgumentTypeError(
-            f"unknown {what} {text!r}{nearest(text, known)}; one of {', '.join(known)}"
+            f"unknown {what} {text!r}{did_you_mean(text, known)}; one of {', '.join(known)}"
         )
 
     return parse
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'plan'?`, or nothing where nothing is near."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def scalar(text: str) -> Any:
     """A value as a recipe reads it: `8`, `0.5`, `true`, `null`, `max`, `[1, 2]`."""
-    from attninject.errors import RecipeError
     from attninject.recipe.loading import parse_value
 
     try:
@@ -112,34 +70,15 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     return models.build(args.model, args.weights, **more).eval()
 
 
-def rule_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `plan` that the options stand for; contradictions are usage errors (exit code 2)."""
-    fields = {field: getattr(args, field) for field in RULE_FIELDS if getattr(args, field) is not None}
-    if args.recipe is not None:
-        if fields:
-            given = ", ".join(f"--{field}" for field in fields)
-            args.parser.error(f"RECIPE {args.recipe!r} and {given} together: give one of the two")
-        fields["recipe"] = args.recipe
-    elif args.block is None:
-        args.parser.error(
-            "give a RECIPE (attninject list recipes), or --block with --after, --before or --place"
-        )
-    elif not any(getattr(args, field) for field in ("after", "before", "place")):
-        args.parser.error(f"--block {args.block} needs --after, --before or --place")
-    if args.settings:
-        fields["args"] = dict(args.settings)
-    if args.root is not None:
-        fields["root"] = args.root
-    if args.input_size is not None:
-        fields["example_inputs"] = example_inputs(args.input_size)
-    return fields
-
-
 def example_inputs(size: tuple[int, ...]) -> torch.Tensor:
     """Two random images of that size, the same in every run."""
     import torch
 
-    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    except (RuntimeError, TypeError) as error:
+        shown, reason = ",".join(map(str, size)), str(error).partition("\n")[0]
+        raise ProbeError(f"no inputs of size {shown} can be made here: {reason}") from None
 
 
 def print_json(value: Any) -> None:
@@ -171,6 +110,50 @@ def positive(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+
+
+def path(text: str) -> Path:
+    """An argparse type: what can be a file's name."""
+    if text and "\0" not in text:
+        return Path(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no file name")
+
+
+def refuse_unwritable(file: Path) -> None:
+    """Before the work is done: a folder in the file's place, or no folder around it, is an OSError."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} cannot be written: it is a folder")
+    if not file.parent.is_dir():
+        raise NotADirectoryError(f"{file} cannot be written: there is no folder {file.parent}")
+
+
+def whole(text: str) -> int:
+    """An argparse type: a whole number from 0."""
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number) and number > 0:
+        return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number that torch takes as a seed."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 1 << 63
+    if abs(number) < 1 << 63:
+        return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no seed, a whole number below 2**63")
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_json, positive, print_json, say, silent
+from .common import add_output, positive, print_json, say, seed, silent
+from .parser import Parser
 
-HELP = "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """How long and from which seed."""
-    parser.add_argument(
-        "--epochs", type=positive, default=4, metavar="N", help="fine-tuning epochs (default 4)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed (default 0)")
-    add_json(parser)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--epochs", type=positive, default=4, metavar="N", help="epochs of fine-tuning")
+    run.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of weights and order")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from .common import add_json, positive, print_json, word
+from .common import add_output, path, positive, print_json, refuse_unwritable, seed, whole, word
+from .parser import Parser
 
-HELP = "write a trained model as ONNX, torch.export or a state dict"
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """FILE, its base, and the target."""
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help="a run's folder, or a delta file with --model"
+        "file", metavar="FILE", type=path, help="a run's folder, or a delta file with --model"
     )
-    parser.add_argument(
+    copy = parser.add_argument_group("the copy")
+    copy.add_argument(
         "--to", required=True, type=word(SUFFIX, "target"), metavar="TO", help=", ".join(SUFFIX)
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: beside FILE")
-    parser.add_argument("--like", type=word(("timm",), "naming"), metavar="timm",
-                        help="with state_dict: as timm's own attention network loads it")  # fmt: skip
-    parser.add_argument(
-        "--size", type=positive, metavar="N", help="side of the images (default: the run's, or the model's)"
+    copy.add_argument(
+        "-o", "--out", "--output", type=path, metavar="OUT", help="the file to write; default: beside FILE"
+    )
+    copy.add_argument("--like", type=word(("timm",), "naming"), metavar="timm",
+                      help="with state_dict: as timm's own attention network loads it")  # fmt: skip
+    copy.add_argument(
+        "--size", type=positive, metavar="N", help="side of the images; default: the run's, or the model's"
     )
     base = parser.add_argument_group("the base of a delta file, where FILE is no run's folder")
-    base.add_argument("--model", help="torchvision/resnet50, timm/convnext_tiny, …")
-    base.add_argument("--weights", default="none", help="none, default, a tag, or a local file")
-    base.add_argument("--num-classes", type=int, metavar="N", help="size of the head")
-    base.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random weights (default 0)")
-    add_json(parser)
+    base.add_argument("--model", metavar="MODEL", help="torchvision/resnet50, timm/convnext_tiny, …")
+    base.add_argument(
+        "--weights", default="none", metavar="WEIGHTS", help="none, default, a tag, or a local file"
+    )
+    base.add_argument("--num-classes", type=whole, metavar="N", help="size of the head")
+    base.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of random weights")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, export, compare."""
     if args.model is None and not args.file.is_dir():
         args.parser.error(f"{args.file} is no run's folder: give --model, the base of the delta file")
+    output = (
+        args.out or (args.file if args.file.is_dir() else args.file.parent) / f"exported{SUFFIX[args.to]}"
+    )
+    refuse_unwritable(output)
     from attninject.training.exporting import export
 
     model, name, size = _from_run(args) if args.model is None else _from_delta(args)
-    output = (
-        args.output or (args.file if args.file.is_dir() else args.file.parent) / f"exported{SUFFIX[args.to]}"
-    )
     found = export(model, output, args.to, size=args.size or size, like=args.like, name=name)
     if args.json:
         rows = [{"shape": list(p.shape), "difference": p.difference, "scale": p.scale} for p in found]

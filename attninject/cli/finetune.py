@@ -7,50 +7,68 @@ process holds the model (DDP), or a piece of it (--sharding fsdp2, or Accelerate
 from __future__ import annotations
 
 import argparse
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from .common import add_json, print_json, say, scalar, setting, silent
+from .common import add_output, path, print_json, say, scalar, silent
+from .parser import Parser, with_default
+from .rule_flags import add_fields, add_settings, flag, refuse_incomplete, rule_fields
 
-HELP = "fine-tune a model, with blocks or plain, and keep a small file"
-RULE = ("block", "after", "before", "place")
+METAVARS = {
+    "model": "MODEL",
+    "weights": "WEIGHTS",
+    "recipe": "RECIPE",
+    "out": "FOLDER",
+    "data.root": "FOLDER",
+    "data.kind": "KIND",
+    "data.name": "NAME",
+    "train.freeze": "WHAT",
+    "train.unfreeze": "STEPS",
+}
+_BY_TYPE = {"int": "INT", "float": "FLOAT", "str": "WORD"}  # the first type of a setting's annotation
+_DEST = "experiment."  # in front of a setting's key in the namespace
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """FILE, and every key of it as a flag."""
-    from attninject.training.experiment import DATA, TOP, TRAIN
+    from attninject.training.experiment import DATA, TOP, TRAIN, Data, Experiment, Training
 
-    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="an experiment file (YAML)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder `out`")
-    add_json(parser)
+    parser.add_argument("file", metavar="FILE", nargs="?", type=path, help="an experiment file (YAML)")
     run = parser.add_argument_group("the run")
     for key, row in TOP.items():
-        _flag(run, f"--{key}", f"top.{key}", row)
-    rule = parser.add_argument_group("one rule in place of --recipe")
-    for key in RULE:
-        rule.add_argument(f"--{key}", metavar="X", help="as in `attninject plan`")
-    rule.add_argument(
-        "--set", dest="settings", action="append", default=[], type=setting, metavar="KEY=VALUE",
-        help="an argument of the block; may be repeated",
-    )  # fmt: skip
-    data = parser.add_argument_group("data")
-    for key, row in DATA.items():
-        _flag(data, "--data" if key == "kind" else f"--data-{key.replace('_', '-')}", f"data.{key}", row)
+        _add_setting(run, f"--{key}", key, row, Experiment)
+    run.add_argument("--resume", action="store_true", help="go on with the run in the folder `out`")
     train = parser.add_argument_group("train")
     for key, row in TRAIN.items():
-        _flag(train, f"--{key.replace('_', '-')}", f"train.{key}", row)
+        _add_setting(train, f"--{key.replace('_', '-')}", f"train.{key}", row, Training)
+    data = parser.add_argument_group("data")
+    for key, row in DATA.items():
+        name = "--data" if key == "kind" else f"--data-{key.replace('_', '-')}"
+        _add_setting(data, name, f"data.{key}", row, Data)
+    rule = parser.add_argument_group("one rule in place of --recipe")
+    add_fields(rule)
+    add_settings(rule, "an argument of the block, as reduction=8; may be repeated")
+    add_output(parser)
 
 
-def _flag(group: Any, flag: str, dest: str, row: tuple[Any, str]) -> None:
-    """A flag of one key: its value is read as in the file; what is true or false is --key or --no-key."""
-    from attninject.recipe.checks import boolean
+def _add_setting(
+    group: argparse._ArgumentGroup, name: str, key: str, row: tuple[Any, str], holder: type
+) -> None:
+    """A flag of one key: its value is read as in the file; what is true or false is --key or --no-key.
 
-    check, text = row
-    shared = {"dest": dest, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-    if check is boolean:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
+    `holder` is the dataclass that has the key's type and default.
+    """
+    field = next(field for field in fields(holder) if field.name == key.rpartition(".")[2])
+    text = row[1]
+    how: dict[str, Any]
+    if field.type == "bool":
+        how = {"action": argparse.BooleanOptionalAction}
     else:
-        group.add_argument(flag, type=scalar, metavar="V", **shared)
+        kind = str(field.type).partition(" ")[0]
+        how = {"type": scalar, "metavar": METAVARS.get(key, _BY_TYPE.get(kind, "VALUE"))}
+    shown = with_default(text.replace("%", "%%"), None if field.default is MISSING else field.default)
+    group.add_argument(name, dest=_DEST + key, default=argparse.SUPPRESS, help=shown, **how)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,18 +101,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags, in the form of an experiment file."""
     found: dict[str, Any] = {}
     for dest, value in vars(args).items():
-        part, dot, key = dest.partition(".")
-        if dot:
-            place = found if part == "top" else found.setdefault(part, {})
-            place[key] = value
-    rule = {key: getattr(args, key) for key in RULE if getattr(args, key) is not None}
+        if dest.startswith(_DEST):
+            part, _, key = dest.removeprefix(_DEST).rpartition(".")
+            (found.setdefault(part, {}) if part else found)[key] = value
+    rule = rule_fields(args)
     if rule:
         if "recipe" in found:
-            args.parser.error(f"--recipe and --{next(iter(rule))} together: give one of the two")
-        if "block" not in rule or len(rule) == 1:
-            args.parser.error("--block goes with one of --after, --before and --place")
+            args.parser.error(f"--recipe and {flag(next(iter(rule)))} together: give one of the two")
+        refuse_incomplete(args, rule, "--recipe")
         found["recipe"] = {**rule, **({"args": dict(args.settings)} if args.settings else {})}
     elif args.settings:
         args.parser.error("--set goes with --block; a recipe file has `args` of its own")

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_json, print_json, word
+from .common import add_output, print_json, word
+from .parser import Parser
 
-HELP = "list blocks, recipes, places or models"
 KINDS = ("blocks", "recipes", "places", "models")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """KIND and, for models, a pattern."""
-    parser.add_argument("kind", nargs="?", type=word(KINDS, "kind"), metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument(
+        "kind",
+        nargs="?",
+        type=word(KINDS, "kind"),
+        metavar="KIND",
+        help=f"{', '.join(KINDS)}; default: an overview of all",
+    )
     parser.add_argument(
         "pattern", nargs="?", metavar="PATTERN", help="only names that match, as '*resnet50*'"
     )
-    parser.add_argument("--markdown", action="store_true", help="blocks as the table of their page")
-    add_json(parser)
+    form = parser.add_argument_group("form")
+    form.add_argument("--markdown", action="store_true", help="blocks as the table of their page")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,12 +46,30 @@ def run(args: argparse.Namespace) -> None:
 def _names(kind: str, pattern: str | None) -> list[str]:
     from fnmatch import fnmatchcase
 
-    from attninject import api, models
-
     if kind == "models":
+        from attninject import models
+
         return models.names(pattern)
-    every = {"blocks": api.list_blocks, "recipes": api.list_recipes, "places": api.list_places}[kind]()
+    every = {"blocks": _blocks, "recipes": _recipes, "places": _places}[kind]()
     return [name for name in every if pattern is None or fnmatchcase(name, pattern)]
+
+
+def _blocks() -> list[str]:
+    from attninject.blocks import registry
+
+    return registry.list_blocks()
+
+
+def _recipes() -> list[str]:
+    from attninject.recipe.loading import recipe_names
+
+    return recipe_names()
+
+
+def _places() -> list[str]:
+    from attninject.anatomy.places import PLACES
+
+    return sorted(PLACES)
 
 
 def _block_rows(names: list[str]) -> list[tuple[str, ...]]:

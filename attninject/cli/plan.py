@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_json, add_model, add_rule, build_model, print_json, rule_arguments
+from .common import add_model, add_output, build_model, print_json
+from .parser import Parser
+from .rule_flags import add_recipe, plan_arguments
 
-HELP = "show what a recipe would do to a model"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """MODEL and RECIPE."""
+    parser.add_argument("model", metavar="MODEL", help="torchvision/resnet50, timm/convnext_tiny, …")
+    add_recipe(parser)
     add_model(parser)
-    add_rule(parser)
-    add_json(parser)
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
-    rule = rule_arguments(args)
+    given = plan_arguments(args)
     from attninject import api
 
-    plan = api.plan(build_model(args), **rule)
+    plan = api.plan(build_model(args), **given)
     if args.json:
         print_json(plan.to_dict())
     else:

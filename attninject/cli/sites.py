@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_json, add_model, build_model, example_inputs, print_json
+from .common import add_model, add_output, build_model, example_inputs, print_json
+from .parser import Parser
 
-HELP = "show what can be targeted in a model"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """MODEL and PATTERN."""
-    add_model(parser)
+    parser.add_argument("model", metavar="MODEL", help="torchvision/resnet50, timm/convnext_tiny, …")
     parser.add_argument(
         "pattern", metavar="PATTERN", nargs="?", default="**", help="only paths that match, as 'layer1.*'"
     )
-    add_json(parser)
+    add_model(parser)
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:

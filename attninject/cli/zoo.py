@@ -7,67 +7,80 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from .common import add_json, positive, print_json, word
+from .common import above_zero, add_output, path, positive, print_json, word
+from .parser import Parser
 
-HELP = "inject into every timm and torchvision model and check every guarantee"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Which models, where, how thoroughly, and where the rows go."""
-    from attninject.anatomy.places import PLACES
-
     parser.add_argument("names", metavar="NAME", nargs="*", help="models, or globs such as 'timm/resnet*'")
-    which = parser.add_mutually_exclusive_group()
+    _add_models(parser.add_argument_group("which models, in place of NAMEs"))
+    _add_checks(parser.add_argument_group("what is injected and checked"))
+    _add_rows(parser.add_argument_group("rows and tables"))
+    _add_limits(parser.add_argument_group("limits"))
+    add_output(parser)
+
+
+def _add_models(group: argparse._ArgumentGroup) -> None:
+    which = group.add_mutually_exclusive_group()
     which.add_argument(
         "--sample", action="store_true", help="one small model per file of timm and family of torchvision"
     )
     which.add_argument("--all", action="store_true", help="every model")
     which.add_argument(
-        "--table", type=Path, nargs="+", metavar="FOLDER", help="make no rows: print the table of FOLDER's"
+        "--table", type=path, nargs="+", metavar="FOLDER", help="make no rows: print the table of FOLDER's"
     )
-    parser.add_argument(
+
+
+def _add_checks(group: argparse._ArgumentGroup) -> None:
+    from attninject.anatomy.places import PLACES
+
+    group.add_argument("--block", default="cbam", metavar="NAME", help="the block injected")
+    group.add_argument(
         "--place",
         dest="places",
         action="append",
         type=word(PLACES, "place"),
         metavar="PLACE",
-        help="may be repeated (default: stage_end, and residual_branch or where there is none block_end)",
+        help="may be repeated; default: stage_end, and residual_branch or where there is none block_end",
     )
-    parser.add_argument("--block", default="cbam", help="the block injected (default: cbam)")
-    parser.add_argument(
+    group.add_argument(
         "--level",
         type=word(("plan", "cheap", "full"), "level"),
         default="full",
-        help="plan: structure only; cheap: all but export and compile; full (the default): everything",
+        metavar="LEVEL",
+        help="plan: structure only; cheap: all but export and compile; full: everything",
     )
-    parser.add_argument(
+    group.add_argument(
         "--meta", action="store_true", help="without memory for tensors: what can be checked so"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where rows.jsonl goes, or goes on")
-    parser.add_argument(
+
+
+def _add_rows(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--out", type=path, metavar="FOLDER", help="where rows.jsonl goes, or goes on")
+    group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="leave out models whose rows FOLDER has (the default), or examine them again",
     )
-    parser.add_argument("--retry", action="store_true", help="examine again what was not green")
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="models at a time (default: 1)")
-    parser.add_argument(
-        "--timeout", type=float, default=900, metavar="S", help="seconds per model (default: 900)"
-    )
-    parser.add_argument(
-        "--limit-memory",
-        type=float,
-        metavar="GIB",
-        help="per model; one that needs more is examined without values (default: 60 %% of the machine's)",
-    )
-    form = parser.add_mutually_exclusive_group()
+    group.add_argument("--retry", action="store_true", help="examine again what was not green")
+    form = group.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print the table as Markdown (the default)")
     form.add_argument("--csv", action="store_true", help="print a line per model and place")
-    add_json(parser)
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--jobs", type=positive, default=1, metavar="N", help="models at a time")
+    group.add_argument("--timeout", type=above_zero, default=900, metavar="SECONDS", help="per model")
+    group.add_argument(
+        "--limit-memory",
+        type=above_zero,
+        metavar="GIB",
+        help="per model; one that needs more is examined without values; default: 60 %% of the machine's",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -107,6 +120,8 @@ def _names(args: argparse.Namespace) -> list[str]:
     from attninject.errors import UnknownModelError
     from attninject.zoo import subjects
 
+    if args.names and (args.sample or args.all):
+        args.parser.error("--sample and --all name the models: leave the NAMEs out")
     if args.sample:
         return subjects.sample()
     if args.all:
@@ -128,12 +143,12 @@ def _bytes(args: argparse.Namespace) -> int:
     import os
 
     if args.limit_memory is not None:
-        return int(args.limit_memory * 2**30)
+        return int(float(args.limit_memory) * 2**30)
     try:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 2**63
-    return int(whole * 0.6) // max(1, args.jobs)
+    return int(whole * 0.6 / max(1, args.jobs))
 
 
 def _shown(made: Iterable[tuple[int, int, dict[str, Any]]]) -> Iterable[dict[str, Any]]:

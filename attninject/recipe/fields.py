@@ -1,4 +1,4 @@
-"""How each field of a rule is checked: one table, `_FIELDS`; all faults of a recipe in one report.
+"""The fields of a rule: one table, `FIELDS`, of how each is checked and shown; all faults of a recipe in one report.
 
 A recipe may come from a stranger: nothing in it is imported, evaluated or fetched.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import keyword
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from attninject.anatomy.places import PLACES
 from attninject.errors import PatternError, UnknownBlockError
@@ -147,26 +147,49 @@ def _child_name(node: Node, report: Report) -> Any:
 
 _patterns = some(_pattern, "a pattern")
 
-_FIELDS: dict[str, Checker] = {
-    "block": _block,
-    "after": _patterns,
-    "before": _patterns,
-    "place": choice("a place", PLACES),
-    "input": _operand("an operand, by position from 0 or by name", 0),
-    "output": _operand("an index or a key of the output", None),
-    "layout": choice("a layout", RANK),
-    "type": some(_type_name, "a class name"),
-    "exclude": _patterns,
-    "pick": _pick,
-    "per": choice("one of", get_args(Per)),
-    "call": _call,
-    "stages": distinct(some(_stage, "a stage")),
-    "min_channels": integer("a number from 1", 1),
-    "args": plain_args,
-    "init": choice("one of", get_args(Init)),
-    "name": _child_name,
-    "optional": boolean,
-}
+
+class Field(NamedTuple):
+    """One field of a rule.
+
+    Attributes:
+        check: node in, value or `BAD` out.
+        metavar: what stands for the value where the field is a flag.
+        text: what it means, one line; the default stands in `Rule`.
+        flag: how a flag's value is read. `yaml`: as in a recipe. `text`: as it stands, since a pattern may begin
+            with * or [. `texts`: the same, and a repeated flag makes a list. `switch`: no value, given is true.
+    """
+
+    check: Checker
+    metavar: str
+    text: str
+    flag: Literal["yaml", "text", "texts", "switch"] = "yaml"
+
+
+FIELDS: dict[str, Field] = {
+    "block": Field(_block, "NAME", "a block's name (attninject list blocks)", "text"),
+    "after": Field(_patterns, "PATTERN", "the block goes on the result of what matches", "texts"),
+    "before": Field(_patterns, "PATTERN", "the block goes on the input of what matches", "texts"),
+    "place": Field(choice("a place", PLACES), "PLACE",
+        "the block goes to a named place (attninject list places)", "text"),
+    "input": Field(_operand("an operand, by position from 0 or by name", 0), "WHICH",
+        "with before: which operand, by position from 0 or by name"),
+    "output": Field(_operand("an index or a key of the output", None), "WHICH",
+        "with after: index or key of the tensor in a tuple, list or dict"),
+    "layout": Field(choice("a layout", RANK), "LAYOUT", f"{', '.join(RANK)}: in place of what was measured", "text"),
+    "type": Field(some(_type_name, "a class name"), "CLASS", "only modules of this class or a subclass", "texts"),
+    "exclude": Field(_patterns, "PATTERN", "leave out what matches", "texts"),
+    "pick": Field(_pick, "WHICH", "of what is left, in call order: first, last, all, [0, -1], {every: 2, offset: 1}"),
+    "per": Field(choice("one of", get_args(Per)), "WHAT", "pick per model, owner or stage", "text"),
+    "call": Field(_call, "N", "of a module called several times: a call's number from 1, last, all"),
+    "stages": Field(distinct(some(_stage, "a stage")), "N", "only stage N or [N, …], from 1, or negative from the end"),
+    "min_channels": Field(integer("a number from 1", 1), "N", "only sites of at least N channels"),
+    "args": Field(plain_args, "ARGS", "the block's arguments, as {reduction: 8}"),
+    "init": Field(choice("one of", get_args(Init)), "INIT",
+        "how the block starts: identity, paper (the published gate), blend (a learned mix, 0 at first)", "text"),
+    "name": Field(_child_name, "NAME", "name of the new module; default: the block's", "text"),
+    "optional": Field(boolean, "", "finding nothing is no error", "switch"),
+}  # fmt: skip
+_CHECKERS = {name: field.check for name, field in FIELDS.items()}
 
 
 # --- rules and recipes ------------------------------------------------------------------------
@@ -202,7 +225,7 @@ def rule_from(node: Node, report: Report) -> Rule | None:
     if not isinstance(node.value, dict):
         return cast(None, report.expected(node, "a mapping with `block` and `after`, `before` or `place`"))
     before = len(report.faults)
-    values = checked_fields(node, _FIELDS, "field", report, "; a block's own options go under `args`")
+    values = checked_fields(node, _CHECKERS, "field", report, "; a block's own options go under `args`")
     _check_together(node, values, report)
     if "block" not in values:
         if not _misspelt(node, ("block",)):
@@ -232,7 +255,7 @@ def _check_together(node: Node, values: Mapping[str, Any], report: Report) -> No
 
 def _misspelt(node: Node, fields: tuple[str, ...]) -> bool:
     """Whether an unknown field is reported as one of these: it is not missing besides."""
-    return any(set(nearest(str(key), _FIELDS, 1)) & set(fields) for key in node.value if key not in _FIELDS)
+    return any(set(nearest(str(key), FIELDS, 1)) & set(fields) for key in node.value if key not in FIELDS)
 
 
 def _with_usable_name(rule: Rule, node: Node, report: Report) -> Rule | None:

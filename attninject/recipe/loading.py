@@ -85,7 +85,7 @@ def rule_from_fields(**rule: Unpack[RuleFields]) -> Rule:
 def parse_value(text: str) -> Any:
     """One block argument from a command line, read as in a recipe: `8`, `true`, `[1, 2]`, `1e-5`."""
     report = Report("<value>")
-    node = read_yaml(text, report)
+    node = read_yaml(text, report, "value", "a value")
     value = BAD if node is None else plain_value(node, report)
     report.raise_if_any()
     return value

@@ -228,7 +228,7 @@ def _overall(found: dict[str, Any]) -> str:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder, in the order in which they were written; a line cut short is no row."""
+    """The rows of a folder, as they were written; a line cut short, or of something else, is no row."""
     path = folder / ROWS
     if not path.exists():
         return []
@@ -236,7 +236,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             found = json.loads(line)
-            if isinstance(found, dict) and "model" in found:
+            if isinstance(found, dict) and {"model", "family", "status"} <= found.keys():
                 rows.append(found)
     return rows
 

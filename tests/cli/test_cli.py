@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,10 @@ import torch
 
 import attninject as ai
 from attninject import models
-from attninject.cli import main
+from attninject.cli import VERBS, main, parser_of, rule_flags
+from attninject.recipe.fields import FIELDS
+from attninject.recipe.loading import rule_from_fields
+from attninject.recipe.rules import Rule
 
 ROOT = Path(__file__).resolve().parents[2]
 NET = "torchvision/resnet18"
@@ -49,11 +54,29 @@ def elsewhere(*argv: str, **kw: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "required: COMMAND"),
-        (["plna"], "unknown command 'plna'; did you mean 'plan'?"),
-        (["list", "modles"], "unknown kind 'modles'; did you mean 'models'?"),
-        (["bench", "injct"], "unknown benchmark 'injct'; did you mean 'inject'?"),
-        (["plan", NET, "--blok", "se"], "unknown argument '--blok'; did you mean '--block'?"),
+        ([], "a COMMAND is required: list, sites"),
+        (["plna"], "unknown command 'plna'; did you mean plan?"),
+        (["list", "modles"], "unknown kind 'modles'; did you mean models?"),
+        (["bench", "injct"], "unknown benchmark 'injct'; did you mean inject?"),
+        (["--versoin"], "unknown flag --versoin; did you mean --version?"),
+        (["plan", NET, "--blok", "se"], "unknown flag --blok; did you mean --block?"),
+        (["plan", NET, "se", "--stagez", "2"], "unknown flag --stagez; did you mean --stages?"),
+        (
+            ["plan", NET, "se", "--min_channels=2"],
+            "unknown flag --min_channels; did you mean --min-channels?",
+        ),
+        (["plan", NET, "se", "-stages", "2"], "unknown flag -stages; did you mean --stages?"),
+        (["plan", NET, "se", "--stage", "2"], "unknown flag --stage; did you mean --stages?"),
+        (["inject", NET, "se", "--outt", "f"], "unknown flag --outt; did you mean --out?"),
+        (["plan", NET, "se", "more"], "unexpected argument 'more'"),
+        (["plan", NET, "--block", "se", "--place", "stage_end", "--stages", "[1"], "'[1' is no value"),
+        (["bench", "blocks", "--device", "gpu"], "unknown device 'gpu'; did you mean cpu?"),
+        (["zoo", "--timeout", "nan"], "'nan' is no number above 0"),
+        (["inject", NET, "se", "-o", ""], "'' is no file name"),
+        (["bench", "inject", "--sites", ","], "',' names nothing"),
+        (["zoo", "--sample", "timm/resnet18"], "leave the NAMEs out"),
+        (["plan", NET, "--block", "se", "--place", "stage_end", "--call", ""], "'' is no value"),
+        (["inject", NET, "se", "-o", "f", "--seed", "9" * 30], "is no seed"),
         (["plan"], "required: MODEL"),
         (["plan", NET], "give a RECIPE (attninject list recipes), or --block"),
         (["plan", NET, "--block", "se"], "--block se needs --after, --before or --place"),
@@ -66,7 +89,7 @@ def elsewhere(*argv: str, **kw: object) -> subprocess.CompletedProcess[str]:
         (["plan", NET, "se", "--set", "reduction"], "'reduction' is no KEY=VALUE, such as reduction=8"),
         (["plan", NET, "se", "--set", "reduction=[1"], "is no value"),
         (["plan", NET, "se", "--input-size", "3x224x224"], "write it as 3,224,224"),
-        (["inject", NET, "se"], "-o/--output"),
+        (["inject", NET, "se"], "required: -o/--out"),
         (["demo", "--epochs", "0"], "'0' is no whole number from 1"),
         (["bench", "inject", "--rounds", "0"], "'0' is no whole number from 1"),
         (["export", "x", "--to", "pt2", "--size", "-1"], "'-1' is no whole number from 1"),
@@ -78,22 +101,42 @@ def test_usage_errors_exit_with_2_and_say_what_is_wrong(argv: list[str], expecte
     assert code == 2
     assert out == ""
     assert expected in err
+    command = f"attninject {argv[0]}" if argv and argv[0] in VERBS else "attninject"
+    assert err.startswith(f"{command}: ")
+    assert err.endswith(f" (see {command} --help)\n")
+    assert err.count("\n") == 1
 
 
 def test_help_shows_the_verbs(run) -> None:
     """`--help` lists every verb and exits with 0."""
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("list", "sites", "plan", "inject", "demo", "bench"):
-        assert f"\n    {verb} " in out
+    for verb, summary in VERBS.items():
+        assert re.search(rf"\n    {verb} +{re.escape(summary)}\n", out)
 
 
-@pytest.mark.parametrize("verb", ["list", "sites", "plan", "inject", "demo", "bench"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_and_json(verb: str, run) -> None:
-    """Each verb explains itself and offers --json."""
+    """Each verb explains itself and every flag of it, and offers --json; --help is the last."""
     code, out, _ = run(verb, "--help")
     assert code == 0
-    assert "--json" in out
+    assert out.startswith(f"usage: attninject {verb}")
+    assert "  --json " in out
+    assert out.rstrip().splitlines()[-1].split()[:2] == ["-h,", "--help"]
+    lines = out.splitlines()
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("  -"):
+            assert re.match(r"  -.*?  \S", line) or below.startswith(" " * 10), f"no help: {line}"
+
+
+def test_help_shows_placeholders_and_defaults(run) -> None:
+    """A flag's line says what its value is, what it means and what it is by default; the usage, what must be given."""
+    out = run("finetune", "--help")[1]
+    assert re.search(r"--lr FLOAT +learning rate of the backbone \(0\.0001\)\n", out)
+    assert re.search(r"--epochs INT +epochs \(10\)\n", out)
+    assert "usage: attninject finetune [FILE] [flags]\n" in out
+    assert "usage: attninject inject MODEL [RECIPE] -o FILE [flags]\n" in run("inject", "--help")[1]
+    assert "usage: attninject zoo [NAME …] [flags]\n" in run("zoo", "--help")[1]
 
 
 def test_version(run) -> None:
@@ -118,6 +161,9 @@ def test_version(run) -> None:
         (["plan", NET, "--block", "se", "--after", "layer1.*", "--set", "redcution=8"], "reduction"),
         (["plan", NET, "se_resnet", "--weights", "nothing.pth"], "no weights file at nothing.pth"),
         (["sites", NET, "nothing_here"], "nothing_here"),
+        (["plan", NET, "se", "--input-size", f"3,{10**20},8"], "no inputs of size 3,100000000000000000000,8"),
+        (["inject", NET, "se", "-o", "."], ". cannot be written: it is a folder"),
+        (["plan", NET, "--block", "se", "--place", "stage_end", "--stages", "x"], "the number of a stage"),
     ],
 )
 def test_refusals_exit_with_1_and_no_traceback(argv: list[str], expected: str, run) -> None:
@@ -226,6 +272,66 @@ def test_a_rule_in_options_is_that_rule(run) -> None:
     assert [site["name"] for site in sites] == ["layer1.1.gate", "layer2.1.gate"]
     assert all(site["args"]["reduction"] == 8 and site["args"]["bias"] is False for site in sites)
     assert {site["init"] for site in sites} == {"paper"}
+
+
+GIVEN = {  # a field: what stands on the command line, and what a recipe would say
+    "block": (["se"], "se"),
+    "after": (["[fl]*.bn2", "layer1.*"], ["[fl]*.bn2", "layer1.*"]),
+    "before": (["**.bn3"], "**.bn3"),
+    "place": (["stage_end"], "stage_end"),
+    "input": (["1"], 1),
+    "output": (["-1"], -1),
+    "layout": (["NLC"], "NLC"),
+    "type": (["BatchNorm2d"], "BatchNorm2d"),
+    "exclude": (["**.0.**"], "**.0.**"),
+    "pick": (["{every: 2, offset: 1}"], {"every": 2, "offset": 1}),
+    "per": (["stage"], "stage"),
+    "call": (["last"], "last"),
+    "stages": (["[2, -1]"], [2, -1]),
+    "min_channels": (["64"], 64),
+    "args": (["reduction=8"], {"reduction": 8}),
+    "init": (["paper"], "paper"),
+    "name": (["gate"], "gate"),
+    "optional": ([], True),
+}
+
+
+def test_the_table_of_fields_is_that_of_a_rule() -> None:
+    """Every field of a rule has a row, in order, and a test below."""
+    assert list(FIELDS) == [spec.name for spec in fields(Rule)]
+    assert set(GIVEN) == set(FIELDS)
+
+
+@pytest.mark.parametrize("verb", ["plan", "inject", "finetune"])
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "block"])
+def test_every_field_of_a_rule_is_a_flag(name: str, verb: str) -> None:
+    """Each flag gives the rule that the same field gives in Python, read as in a recipe where it is no text."""
+    where = {"input": "before"}.get(name, "after")
+    asked = ["block", name] if name in ("after", "before", "place") else ["block", where, name]
+    argv: list[str] = []
+    for field in asked:
+        values = GIVEN[field][0]
+        argv += [word for value in values for word in (rule_flags.flag(field), value)]
+        argv += [] if values else [rule_flags.flag(field)]
+    first = {"plan": [NET], "inject": [NET, "-o", "f"], "finetune": []}[verb]
+    args = parser_of(verb).parse([*first, *argv])
+    given = rule_flags.rule_fields(args)
+    if args.settings:
+        given["args"] = dict(args.settings)
+    assert set(given) == set(asked)
+    assert rule_from_fields(**given) == rule_from_fields(**{field: GIVEN[field][1] for field in asked})
+
+
+def test_flags_of_one_rule_narrow_the_plan(run) -> None:
+    """`--stages 2`, `--min-channels` and `--pick` leave what they leave in a recipe; --out is the file of `inject`."""
+    rule = ["plan", NET, "--json", "--block", "se", "--place", "block_end"]
+    owners = [site["owner"] for site in json.loads(run(*rule, "--stages", "2")[1])["sites"]]
+    assert owners
+    assert {owner.split(".")[0] for owner in owners} == {"layer2"}
+    wide = json.loads(run(*rule, "--min-channels", "256", "--pick", "last")[1])["sites"]
+    assert [site["shape"][1] for site in wide] == [512]
+    assert run(*rule, "--min-channels", "4096")[0] == 1
+    assert json.loads(run(*rule, "--min-channels", "4096", "--optional")[1])["sites"] == []
 
 
 def test_set_overrides_a_recipe(run) -> None:

@@ -183,7 +183,7 @@ def test_one_rule_in_flags_and_resume(run, images: Path, tmp_path: Path) -> None
     ("argv", "code", "expected"),
     [
         ([], 2, "give an experiment FILE, or --model and --out"),
-        ([*GIVEN, "--epchs", "3"], 2, "did you mean '--epochs'?"),
+        ([*GIVEN, "--epchs", "3"], 2, "did you mean --epochs?"),
         (
             [*GIVEN, "--recipe", "se", "--block", "se", "--after", "y"],
             2,

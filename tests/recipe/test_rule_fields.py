@@ -20,7 +20,7 @@ def test_a_field_is_the_same_everywhere() -> None:
     """What the verbs take, what a rule holds and what a recipe is checked for are the same names in one order."""
     names = list(RuleFields.__annotations__)
     assert names == [field.name for field in fields(Rule)]
-    assert names == list(checks._FIELDS)
+    assert names == list(checks.FIELDS)
 
 
 def test_every_field_is_resolved_by_the_typing_module() -> None:
