@@ -171,7 +171,7 @@ def test_one_rule_in_flags_and_resume(run, images: Path, tmp_path: Path) -> None
             2,
             "give one of the two",
         ),
-        ([*GIVEN, "--block", "se"], 2, "--block goes with one of"),
+        ([*GIVEN, "--block", "se"], 2, "--block se needs --after, --before or --place"),
         ([*GIVEN, "--recipe", "see"], 1, "no shipped recipe 'see'; did you mean se"),
         (["--model", MODEL], 1, "`out` missing"),
         (["missing.yaml"], 1, "missing.yaml: no such file"),
