@@ -1,4 +1,4 @@
-"""The base class of the library's own blocks, and a row of the table that lists them."""
+"""The base class of the library's own blocks, and what their files share."""
 
 from __future__ import annotations
 
@@ -17,48 +17,50 @@ from attninject.errors import BlockError, TooFewChannelsError
 
 from .fast import dispatch
 from .gate import blend, new_alpha, scale
-
-INITS = ("identity", "paper", "blend")
+from .options import INITS, Backend, Init
 
 
 @dataclass(frozen=True)
-class BlockSpec:
-    """One row of a family's table.
+class Facts:
+    """What a block's class says of itself, for lists and for planning.
 
-    `dims`: how many spatial dimensions it can work on. `spatial`: the geometry of positions matters, so a
-    token sequence needs its grid; a block without it may run on any sequence with `dims=1`.
+    `spatial`: the geometry of positions matters, so a token sequence needs its grid; a block without it may
+    run on any sequence with `dims=1`. `paper` and `equation`: where the formula is from.
     """
 
     name: str
-    cls: type[nn.Module]
     family: str
-    dims: tuple[int, ...]
     spatial: bool
-    paper: str
-    equation: str
-    summary: str
+    paper: str = ""
+    equation: str = ""
+    summary: str = ""
 
 
 class Block(nn.Module):
     """A shape-keeping attention block: `cls(channels, *, dims=2, init="identity", <options>)`.
 
-    A subclass declares `options`, passes every option to `super().__init__`, builds its layers, ends with
-    `self.initialise()`, and defines `transform` and `attention`. Its own `forward` is `transform`, blended
-    with the input where `init` is `blend` (or where `identity` can be had no other way: `needs_blend`).
+    A subclass says what it is (`facts`), declares each option once, as an annotated keyword of its
+    constructor, and defines `transform` and `attention`. The constructor begins with
+    `super().__init__(**given(locals()))`, which checks the options and keeps them in `args`, builds the layers
+    and ends with `self.initialise()`. `forward` is `transform`, blended with the input where `init` is `blend`
+    (or where `identity` can be had no other way: `needs_blend`).
 
     A class may add a lean form (`attninject.blocks.fast`): `lean(x)` computes what `transform(x)` defines, and
     takes its place from `lean_from` elements on, unless `backend` is `plain`. A subclass that changes anything
     of the class and does not set `lean_from` anew is back at the plain form.
     """
 
+    facts: ClassVar[Facts]
     options: ClassVar[options.Options] = {}
     supported_dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
     lean_from: ClassVar[int | None] = None
-    backend: str = "auto"
+    backend: Backend = "auto"
     alpha: nn.Parameter | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls) and "options" not in vars(cls):
+            cls.options = options.declared(cls.__init__, cls.options)
         # `forward` only chooses; FSDP's and other generated subclasses add special methods
         formula = [name for name in vars(cls) if name != "forward" and not name.startswith("__")]
         changed = [name for name in formula if callable(vars(cls)[name]) and hasattr(cls.__base__, name)]
@@ -98,6 +100,11 @@ class Block(nn.Module):
     def identity(self) -> bool:
         """Whether gates take their identity form: not under `paper`, nor where blending does the work."""
         return self.init == "identity"
+
+    @property
+    def init_of_parts(self) -> Init:
+        """The `init` of blocks inside this one: their own gates in the form of ours, and no blending."""
+        return "identity" if self.identity else "paper"
 
     def initialise(self) -> None:
         """Set the weights that `init` asks for; the last line of a constructor."""
@@ -146,6 +153,19 @@ class Block(nn.Module):
         given = {"dims": self.dims, "init": self.init, **self.args}
         changed = {k: v for k, v in given.items() if k in defaults and defaults[k].default != v}
         return ", ".join([str(self.channels), *(f"{k}={v!r}" for k, v in changed.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec(Facts):
+    """A row of the registry: a class, its facts, and how many spatial dimensions it can work on."""
+
+    cls: type[nn.Module]
+    dims: tuple[int, ...]
+
+    @classmethod
+    def of(cls, block: type[Block]) -> BlockSpec:
+        """The row of a class that has `facts`."""
+        return cls(**vars(block.facts), cls=block, dims=block.supported_dims)
 
 
 class GateBlock(Block):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALLER, untouched
 from attninject.blocks.fast.pointwise import pointwise
 
-from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, pool
+from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, pool
 from .channel import ChannelAttention
 from .fast import bam as fast_bam
 from .fast import channel as fast_channel
 from .fast import spatial as fast_spatial
-from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .options import Backend, Init, Int, Reduction, given
 from .spatial import SpatialAttention
 
 
@@ -35,19 +35,10 @@ class CBAM(Block):
     keys `spatial.conv.conv` and `spatial.conv.bn` for our `spatial.conv` and `spatial.norm`.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "kernel_size": OneOf(3, 5, 7),
-        "pool": OneOf("avg", "max", "both"),
-        "order": OneOf("channel_first", "spatial_first", "parallel"),
-        "bias": Bool(),
-        "norm": Bool(),
-        "residual": Bool(),
-        "divisor": Int(min=1),
-        "concat": OneOf("max_mean", "mean_max"),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "cbam", family="both", spatial=True, paper="arXiv:1807.06521", equation="1-3",
+        summary="convolutional block attention: channels, then positions",
+    )  # fmt: skip
     lean_from = SMALLER
 
     def __init__(
@@ -55,27 +46,22 @@ class CBAM(Block):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 16,
-        kernel_size: int = 7,
-        pool: str = "both",
-        order: str = "channel_first",
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 16,
+        kernel_size: Literal[3, 5, 7] = 7,
+        pool: Literal["avg", "max", "both"] = "both",
+        order: Literal["channel_first", "spatial_first", "parallel"] = "channel_first",
         bias: bool = True,
         norm: bool = True,
         residual: bool = False,
-        divisor: int = 1,
-        concat: str = "max_mean",
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        concat: Literal["max_mean", "mean_max"] = "max_mean",
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        shared = {"divisor": divisor, "concat": concat, "gate": gate, "backend": backend}
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, kernel_size=kernel_size, pool=pool, order=order,
-            bias=bias, norm=norm, residual=residual, **shared,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.order, self.skip = order, residual and not self.identity
-        inner = "identity" if self.identity else "paper"
+        inner = self.init_of_parts
         self.channel = ChannelAttention(
             channels, dims=dims, init=inner,
             reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate, backend=backend,
@@ -176,15 +162,10 @@ class BAM(Block):
     (with both at zero no gradient would reach either), of the sum both branches' last layers.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "dilation": Int(min=1),
-        "num_layers": Int(min=0),
-        "mode": OneOf("product", "sum"),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "bam", family="both", spatial=True, paper="arXiv:1807.06514", equation="1-4",
+        summary="bottleneck attention: channel and dilated spatial branch side by side",
+    )  # fmt: skip
     lean_from = SMALLER
 
     def __init__(
@@ -192,20 +173,16 @@ class BAM(Block):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 16,
-        dilation: int = 4,
-        num_layers: int = 2,
-        mode: str = "product",
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 16,
+        dilation: Annotated[int, Int(min=1)] = 4,
+        num_layers: Annotated[int, Int(min=0)] = 2,
+        mode: Literal["product", "sum"] = "product",
         bias: bool = True,
-        divisor: int = 1,
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, dilation=dilation, num_layers=num_layers, mode=mode, bias=bias,
-            divisor=divisor, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         hidden = hidden_width(channels, reduction, divisor)
         conv = CONV[dims]
         self.mode = mode
@@ -267,27 +244,3 @@ class BAM(Block):
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, C, *S), the 1 of 1 + σ included."""
         return {"gate": self.factor(x).to(x.dtype)}
-
-
-BLOCKS = (
-    BlockSpec(
-        name="cbam",
-        cls=CBAM,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1807.06521",
-        equation="1-3",
-        summary="convolutional block attention: channels, then positions",
-    ),
-    BlockSpec(
-        name="bam",
-        cls=BAM,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1807.06514",
-        equation="1-4",
-        summary="bottleneck attention: channel and dilated spatial branch side by side",
-    ),
-)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALL, SMALLER
 from attninject.blocks.fast.pointwise import Run, call, pointwise
 
-from .base import CONV, Block, BlockSpec, he_init, hidden_width, pool
+from .base import CONV, Block, Facts, he_init, hidden_width, pool
 from .fast import channel as fast
-from .gate import GATES, Gate, at_least_float32, scale, zero
-from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
+from .gate import Gate, GateKind, at_least_float32, scale, zero
+from .options import Backend, Init, Int, Reduction, given
 
 
 class ChannelMLP(Block):
@@ -22,7 +22,7 @@ class ChannelMLP(Block):
 
     pools: tuple[str, ...]
 
-    def build(self, *, reduction: float, bias: bool, divisor: int, gate: str) -> None:
+    def build(self, *, reduction: float, bias: bool, divisor: int, gate: GateKind) -> None:
         """Make the layers, as 1×1 convolutions under timm's names, so that weights interchange."""
         hidden = hidden_width(self.channels, reduction, divisor)
         conv = CONV[self.dims]
@@ -72,14 +72,10 @@ class SE(ChannelMLP):
     its `add_maxpool` is `squeeze="both"`.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "squeeze": OneOf("avg", "max", "both"),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "se", family="channel", spatial=False, paper="arXiv:1709.01507", equation="2-4",
+        summary="squeeze-and-excitation: a gate per channel from the mean",
+    )  # fmt: skip
     lean_from = SMALL
 
     def __init__(
@@ -87,18 +83,15 @@ class SE(ChannelMLP):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 16,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 16,
         bias: bool = True,
-        divisor: int = 1,
-        squeeze: str = "avg",
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        squeeze: Literal["avg", "max", "both"] = "avg",
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, bias=bias, divisor=divisor, squeeze=squeeze, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.pools = ("avg", "max") if squeeze == "both" else (squeeze,)
         self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
         self.initialise()
@@ -124,14 +117,10 @@ class ChannelAttention(ChannelMLP):
     number, we cut it.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "pool": OneOf("avg", "max", "both"),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "channel_attention", family="channel", spatial=False, paper="arXiv:1807.06521", equation="2",
+        summary="CBAM's channel half: a gate per channel from mean and max",
+    )  # fmt: skip
     lean_from = SMALLER
 
     def __init__(
@@ -139,18 +128,15 @@ class ChannelAttention(ChannelMLP):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 16,
-        pool: str = "both",
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 16,
+        pool: Literal["avg", "max", "both"] = "both",
         bias: bool = True,
-        divisor: int = 1,
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.pools = ("avg", "max") if pool == "both" else (pool,)
         self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
         self.initialise()
@@ -165,27 +151,3 @@ class ChannelAttention(ChannelMLP):
         """Each goes through the MLP; the logits are added."""
         first, *others = (self.mlp(descriptor, run) for descriptor in descriptors)
         return first + others[0] if others else first
-
-
-BLOCKS = (
-    BlockSpec(
-        name="se",
-        cls=SE,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1709.01507",
-        equation="2-4",
-        summary="squeeze-and-excitation: a gate per channel from the mean",
-    ),
-    BlockSpec(
-        name="channel_attention",
-        cls=ChannelAttention,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1807.06521",
-        equation="2",
-        summary="CBAM's channel half: a gate per channel from mean and max",
-    ),
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALL, untouched
 
 from .attend import Additive, attend, attention_rows, full_precision, rows, unrows
-from .base import CONV, Block, BlockSpec, hidden_width
+from .base import CONV, Block, Facts, hidden_width
 from .fast import affinity as fast
 from .gate import at_least_float32
-from .options import BACKEND, Bool, Int, Options, Reduction
+from .options import Backend, Init, Int, Reduction, given
 
 
 class Weighted(Additive):
@@ -52,12 +52,10 @@ class PositionAttention(Weighted):
     Deviations: none from the paper, whose formula has no 1/√d, or the released code.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "danet_pam", family="spatial", spatial=False, paper="arXiv:1809.02983", equation="1-2",
+        summary="DANet's attention between positions, in linear memory",
+    )  # fmt: skip
     lean_from = (
         2**15
     )  # the plain form copies rows for the fused kernel, which takes longer than a lean form's Python
@@ -67,15 +65,13 @@ class PositionAttention(Weighted):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 8,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 8,
         bias: bool = True,
-        divisor: int = 1,
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, backend=backend
-        )
+        super().__init__(**given(locals()))
         width, conv = hidden_width(channels, reduction, divisor), CONV[dims]
         self.query = conv(channels, width, 1, bias=bias)
         self.key = conv(channels, width, 1, bias=bias)
@@ -115,7 +111,10 @@ class ChannelAffinity(Weighted):
     `invert=True`, the default, is the code, `invert=False` the paper. E and its softmax are float32.
     """
 
-    options: ClassVar[Options] = {"invert": Bool(), "backend": BACKEND}
+    facts = Facts(
+        "danet_cam", family="channel", spatial=False, paper="arXiv:1809.02983", equation="3-4",
+        summary="DANet's attention between channels, one learnt number",
+    )  # fmt: skip
     lean_from = SMALL
 
     def __init__(
@@ -123,11 +122,11 @@ class ChannelAffinity(Weighted):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
+        init: Init = "identity",
         invert: bool = True,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(channels, dims, init, invert=invert, backend=backend)
+        super().__init__(**given(locals()))
         self.invert = invert
         self.gamma = nn.Parameter(torch.zeros(1))
         self.initialise()
@@ -167,7 +166,10 @@ class DANet(Block):
     head, which then sums them: that would be 2x. Here x is added once and the convolutions are left out.
     """
 
-    options: ClassVar[Options] = {**PositionAttention.options, **ChannelAffinity.options}
+    facts = Facts(
+        "danet", family="both", spatial=False, paper="arXiv:1809.02983", equation="1-4",
+        summary="dual attention: between positions and between channels, summed",
+    )  # fmt: skip
     lean_from = PositionAttention.lean_from
 
     def __init__(
@@ -175,17 +177,14 @@ class DANet(Block):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 8,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 8,
         bias: bool = True,
-        divisor: int = 1,
+        divisor: Annotated[int, Int(min=1)] = 1,
         invert: bool = True,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, bias=bias, divisor=divisor, invert=invert, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.position = PositionAttention(
             channels, dims=dims, init="paper", reduction=reduction, bias=bias, divisor=divisor
         )
@@ -217,37 +216,3 @@ class DANet(Block):
             "position": self.position.attention(x)["rows"],
             "channel": self.channel.attention(x)["rows"],
         }
-
-
-BLOCKS = (
-    BlockSpec(
-        name="danet_pam",
-        cls=PositionAttention,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1809.02983",
-        equation="1-2",
-        summary="DANet's attention between positions, in linear memory",
-    ),
-    BlockSpec(
-        name="danet_cam",
-        cls=ChannelAffinity,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1809.02983",
-        equation="3-4",
-        summary="DANet's attention between channels, one learnt number",
-    ),
-    BlockSpec(
-        name="danet",
-        cls=DANet,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1809.02983",
-        equation="1-4",
-        summary="dual attention: between positions and between channels, summed",
-    ),
-)

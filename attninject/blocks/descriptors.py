@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from .base import (
     BATCH_NORM,
     CONV,
     Block,
-    BlockSpec,
+    Facts,
     GateBlock,
     column,
     he_init,
@@ -27,8 +27,8 @@ from .base import (
 )
 from .fast import channel as fast_channel
 from .fast import context as fast_context
-from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from .options import BACKEND, Int, Maybe, Number, Odd, OneOf, Options, Positive, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .options import Backend, Init, Int, Number, Odd, Positive, Reduction, given
 
 
 class ECA(GateBlock):
@@ -43,13 +43,10 @@ class ECA(GateBlock):
     zeros beyond the edge.
     """
 
-    options: ClassVar[Options] = {
-        "kernel_size": Maybe(Odd()),
-        "gamma": Positive(),
-        "beta": Number(),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "eca", family="channel", spatial=False, paper="arXiv:1910.03151", equation="9, 12",
+        summary="efficient channel attention: one small kernel slides over the channels",
+    )  # fmt: skip
     lean_from = SMALL
 
     def __init__(
@@ -57,17 +54,14 @@ class ECA(GateBlock):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int | None = None,
-        gamma: float = 2,
-        beta: float = 1,
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        init: Init = "identity",
+        kernel_size: Annotated[int, Odd()] | None = None,
+        gamma: Annotated[float, Positive()] = 2,
+        beta: Annotated[float, Number()] = 1,
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            kernel_size=kernel_size, gamma=gamma, beta=beta, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         k = adaptive_kernel(channels, gamma, beta) if kernel_size is None else kernel_size
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
         self.gate = Gate(gate, identity=self.identity)
@@ -114,12 +108,21 @@ class GCT(GateBlock):
     small. The released option `after_relu` only leaves out an absolute value that has no effect there.
     """
 
-    options: ClassVar[Options] = {"mode": OneOf("l2", "l1"), "eps": Positive()}
+    facts = Facts(
+        "gct", family="channel", spatial=False, paper="arXiv:1909.11519", equation="2-4",
+        summary="gated channel transformation: channels compete by their norms",
+    )  # fmt: skip
 
     def __init__(
-        self, channels: int, *, dims: int = 2, init: str = "identity", mode: str = "l2", eps: float = 1e-5
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: Init = "identity",
+        mode: Literal["l2", "l1"] = "l2",
+        eps: Annotated[float, Positive()] = 1e-5,
     ) -> None:
-        super().__init__(channels, dims, init, mode=mode, eps=eps)
+        super().__init__(**given(locals()))
         self.mode, self.eps = mode, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.gamma = nn.Parameter(torch.zeros(channels))
@@ -155,12 +158,20 @@ class SRM(GateBlock):
     `identity` the norm's scale and shift are zero and `cfc` is random, in the released code `cfc` is zero.
     """
 
-    options: ClassVar[Options] = {"gate": OneOf(*GATES)}
+    facts = Facts(
+        "srm", family="channel", spatial=False, paper="arXiv:1903.10829", equation="section 3",
+        summary="style-based recalibration: a gate per channel from its mean and deviation",
+    )  # fmt: skip
 
     def __init__(
-        self, channels: int, *, dims: int = 2, init: str = "identity", gate: str = "sigmoid"
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: Init = "identity",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, gate=gate)
+        super().__init__(**given(locals()))
         self.cfc = nn.Parameter(torch.empty(channels, 2).uniform_(-(2**-0.5), 2**-0.5))  # as torch's layers
         self.norm = BATCH_NORM[dims](channels)
         self.gate = Gate(gate, identity=self.identity)
@@ -211,14 +222,10 @@ class GC(Block):
     constant: W₁ cannot learn, choose a smaller `reduction`.
     """
 
-    options: ClassVar[Options] = {
-        "fusion": OneOf("add", "multiply", "both"),
-        "pool": OneOf("att", "avg"),
-        "reduction": Reduction(),
-        "divisor": Int(min=1),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "gc", family="global", spatial=False, paper="arXiv:1904.11492", equation="4, 5",
+        summary="global context: one attention-weighted mean for all positions, added or multiplied",
+    )  # fmt: skip
     lean_from = SMALL
 
     def __init__(
@@ -226,18 +233,15 @@ class GC(Block):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        fusion: str = "add",
-        pool: str = "att",
-        reduction: float = 16,
-        divisor: int = 1,
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        init: Init = "identity",
+        fusion: Literal["add", "multiply", "both"] = "add",
+        pool: Literal["att", "avg"] = "att",
+        reduction: Annotated[float, Reduction()] = 16,
+        divisor: Annotated[int, Int(min=1)] = 1,
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            fusion=fusion, pool=pool, reduction=reduction, divisor=divisor, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         hidden = hidden_width(channels, reduction, divisor)
         self.conv_attn = CONV[dims](channels, 1, 1) if pool == "att" else None
         self.mlp_scale = ContextMLP(channels, hidden, dims) if fusion != "add" else None
@@ -326,32 +330,25 @@ class GE(GateBlock):
     program exported with a map that gathers to one position serves only such maps.
     """
 
-    options: ClassVar[Options] = {
-        "mode": OneOf("theta_minus", "theta", "theta_plus"),
-        "extent": OneOf(0, 2, 4, 8),
-        "feat_size": Maybe(Int(min=1)),
-        "reduction": Reduction(),
-        "divisor": Int(min=1),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "ge", family="channel", spatial=True, paper="arXiv:1810.12348", equation="1-2",
+        summary="gather-excite: a gate per channel and neighbourhood",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        mode: str = "theta",
-        extent: int = 8,
-        feat_size: int | None = None,
-        reduction: float = 16,
-        divisor: int = 1,
-        gate: str = "sigmoid",
+        init: Init = "identity",
+        mode: Literal["theta_minus", "theta", "theta_plus"] = "theta",
+        extent: Literal[0, 2, 4, 8] = 8,
+        feat_size: Annotated[int, Int(min=1)] | None = None,
+        reduction: Annotated[float, Reduction()] = 16,
+        divisor: Annotated[int, Int(min=1)] = 1,
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            mode=mode, extent=extent, feat_size=feat_size, reduction=reduction, divisor=divisor, gate=gate,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self._check_size(mode, extent, feat_size)
         self.mode, self.extent, self.feat_size = mode, extent, feat_size
         self.convs = self._gather_layers()
@@ -435,57 +432,3 @@ def window_means(x: Tensor, extent: int) -> Tensor:
 def _pool2d(x: Tensor, *extents: int) -> Tensor:
     kernel, padding = [2 * e - 1 for e in extents], [e - 1 for e in extents]
     return F.avg_pool2d(x, kernel, list(extents), padding, count_include_pad=False)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="eca",
-        cls=ECA,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1910.03151",
-        equation="9, 12",
-        summary="efficient channel attention: one small kernel slides over the channels",
-    ),
-    BlockSpec(
-        name="gct",
-        cls=GCT,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1909.11519",
-        equation="2-4",
-        summary="gated channel transformation: channels compete by their norms",
-    ),
-    BlockSpec(
-        name="srm",
-        cls=SRM,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1903.10829",
-        equation="section 3",
-        summary="style-based recalibration: a gate per channel from its mean and deviation",
-    ),
-    BlockSpec(
-        name="gc",
-        cls=GC,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1904.11492",
-        equation="4, 5",
-        summary="global context: one attention-weighted mean for all positions, added or multiplied",
-    ),
-    BlockSpec(
-        name="ge",
-        cls=GE,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1810.12348",
-        equation="1-2",
-        summary="gather-excite: a gate per channel and neighbourhood",
-    ),
-)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .base import (
     BATCH_NORM,
     CONV,
     Block,
-    BlockSpec,
+    Facts,
     GateBlock,
     column,
     he_init,
@@ -27,8 +27,8 @@ from .base import (
     static_shape,
 )
 from .fast import axes as fast
-from .gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
-from .options import BACKEND, Bool, Int, Odd, OneOf, Options, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, scale_groups, zero
+from .options import Backend, Init, Int, Odd, Reduction, given
 
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 """Spatial dimensions → what each axis is called in `attention`."""
@@ -93,13 +93,10 @@ class Coordinate(Block):
     In train mode the norm takes all strips together, so that even one position gives it one value per axis.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "min_width": Int(min=1),
-        "bias": Bool(),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "coord", family="both", spatial=True, paper="arXiv:2103.02907", equation="4-9",
+        summary="coordinate attention: a gate per channel along each axis",
+    )  # fmt: skip
     lean_from = SMALL
 
     def __init__(
@@ -107,17 +104,14 @@ class Coordinate(Block):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 32,
-        min_width: int = 8,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 32,
+        min_width: Annotated[int, Int(min=1)] = 8,
         bias: bool = True,
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, min_width=min_width, bias=bias, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         hidden, conv = max(min_width, hidden_width(channels, reduction)), CONV[dims]
         self.conv1 = conv(channels, hidden, 1, bias=bias)
         self.norm = BATCH_NORM[dims](hidden)
@@ -170,19 +164,22 @@ class Strip(GateBlock):
     block too: depthwise convolutions of the strips, whose sum is the gate's logit without F.
     """
 
-    options: ClassVar[Options] = {"kernel_size": Odd(), "norm": Bool(), "gate": OneOf(*GATES)}
+    facts = Facts(
+        "strip", family="both", spatial=True, paper="arXiv:2003.13328", equation="2-5",
+        summary="strip pooling: rows' and columns' means gate every position",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 3,
+        init: Init = "identity",
+        kernel_size: Annotated[int, Odd()] = 3,
         norm: bool = True,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, norm=norm, gate=gate)
+        super().__init__(**given(locals()))
         self.convs = nn.ModuleList(self._along(axis, kernel_size, bias=not norm) for axis in range(dims))
         self.norms = nn.ModuleList(BATCH_NORM[dims](channels) for _ in range(dims)) if norm else None
         self.fuse = CONV[dims](channels, channels, 1)
@@ -240,19 +237,22 @@ class Triplet(GateBlock):
     as in `SpatialAttention`.
     """
 
-    options: ClassVar[Options] = {"kernel_size": Odd(), "spatial": Bool(), "gate": OneOf(*GATES)}
+    facts = Facts(
+        "triplet", family="both", spatial=True, paper="arXiv:2010.03045", equation="section 3.2",
+        summary="triplet attention: gates over each pair of channels, height and width",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 7,
+        init: Init = "identity",
+        kernel_size: Annotated[int, Odd()] = 7,
         spatial: bool = True,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, spatial=spatial, gate=gate)
+        super().__init__(**given(locals()))
         axes = [*range(2, dims + 2), *([1] if spatial else [])]
         self.planes = nn.ModuleList(PlaneGate(axis, dims, kernel_size) for axis in axes)
         self.gate = Gate(gate, identity=self.identity)
@@ -292,18 +292,21 @@ class EMAAttention(Block):
     one channel per group, so A(x₁) depends on its shift alone.
     """
 
-    options: ClassVar[Options] = {"groups": Int(min=1), "gate": OneOf(*GATES)}
+    facts = Facts(
+        "ema_attn", family="both", spatial=True, paper="arXiv:2305.13563", equation="1-3",
+        summary="efficient multi-scale attention: strips and a 3×3 branch weight each other, in groups",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        groups: int = 32,
-        gate: str = "sigmoid",
+        init: Init = "identity",
+        groups: Annotated[int, Int(min=1)] = 32,
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, groups=groups, gate=gate)
+        super().__init__(**given(locals()))
         self.groups = math.gcd(groups, channels)
         width = channels // self.groups
         self.conv1x1 = CONV[dims](width, width, 1)
@@ -342,47 +345,3 @@ def weigh(descriptor: Tensor, x: Tensor) -> Tensor:
     """Σ_c softmax_c(descriptor) x_c in float32 or wider: (B, C, 1, …) and (B, C, *S) → (B, 1, *S)."""
     weights = torch.softmax(at_least_float32(descriptor).flatten(1), 1)
     return (column(weights, x) * at_least_float32(x)).sum(1, keepdim=True)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="coord",
-        cls=Coordinate,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2103.02907",
-        equation="4-9",
-        summary="coordinate attention: a gate per channel along each axis",
-    ),
-    BlockSpec(
-        name="strip",
-        cls=Strip,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2003.13328",
-        equation="2-5",
-        summary="strip pooling: rows' and columns' means gate every position",
-    ),
-    BlockSpec(
-        name="triplet",
-        cls=Triplet,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2010.03045",
-        equation="section 3.2",
-        summary="triplet attention: gates over each pair of channels, height and width",
-    ),
-    BlockSpec(
-        name="ema_attn",
-        cls=EMAAttention,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2305.13563",
-        equation="1-3",
-        summary="efficient multi-scale attention: strips and a 3×3 branch weight each other, in groups",
-    ),
-)

@@ -22,13 +22,15 @@ once, to the dtype of the input they multiply.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-GATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+GateKind = Literal["sigmoid", "hard_sigmoid", "tanh", "relu"]
+GATES: dict[GateKind, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "sigmoid": (torch.sigmoid, lambda z: 2 * torch.sigmoid(z)),
     "hard_sigmoid": (F.hardsigmoid, lambda z: 2 * F.hardsigmoid(z)),
     "tanh": (torch.tanh, lambda z: 1 + torch.tanh(z)),
@@ -49,7 +51,7 @@ class Gate(nn.Module):
     1 + g(z); its identity form is the same as without the skip.
     """
 
-    def __init__(self, kind: str = "sigmoid", *, identity: bool = True, skip: bool = False) -> None:
+    def __init__(self, kind: GateKind = "sigmoid", *, identity: bool = True, skip: bool = False) -> None:
         super().__init__()
         self.kind, self.identity, self.skip = kind, identity, skip
 

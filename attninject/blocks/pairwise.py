@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,12 @@ from .attend import (
     rows,
     unrows,
 )
-from .base import BATCH_NORM, CONV, Block, BlockSpec, hidden_width, static_shape
+from .base import BATCH_NORM, CONV, Block, Facts, hidden_width, static_shape
 from .fast import affinity, pairs
 from .gate import at_least_float32, normalize, zero
-from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
+from .options import Backend, Init, Int, Reduction, given
 
 SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
-NONLOCAL_MODES = (*SOFTMAX_MODES, "dot_product", "concatenation")
 FEW = 1024
 """Positions up to which a softmax by blocks is faster than the fused one, which wants its rows copied."""
 
@@ -64,16 +63,10 @@ class NonLocal(Block):
     `theta`, `phi`, `g`, `out`, `norm`, under `use_scale=False`; its scale is C^-1/2 where ours is d^-1/2.
     """
 
-    options: ClassVar[Options] = {
-        "mode": OneOf(*NONLOCAL_MODES),
-        "reduction": Reduction(),
-        "sub_sample": Bool(),
-        "norm": Bool(),
-        "scale": Bool(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "nonlocal", family="global", spatial=True, paper="arXiv:1711.07971", equation="1-6",
+        summary="non-local block: attention between all positions, in linear memory",
+    )  # fmt: skip
     lean_from = SMALL
 
     def __init__(
@@ -81,21 +74,17 @@ class NonLocal(Block):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        mode: str = "embedded_gaussian",
-        reduction: float = 2,
+        init: Init = "identity",
+        mode: Literal["embedded_gaussian", "gaussian", "dot_product", "concatenation"] = "embedded_gaussian",
+        reduction: Annotated[float, Reduction()] = 2,
         sub_sample: bool = False,
         norm: bool = True,
         scale: bool = False,
         bias: bool = True,
-        divisor: int = 1,
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            mode=mode, reduction=reduction, sub_sample=sub_sample, norm=norm, scale=scale, bias=bias,
-            divisor=divisor, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         width = hidden_width(channels, reduction, divisor)
         conv, embedded = CONV[dims], mode != "gaussian"
         self.mode, self.sub_sample, self.width = mode, sub_sample, width if embedded else channels
@@ -307,17 +296,3 @@ def halve(x: Tensor) -> Tensor:
         if pairs:
             x = x.narrow(axis, 0, 2 * pairs).unflatten(axis, (pairs, 2)).amax(axis + 1)
     return x
-
-
-BLOCKS = (
-    BlockSpec(
-        name="nonlocal",
-        cls=NonLocal,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1711.07971",
-        equation="1-6",
-        summary="non-local block: attention between all positions, in linear memory",
-    ),
-)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALL, untouched
 from attninject.blocks.fast.pointwise import pointwise
 
-from .base import BATCH_NORM, CONV, Block, BlockSpec, GateBlock, hidden_width, pool, positions, static_shape
+from .base import BATCH_NORM, CONV, Block, Facts, GateBlock, hidden_width, pool, positions, static_shape
 from .channel import SE
 from .fast import context as fast
-from .gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
-from .options import BACKEND, Bool, Int, Odd, OneOf, Options, Positive, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, scale_groups, zero
+from .options import Backend, Init, Int, Odd, Positive, Reduction, given
 
 
 class PointwiseSAM(GateBlock):
@@ -30,25 +30,23 @@ class PointwiseSAM(GateBlock):
     layer only multiplies: the layer in front of it decides on both.
     """
 
-    options: ClassVar[Options] = {
-        "kernel_size": Odd(),
-        "bias": Bool(),
-        "norm": Bool(),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "sam_pointwise", family="spatial", spatial=True, paper="arXiv:2004.10934", equation="figure 5",
+        summary="YOLOv4's spatial attention: a 1×1 convolution gates each point",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 1,
+        init: Init = "identity",
+        kernel_size: Annotated[int, Odd()] = 1,
         bias: bool = True,
         norm: bool = False,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, bias=bias, norm=norm, gate=gate)
+        super().__init__(**given(locals()))
         self.conv = CONV[dims](channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
         self.norm = BATCH_NORM[dims](channels) if norm else None
         self.gate = Gate(gate, identity=self.identity)
@@ -74,12 +72,20 @@ class SimAM(GateBlock):
     the released code is undefined. Without a layer to zero, `identity` is `blend`.
     """
 
-    options: ClassVar[Options] = {"e_lambda": Positive()}
+    facts = Facts(
+        "simam", family="spatial", spatial=False, paper="ICML 2021", equation="5-6",
+        summary="parameter-free attention: a position counts as it differs from its channel's mean",
+    )  # fmt: skip
 
     def __init__(
-        self, channels: int, *, dims: int = 2, init: str = "identity", e_lambda: float = 1e-4
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: Init = "identity",
+        e_lambda: Annotated[float, Positive()] = 1e-4,
     ) -> None:
-        super().__init__(channels, dims, init, e_lambda=e_lambda)
+        super().__init__(**given(locals()))
         self.e_lambda = e_lambda
         self.gate = Gate("sigmoid", identity=False)
         self.initialise()
@@ -108,18 +114,21 @@ class SGE(Block):
     one position. ε is 1e-5. The released γ = 0, β = 1 make every gate g(1); under `identity` β is 0 too.
     """
 
-    options: ClassVar[Options] = {"groups": Int(min=1), "gate": OneOf(*GATES)}
+    facts = Facts(
+        "sge", family="spatial", spatial=False, paper="arXiv:1905.09646", equation="section 3",
+        summary="spatial group-wise enhance: a gate per position and group by likeness to the group's mean",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        groups: int = 64,
-        gate: str = "sigmoid",
+        init: Init = "identity",
+        groups: Annotated[int, Int(min=1)] = 64,
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, groups=groups, gate=gate)
+        super().__init__(**given(locals()))
         self.groups = math.gcd(groups, channels)
         self.weight = nn.Parameter(torch.zeros(self.groups))
         self.bias = nn.Parameter(torch.ones(self.groups))
@@ -165,18 +174,21 @@ class LKA(GateBlock):
     around this (its figure 2d); they are no part of equations 3 and 4.
     """
 
-    options: ClassVar[Options] = {"kernel_size": Int(min=1), "dilation": Int(min=1)}
+    facts = Facts(
+        "lka", family="spatial", spatial=True, paper="arXiv:2202.09741", equation="3-4",
+        summary="large kernel attention: a 21×21 kernel in three cheap convolutions",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 21,
-        dilation: int = 3,
+        init: Init = "identity",
+        kernel_size: Annotated[int, Int(min=1)] = 21,
+        dilation: Annotated[int, Int(min=1)] = 3,
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, dilation=dilation)
+        super().__init__(**given(locals()))
         conv, c, d = CONV[dims], channels, dilation
         k = math.ceil(kernel_size / d)
         k += 1 - k % 2
@@ -216,30 +228,24 @@ class GAM(Block):
     channel shuffle, by which the paper saves parameters on ResNet-50, are not offered.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "divisor": Int(min=1),
-        "kernel_size": Odd(),
-        "bias": Bool(),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "gam", family="both", spatial=True, paper="arXiv:2112.05561", equation="1-2",
+        summary="global attention mechanism: channels then positions, with nothing pooled away",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 4,
-        divisor: int = 1,
-        kernel_size: int = 7,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 4,
+        divisor: Annotated[int, Int(min=1)] = 1,
+        kernel_size: Annotated[int, Odd()] = 7,
         bias: bool = True,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, divisor=divisor, kernel_size=kernel_size, bias=bias, gate=gate,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         conv, norm, c = CONV[dims], BATCH_NORM[dims], channels
         hidden, around = hidden_width(channels, reduction, divisor), kernel_size // 2
         self.fc1, self.fc2 = conv(c, hidden, 1, bias=bias), conv(hidden, c, 1, bias=bias)
@@ -288,13 +294,10 @@ class SCSE(Block):
     default is the first paper's sum; the authors' later code takes the maximum.
     """
 
-    options: ClassVar[Options] = {
-        "mode": OneOf("add", "max", "multiply"),
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "backend": BACKEND,
-    }
+    facts = Facts(
+        "scse", family="both", spatial=False, paper="arXiv:1803.02579", equation="section 2",
+        summary="concurrent squeeze and excitation: a channel and a position gate, combined",
+    )  # fmt: skip
     lean_from = SMALL
 
     def __init__(
@@ -302,19 +305,16 @@ class SCSE(Block):
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        mode: str = "add",
-        reduction: float = 2,
+        init: Init = "identity",
+        mode: Literal["add", "max", "multiply"] = "add",
+        reduction: Annotated[float, Reduction()] = 2,
         bias: bool = True,
-        divisor: int = 1,
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            mode=mode, reduction=reduction, bias=bias, divisor=divisor, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.mode = mode
-        inner = "identity" if self.identity else "paper"
+        inner = self.init_of_parts
         self.channel = SE(channels, dims=dims, init=inner, reduction=reduction, bias=bias, divisor=divisor)
         self.spatial = CONV[dims](channels, 1, 1, bias=bias)
         self.gate = Gate("sigmoid", identity=self.identity and mode != "add")
@@ -357,67 +357,3 @@ class SCSE(Block):
         """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S)."""
         channel, spatial = self.gates(x)
         return {"channel": channel.to(x.dtype), "spatial": spatial.to(x.dtype)}
-
-
-BLOCKS = (
-    BlockSpec(
-        name="sam_pointwise",
-        cls=PointwiseSAM,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2004.10934",
-        equation="figure 5",
-        summary="YOLOv4's spatial attention: a 1×1 convolution gates each point",
-    ),
-    BlockSpec(
-        name="simam",
-        cls=SimAM,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="ICML 2021",
-        equation="5-6",
-        summary="parameter-free attention: a position counts as it differs from its channel's mean",
-    ),
-    BlockSpec(
-        name="sge",
-        cls=SGE,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1905.09646",
-        equation="section 3",
-        summary="spatial group-wise enhance: a gate per position and group by likeness to the group's mean",
-    ),
-    BlockSpec(
-        name="lka",
-        cls=LKA,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2202.09741",
-        equation="3-4",
-        summary="large kernel attention: a 21×21 kernel in three cheap convolutions",
-    ),
-    BlockSpec(
-        name="gam",
-        cls=GAM,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2112.05561",
-        equation="1-2",
-        summary="global attention mechanism: channels then positions, with nothing pooled away",
-    ),
-    BlockSpec(
-        name="scse",
-        cls=SCSE,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1803.02579",
-        equation="section 2",
-        summary="concurrent squeeze and excitation: a channel and a position gate, combined",
-    ),
-)

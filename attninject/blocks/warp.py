@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import CONV, Block, BlockSpec, hidden_width, static_shape
+from .base import CONV, Block, Facts, hidden_width, static_shape
 from .gate import at_least_float32, zero
-from .options import Bool, Int, OneOf, Options, Reduction
+from .options import Init, Int, Reduction, given
 
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -38,33 +38,25 @@ class SpatialTransformer(Block):
     Deviations: the paper leaves the localisation net open; its own ones flatten maps of a fixed size.
     """
 
-    options: ClassVar[Options] = {
-        "mode": OneOf("affine", "attention"),
-        "padding": OneOf("zeros", "border"),
-        "kernel_size": OneOf(1, 3, 5, 7),
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-    }
+    facts = Facts(
+        "stn", family="spatial", spatial=True, paper="arXiv:1506.02025", equation="1, 2, 5",
+        summary="spatial transformer: the map sampled through an affine transform that it predicts itself",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        mode: str = "affine",
-        padding: str = "zeros",
-        kernel_size: int = 3,
-        reduction: float = 16,
+        init: Init = "identity",
+        mode: Literal["affine", "attention"] = "affine",
+        padding: Literal["zeros", "border"] = "zeros",
+        kernel_size: Literal[1, 3, 5, 7] = 3,
+        reduction: Annotated[float, Reduction()] = 16,
         bias: bool = True,
-        divisor: int = 1,
+        divisor: Annotated[int, Int(min=1)] = 1,
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            mode=mode, padding=padding, kernel_size=kernel_size, reduction=reduction, bias=bias,
-            divisor=divisor,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.mode, self.padding = mode, padding
         hidden = hidden_width(channels, reduction, divisor)
         means = hidden * (1 + dims)
@@ -173,17 +165,3 @@ def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
     if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return y
     return y.contiguous(memory_format=last)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="stn",
-        cls=SpatialTransformer,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1506.02025",
-        equation="1, 2, 5",
-        summary="spatial transformer: the map sampled through an affine transform that it predicts itself",
-    ),
-)

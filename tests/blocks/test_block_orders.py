@@ -23,7 +23,7 @@ SUMS = ("dot_product", "concatenation")
 
 
 @pytest.mark.parametrize("sub_sample", [False, True])
-@pytest.mark.parametrize("mode", pairwise.NONLOCAL_MODES)
+@pytest.mark.parametrize("mode", pairwise.NonLocal.options["mode"].values)
 def test_both_orders_give_the_same_result(mode, sub_sample):
     """In float64, values and all gradients, around the switch, in 1D, 2D, 3D and both memory formats."""
     for dims, sizes in SIZES.items():
@@ -85,7 +85,7 @@ def test_hooks_and_adapters_on_folded_layers_count(layer):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("mode", pairwise.NONLOCAL_MODES)
+@pytest.mark.parametrize("mode", pairwise.NonLocal.options["mode"].values)
 def test_saved_bytes_stay_linear_when_positions_are_many(mode, layout):
     """Above the switch four times the positions save four times the bytes; below, a few times the map's."""
     block = scrambled("nonlocal", mode=mode)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-BACKENDS = ("auto", "plain")
+from attninject.blocks.options import BACKENDS, Backend
+
 SMALL = 2**19
 """Elements from which a lean form pays for its Python, for blocks of few operations."""
 SMALLER = 2**18
@@ -46,7 +47,7 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def lean(x: Tensor, chosen: str, least: int) -> bool:
+def lean(x: Tensor, chosen: Backend, least: int) -> bool:
     """Whether x: (B, C, *S) takes the lean form of a block whose `backend` is `chosen`."""
     if torch.compiler.is_compiling() or type(x) not in _KINDS or torch.jit.is_tracing():
         return False
