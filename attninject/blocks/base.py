@@ -45,15 +45,15 @@ class Block(nn.Module):
     and ends with `self.initialise()`. `forward` is `transform`, blended with the input where `init` is `blend`
     (or where `identity` can be had no other way: `needs_blend`).
 
-    A class may add a lean form (`attninject.blocks.fast`): `lean(x)` computes what `transform(x)` defines, and
-    takes its place from `lean_from` elements on, unless `backend` is `plain`. A subclass that changes anything
-    of the class and does not set `lean_from` anew is back at the plain form.
+    A class may add a fast form (`attninject.blocks.fast`): `fast_transform(x)` computes what `transform(x)`
+    defines, and takes its place from `fast_from` elements on, unless `backend` is `plain`. A subclass that
+    changes anything of the class and does not set `fast_from` anew is back at the plain form.
     """
 
     facts: ClassVar[Facts]
     options: ClassVar[options.Options] = {}
     supported_dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
-    lean_from: ClassVar[int | None] = None
+    fast_from: ClassVar[int | None] = None
     backend: Backend = "auto"
     alpha: nn.Parameter | None
 
@@ -64,8 +64,8 @@ class Block(nn.Module):
         # `forward` only chooses; FSDP's and other generated subclasses add special methods
         formula = [name for name in vars(cls) if name != "forward" and not name.startswith("__")]
         changed = [name for name in formula if callable(vars(cls)[name]) and hasattr(cls.__base__, name)]
-        if "lean_from" not in vars(cls) and changed:
-            cls.lean_from = None
+        if "fast_from" not in vars(cls) and changed:
+            cls.fast_from = None
 
     def __init__(self, channels: int, dims: int, init: str, **args: Any) -> None:
         self._check(channels, dims, init, args)
@@ -128,19 +128,19 @@ class Block(nn.Module):
         """The gates or rows that `transform` would apply to x, before any blending; nothing is kept."""
         raise NotImplementedError
 
-    def leanable(self, x: Tensor) -> bool:
-        """Whether the lean form has these options, serves this x, and passes over no child with hooks."""
+    def fast_applies(self, x: Tensor) -> bool:
+        """Whether the fast form has these options, serves this x, and passes over no child with hooks."""
         return True
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → what `transform` gives, with fewer bytes moved and kept."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape and dtype."""
-        least = self.lean_from
-        lean = least is not None and dispatch.lean(x, self.backend, least) and self.leanable(x)
-        y = self.lean(x) if lean else self.transform(x)
+        least = self.fast_from
+        fast = least is not None and dispatch.takes_fast_form(x, self.backend, least) and self.fast_applies(x)
+        y = self.fast_transform(x) if fast else self.transform(x)
         if (
             self.init != "blend" or self.alpha is None
         ):  # asking a module for a parameter takes longer than a string

@@ -39,7 +39,7 @@ class CBAM(Block):
         "cbam", family="both", spatial=True, paper="arXiv:1807.06521", equation="1-3",
         summary="convolutional block attention: channels, then positions",
     )  # fmt: skip
-    lean_from = SMALLER
+    fast_from = SMALLER
 
     def __init__(
         self,
@@ -94,13 +94,13 @@ class CBAM(Block):
         y = halves[1](halves[0](x))
         return x + y if self.skip else y
 
-    def leanable(self, x: Tensor) -> bool:
-        """In the published order; the other forms put their halves' lean forms together."""
+    def fast_applies(self, x: Tensor) -> bool:
+        """In the published order; the other forms put their halves' fast forms together."""
         bare = untouched(self.channel, self.spatial)
         whole = type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
         return bare and whole and self.order == "channel_first" and not self.skip
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape; what lies between the halves is never kept."""
         channel, spatial = self.channel, self.spatial
         carriers, descriptors = fast_channel.squeeze(x, channel.pools)
@@ -166,7 +166,7 @@ class BAM(Block):
         "bam", family="both", spatial=True, paper="arXiv:1807.06514", equation="1-4",
         summary="bottleneck attention: channel and dilated spatial branch side by side",
     )  # fmt: skip
-    lean_from = SMALLER
+    fast_from = SMALLER
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class BAM(Block):
         """x: (B, C, *S) → x · factor."""
         return scale(x, self.factor(x))
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """If the gate and the layer that reads the map are those it was built with."""
         first = self.spatial[0]
         if not isinstance(first, ConvNormReLU) or type(self.gate) is not Gate:
@@ -230,7 +230,7 @@ class BAM(Block):
         bare = untouched(self.gate, self.spatial, first, first.conv)
         return bare and type(first) is ConvNormReLU and type(first.conv) is CONV[self.dims]
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · factor, the factor never kept."""
         first = self.spatial[0]
         assert isinstance(first, ConvNormReLU)

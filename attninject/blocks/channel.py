@@ -50,7 +50,7 @@ class ChannelMLP(Block):
         """x: (B, C, *S) → x · gate."""
         return scale(x, self.gate(self.logits(x)))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         carriers, descriptors = fast.squeeze(x, self.pools)
         return fast.scale(x, self.gate(self.merged(descriptors, pointwise)), carriers)
@@ -76,7 +76,7 @@ class SE(ChannelMLP):
         "se", family="channel", spatial=False, paper="arXiv:1709.01507", equation="2-4",
         summary="squeeze-and-excitation: a gate per channel from the mean",
     )  # fmt: skip
-    lean_from = SMALL
+    fast_from = SMALL
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class ChannelAttention(ChannelMLP):
         "channel_attention", family="channel", spatial=False, paper="arXiv:1807.06521", equation="2",
         summary="CBAM's channel half: a gate per channel from mean and max",
     )  # fmt: skip
-    lean_from = SMALLER
+    fast_from = SMALLER
 
     def __init__(
         self,

@@ -56,9 +56,9 @@ class PositionAttention(Weighted):
         "danet_pam", family="spatial", spatial=False, paper="arXiv:1809.02983", equation="1-2",
         summary="DANet's attention between positions, in linear memory",
     )  # fmt: skip
-    lean_from = (
+    fast_from = (
         2**15
-    )  # the plain form copies rows for the fused kernel, which takes longer than a lean form's Python
+    )  # the plain form copies rows for the fused kernel, which takes longer than a fast form's Python
 
     def __init__(
         self,
@@ -84,17 +84,17 @@ class PositionAttention(Weighted):
         q, k, v = (rows(layer(x)).unsqueeze(1) for layer in (self.query, self.key, self.value))
         return unrows(attend(q, k, v, 1.0).squeeze(1), x)
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """On a CPU and in full precision; torch's fused kernels do the rest better."""
         return x.device.type == "cpu" and at_least_float32(x) is x and not torch.is_autocast_enabled("cpu")
 
-    def lean_onto(self, y: Tensor, x: Tensor) -> Tensor:
+    def fast_onto(self, y: Tensor, x: Tensor) -> Tensor:
         """x and y: (B, C, *S) → y + γ · gathered(x)."""
         return fast.attend(self.query(x), self.key(x), self.value(x), y, self.gamma)
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
-        return self.lean_onto(x, x)
+        return self.fast_onto(x, x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, N, N), the weights that position i gives to each j; they sum to 1."""
@@ -115,7 +115,7 @@ class ChannelAffinity(Weighted):
         "danet_cam", family="channel", spatial=False, paper="arXiv:1809.02983", equation="3-4",
         summary="DANet's attention between channels, one learnt number",
     )  # fmt: skip
-    lean_from = SMALL
+    fast_from = SMALL
 
     def __init__(
         self,
@@ -142,11 +142,11 @@ class ChannelAffinity(Weighted):
         with full_precision(x):
             return (self.weights(flat) @ flat).unflatten(2, x.shape[2:])
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """In full precision."""
         return at_least_float32(x) is x
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
         return fast.mix(x, self.gamma, self.invert)
 
@@ -170,7 +170,7 @@ class DANet(Block):
         "danet", family="both", spatial=False, paper="arXiv:1809.02983", equation="1-4",
         summary="dual attention: between positions and between channels, summed",
     )  # fmt: skip
-    lean_from = PositionAttention.lean_from
+    fast_from = PositionAttention.fast_from
 
     def __init__(
         self,
@@ -200,15 +200,15 @@ class DANet(Block):
         """x: (B, C, *S) → the same shape."""
         return x + (self.position.branch(x) + self.channel.branch(x))
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """If both halves are, and nobody would miss a call of theirs."""
         position, channel = self.position, self.channel
         known = type(position) is PositionAttention and type(channel) is ChannelAffinity
-        return known and untouched(position, channel) and position.leanable(x)
+        return known and untouched(position, channel) and position.fast_applies(x)
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
-        return self.position.lean_onto(self.channel.lean(x), x)
+        return self.position.fast_onto(self.channel.fast_transform(x), x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `position`: (B, N, N) and `channel`: (B, C, C), the rows of both halves."""

@@ -47,7 +47,7 @@ class ECA(GateBlock):
         "eca", family="channel", spatial=False, paper="arXiv:1910.03151", equation="9, 12",
         summary="efficient channel attention: one small kernel slides over the channels",
     )  # fmt: skip
-    lean_from = SMALL
+    fast_from = SMALL
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class ECA(GateBlock):
         """x: (B, C, *S) → (B, C, 1, …)."""
         return self.slide(pool(x, "avg"))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         carriers, (mean,) = fast_channel.squeeze(x, ("avg",))
         return fast_channel.scale(x, self.slide(mean), carriers)
@@ -226,7 +226,7 @@ class GC(Block):
         "gc", family="global", spatial=False, paper="arXiv:1904.11492", equation="4, 5",
         summary="global context: one attention-weighted mean for all positions, added or multiplied",
     )  # fmt: skip
-    lean_from = SMALL
+    fast_from = SMALL
 
     def __init__(
         self,
@@ -290,12 +290,12 @@ class GC(Block):
         y = x if factor is None else scale(x, factor)
         return y if summand is None else y + summand
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """If the layer that reads the map is the plain convolution it was built as."""
         conv = self.conv_attn
         return conv is None or (type(conv) is CONV[self.dims] and untouched(conv))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · factor + summand."""
         if self.conv_attn is None:
             carriers, (s,) = fast_channel.squeeze(x, ("avg",))

@@ -97,7 +97,7 @@ class Coordinate(Block):
         "coord", family="both", spatial=True, paper="arXiv:2103.02907", equation="4-9",
         summary="coordinate attention: a gate per channel along each axis",
     )  # fmt: skip
-    lean_from = SMALL
+    fast_from = SMALL
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Coordinate(Block):
             y = scale(y, gate)
         return y
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · the gates."""
         carriers, means = fast.strips(x)
         factors = [fast.opened(self.gate, z, x) for z in self.read(means, x, pointwise)]

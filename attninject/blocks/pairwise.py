@@ -67,7 +67,7 @@ class NonLocal(Block):
         "nonlocal", family="global", spatial=True, paper="arXiv:1711.07971", equation="1-6",
         summary="non-local block: attention between all positions, in linear memory",
     )  # fmt: skip
-    lean_from = SMALL
+    fast_from = SMALL
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class NonLocal(Block):
             phi, g = halve(phi), halve(g)
         return theta, phi, g
 
-    def lean_maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fast_maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same with one gradient of x written instead of three added up, where that is known to pay."""
         layers = [layer for layer in (self.theta, self.phi, self.g) if layer is not None]
         if x.device.type != "cpu" or not self.bare(x, *layers):
@@ -160,7 +160,7 @@ class NonLocal(Block):
             z = normalize(self.norm, z)
         return x + z.to(x.dtype)
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """Without a softmax always; with one on a CPU and in full precision, for few positions.
 
         Elsewhere torch's fused kernels are faster, or nothing was measured.
@@ -170,11 +170,11 @@ class NonLocal(Block):
         few = x.shape[2:].numel() <= FEW and x.is_contiguous()
         return x.device.type == "cpu" and full(x) and (few or self.others(x) <= self.width)
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape; all maps stay laid out as x."""
         if self.mode not in SOFTMAX_MODES:
             return self.added(x, self.cheapest(x))
-        theta, phi, g = self.lean_maps(x)
+        theta, phi, g = self.fast_maps(x)
         if self.others(x) <= self.width:
             q, k, v = (t.flatten(2) for t in (theta, phi, g))
             return self.added(x, pairs.gather(q, k, v, self.scale).mT)
@@ -201,7 +201,7 @@ class NonLocal(Block):
                 if m > self.width:
                     return relu_of_sums(a, b, g.contiguous())
                 return pairs.product(torch.relu_(a.unsqueeze(2) + b.unsqueeze(1)), g, by_rows)
-        theta, phi, g = (at_least_float32(t).flatten(2).mT for t in self.lean_maps(x))
+        theta, phi, g = (at_least_float32(t).flatten(2).mT for t in self.fast_maps(x))
         d, e = theta.shape[2], g.shape[2]
         with full_precision(x):
             if n * m * (d + e) <= (n + m) * d * e:

@@ -298,7 +298,7 @@ class SCSE(Block):
         "scse", family="both", spatial=False, paper="arXiv:1803.02579", equation="section 2",
         summary="concurrent squeeze and excitation: a channel and a position gate, combined",
     )  # fmt: skip
-    lean_from = SMALL
+    fast_from = SMALL
 
     def __init__(
         self,
@@ -342,12 +342,12 @@ class SCSE(Block):
         product = at_least_float32(x).square() * (channel * spatial)  # overflows in float16
         return product if self.alpha is not None else product.to(x.dtype)
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """The sum, if the layer that reads the map is the plain convolution it was built as."""
         bare = type(self.spatial) is CONV[self.dims] and untouched(self.channel, self.spatial)
         return self.mode == "add" and type(self.channel) is SE and bare
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · (g_c + g_s)."""
         carriers, (mean, z) = fast.squeeze_project(x, self.spatial)
         c, s = self.gate(self.channel.merged([mean], pointwise)), self.gate(at_least_float32(z))

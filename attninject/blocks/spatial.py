@@ -31,7 +31,7 @@ class SpatialAttention(Block):
         "spatial_attention", family="spatial", spatial=True, paper="arXiv:1807.06521", equation="3",
         summary="CBAM's spatial half: a gate per position from mean and max",
     )  # fmt: skip
-    lean_from = SMALLER
+    fast_from = SMALLER
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class SpatialAttention(Block):
         """x: (B, C, *S) → x · gate."""
         return scale(x, self.gate(self.logits(x)))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         carriers, descriptors = fast.pool(x)
         return fast.scale(x, self.gate(self.read(*descriptors)), carriers)

@@ -1,4 +1,4 @@
-"""Lean forms of DANet's attentions: between positions, block by block, and between channels."""
+"""Fast forms of DANet's attentions: between positions, block by block, and between channels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from attninject.blocks.attend import full_precision
 
-from .function import Lean
+from .function import FastFunction
 from .primitives import by_rows, columns, flat, laid_out_as
 
 _BLOCK = 2**19
 """Logits of one block of queries on a CPU, which the cache should hold."""
 
 
-class Attend(Lean):
+class Attend(FastFunction):
     """y = v Pᵀ, P = softmax(qᵀ k), or x + γ v Pᵀ: a block of queries at a time; the backward makes P again."""
 
     @staticmethod
@@ -37,7 +37,7 @@ class Attend(Lean):
         """Keep the three maps and γ, nothing of the matrix, nor of x."""
         q, k, v, x, gamma = inputs
         ctx.onto = x is not None
-        Lean.keep(ctx, q, k, v, None, gamma)
+        FastFunction.keep(ctx, q, k, v, None, gamma)
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -112,7 +112,7 @@ def attend(
         return Attend.apply(q, k, v, onto, gamma)
 
 
-class Mix(Lean):
+class Mix(FastFunction):
     """y = x + γ A X, A = softmax(± X Xᵀ), X = x with its positions in a row."""
 
     @staticmethod
@@ -131,7 +131,7 @@ class Mix(Lean):
         """Keep x, γ and A."""
         x, gamma, ctx.sign = inputs
         ctx.mark_non_differentiable(output[1])
-        Lean.keep(ctx, x, gamma, extra=[output[1]])
+        FastFunction.keep(ctx, x, gamma, extra=[output[1]])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""The operations on whole maps that the lean forms are made of: sums, scaling, pieces that fit the cache.
+"""The operations on whole maps that the fast forms are made of: sums, scaling, pieces that fit the cache.
 
 Maps are `(B, C, N)` views of `(B, C, *S)`, N the number of positions, and lie in memory either by rows
 (contiguous: a channel's positions side by side) or by columns (channels_last: a position's channels side by
