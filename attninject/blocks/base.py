@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from attninject.blocks import options
 from attninject.errors import BlockError, TooFewChannelsError
 
 from .fast import dispatch
-from .gate import blend, new_alpha, scale
+from .gate import blend, new_alpha, scale, tracing
 from .options import INITS, Backend, Init
 
 
@@ -56,6 +56,9 @@ class Block(nn.Module):
     fast_from: ClassVar[int | None] = None
     backend: Backend = "auto"
     alpha: nn.Parameter | None
+
+    if TYPE_CHECKING:  # torch's own says Any
+        __call__: Callable[..., Tensor]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -231,9 +234,9 @@ def column(z: Tensor, x: Tensor) -> Tensor:
 
 def static_shape(x: Tensor) -> tuple[int, ...]:
     """x.shape as plain integers, also under torch.jit.trace, which fixes whatever they decide."""
-    if torch.jit.is_tracing():
+    if tracing():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             return tuple(int(n) for n in x.shape)
     return tuple(x.shape)
 

@@ -65,11 +65,12 @@ class DoubleAttention(Additive):
         a = self.features(x).flatten(2)
         descriptors = a @ gathering.to(a.dtype).transpose(1, 2)  # (B, m, n)
         z = descriptors @ distributing.to(descriptors.dtype)
-        return self.out(z.unflatten(2, x.shape[2:]))
+        y: Tensor = self.out(torch.unflatten(z, 2, x.shape[2:]))
+        return y
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gather`: (B, n, *S), sums to 1 over positions; `distribute`: the same over n."""
-        gathering, distributing = (t.unflatten(2, x.shape[2:]).to(x.dtype) for t in self.weights(x))
+        gathering, distributing = (torch.unflatten(t, 2, x.shape[2:]).to(x.dtype) for t in self.weights(x))
         return {"gather": gathering, "distribute": distributing}
 
 

@@ -140,7 +140,7 @@ class ChannelAffinity(Weighted):
         """x: (B, C, *S) → mixtures of channels, the same shape, float32 or wider."""
         flat = at_least_float32(x).flatten(2)
         with full_precision(x):
-            return (self.weights(flat) @ flat).unflatten(2, x.shape[2:])
+            return torch.unflatten(self.weights(flat) @ flat, 2, x.shape[2:])
 
     def fast_applies(self, x: Tensor) -> bool:
         """In full precision."""

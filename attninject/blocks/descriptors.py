@@ -206,7 +206,8 @@ class ContextMLP(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """s: (B, C, 1, …) → the same shape."""
-        return self.fc2(F.relu(column(self.norm(self.fc1(s).flatten(1)), s)))
+        y: Tensor = self.fc2(F.relu(column(self.norm(self.fc1(s).flatten(1)), s)))
+        return y
 
 
 class GC(Block):
@@ -385,7 +386,7 @@ class GE(GateBlock):
 
     def needs_blend(self) -> bool:
         """Without parameters there is no layer to zero."""
-        return self.args["mode"] == "theta_minus"
+        return bool(self.args["mode"] == "theta_minus")
 
     def init_identity(self) -> None:
         """Zero the last layer: SE's second, or the last norm."""
@@ -425,8 +426,8 @@ def window_means(x: Tensor, extent: int) -> Tensor:
         return _pool2d(x.unsqueeze(3), extent, 1).squeeze(3)
     depth = static_shape(x)[2]
     planes = _pool2d(x.flatten(1, 2), extent, extent)
-    rows, sides = planes.unflatten(1, (-1, depth)).flatten(3), static_shape(planes)[2:]
-    return _pool2d(rows, extent, 1).unflatten(3, sides)
+    rows, sides = torch.unflatten(planes, 1, (-1, depth)).flatten(3), static_shape(planes)[2:]
+    return torch.unflatten(_pool2d(rows, extent, 1), 3, sides)
 
 
 def _pool2d(x: Tensor, *extents: int) -> Tensor:

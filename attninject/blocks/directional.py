@@ -49,9 +49,13 @@ def reduce_axes(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
     """
     last = None if _vmapped() else _CHANNELS_LAST.get(x.ndim)
     if last is None or not x.is_contiguous(memory_format=last) or x.is_contiguous():
-        return getattr(x, kind)(axes, keepdim=True)
+        return _reduced(x, kind, axes)
     moved = [axis - 1 if axis > 1 else x.ndim - 1 for axis in axes]
-    return getattr(x.movedim(1, -1), kind)(moved, keepdim=True).movedim(-1, 1)
+    return _reduced(x.movedim(1, -1), kind, moved).movedim(-1, 1)
+
+
+def _reduced(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
+    return (x.mean if kind == "mean" else x.amax)(tuple(axes), keepdim=True)
 
 
 def strips(x: Tensor) -> list[Tensor]:
@@ -73,11 +77,11 @@ def parted(row: Tensor, x: Tensor) -> list[Tensor]:
     """The inverse of `joined` for x: (B, C, *S): each strip along its own axis again."""
     sizes = static_shape(x)[2:]
     if len(sizes) == 2:
-        first, second = row.split(sizes, 2)
+        first, second = torch.split(row, list(sizes), 2)
         return [first, second.transpose(2, 3)]
-    parts = row.flatten(2).split(sizes, 2)
+    parts = torch.split(row.flatten(2), list(sizes), 2)
     shapes = [[n if i == axis else 1 for i in range(len(sizes))] for axis, n in enumerate(sizes)]
-    return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [torch.unflatten(part, 2, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Coordinate(Block):
@@ -322,7 +326,7 @@ class EMAAttention(Block):
 
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → one gate per group, (B, G, *S), float32 or wider."""
-        grouped = x.unflatten(1, (self.groups, -1)).flatten(0, 1)
+        grouped = torch.unflatten(x, 1, (self.groups, -1)).flatten(0, 1)
         y = grouped
         for a in parted(self.conv1x1(joined(strips(grouped))), grouped):
             y = scale(y, self.inner(a))
@@ -330,7 +334,7 @@ class EMAAttention(Block):
         x1 = torch.group_norm(y, self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
         x2 = self.conv3x3(grouped)
         z = weigh(pool(x1, "avg"), x2) + weigh(pool(x2, "avg"), x1)
-        return self.gate(z.unflatten(0, (-1, self.groups)).flatten(1, 2))
+        return self.gate(torch.unflatten(z, 0, (-1, self.groups)).flatten(1, 2))
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · its group's gate."""

@@ -22,7 +22,7 @@ once, to the dtype of the input they multiply.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,9 @@ class Gate(nn.Module):
         super().__init__()
         self.kind, self.identity, self.skip = kind, identity, skip
 
+    if TYPE_CHECKING:  # torch's own says Any
+        __call__: Callable[..., Tensor]
+
     def forward(self, z: Tensor) -> Tensor:
         """z: any shape → the factor, same shape, float32 or wider."""
         y = GATES[self.kind][int(self.identity)](at_least_float32(z))
@@ -63,6 +66,11 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         """The formula that this gate computes."""
         return f"{self.kind}, identity={self.identity}" + (", skip=True" if self.skip else "")
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace is recording."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def scale(x: Tensor, gate: Tensor) -> Tensor:
@@ -74,7 +82,7 @@ def scale(x: Tensor, gate: Tensor) -> Tensor:
 
 def scale_groups(x: Tensor, gate: Tensor) -> Tensor:
     """x · gate where each of G groups of channels has its own: x: (B, C, *S), `gate`: (B, G, *S)."""
-    return scale(x.unflatten(1, (gate.shape[1], -1)), gate.unsqueeze(2)).flatten(1, 2)
+    return scale(torch.unflatten(x, 1, (gate.shape[1], -1)), gate.unsqueeze(2)).flatten(1, 2)
 
 
 def blend(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
@@ -126,10 +134,15 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     SyncBatchNorm that really synchronises sees the other ranks' values and must take part in the exchange, so
     it is called in every case.
     """
-    if not isinstance(norm, _BatchNorm) or not norm.training or torch.jit.is_tracing():
-        return norm(x)
-    if x.shape[0] * x.shape[2:].numel() != 1 or norm.running_mean is None or _synchronises(norm):
-        return norm(x)
+    if (
+        not (isinstance(norm, _BatchNorm) and norm.training)
+        or tracing()
+        or x.shape[0] * x.shape[2:].numel() != 1
+        or norm.running_mean is None
+        or _synchronises(norm)
+    ):
+        y: Tensor = norm(x)
+        return y
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 

@@ -23,7 +23,8 @@ class NormReLUConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, inputs, *S) → (B, outputs, *S)."""
-        return self.conv(F.relu(normalize(self.norm, x)))
+        y: Tensor = self.conv(F.relu(normalize(self.norm, x)))
+        return y
 
 
 class ResidualUnit(nn.Sequential):
@@ -38,7 +39,10 @@ class ResidualUnit(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape and dtype."""
-        return x + super().forward(x).to(x.dtype)
+        y = x
+        for layer in self:
+            y = layer(y)
+        return x + y.to(x.dtype)
 
 
 class ResidualAttention(Block):
@@ -160,9 +164,9 @@ def resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
     if x.ndim == 3:
         return F.interpolate(x.unsqueeze(3), (size[0], 1), mode="bilinear").squeeze(3)
     channels, depth = static_shape(x)[1:3]
-    y = F.interpolate(x.flatten(1, 2), size[1:], mode="bilinear").unflatten(1, (channels, depth))
+    y = torch.unflatten(F.interpolate(x.flatten(1, 2), size[1:], mode="bilinear"), 1, (channels, depth))
     y = F.interpolate(y.flatten(3), (size[0], size[1] * size[2]), mode="bilinear")
-    return y.unflatten(3, size[1:])
+    return torch.unflatten(y, 3, size[1:])
 
 
 class RecurrentGate(Block):

@@ -151,7 +151,7 @@ class NonLocal(Block):
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         """x + BN(W y) for rows y: (B, N, e); a transposed map counts as rows and is not copied."""
         if self.mode in SOFTMAX_MODES:
-            z = self.out(unrows(y, x))
+            z: Tensor = self.out(unrows(y, x))
         else:
             z = project(self.out, y, x)
             if self.norm is not None and self.training and self.out.weight.dtype == torch.float16:
@@ -294,5 +294,5 @@ def halve(x: Tensor) -> Tensor:
     for axis in range(max(2, x.ndim - 2), x.ndim):
         pairs = shape[axis] // 2
         if pairs:
-            x = x.narrow(axis, 0, 2 * pairs).unflatten(axis, (pairs, 2)).amax(axis + 1)
+            x = torch.unflatten(x.narrow(axis, 0, 2 * pairs), axis, (pairs, 2)).amax(axis + 1)
     return x

@@ -142,7 +142,7 @@ class SGE(Block):
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → one gate per group, (B, G, *S), float32 or wider."""
         wide = at_least_float32(x)
-        c = (wide * pool(wide, "avg")).unflatten(1, (self.groups, -1)).sum(2)
+        c = torch.unflatten(wide * pool(wide, "avg"), 1, (self.groups, -1)).sum(2)
         axes = positions(c)
         centred = c - c.mean(axes, keepdim=True)
         # the norm's gradient at zero is zero, the root's is not finite
@@ -322,7 +322,7 @@ class SCSE(Block):
 
     def needs_blend(self) -> bool:
         """x² is not x."""
-        return self.args["mode"] == "multiply"
+        return bool(self.args["mode"] == "multiply")
 
     def init_identity(self) -> None:
         """Zero the spatial half's layer (the channel half has done it itself)."""

@@ -82,7 +82,7 @@ class SK(Block):
         for u in features[1:]:
             fused = fused + u
         z = F.relu(normalize(self.norm, self.fc_reduce(pool(fused, "avg"))))
-        logits = self.fc_select(z).unflatten(1, (len(self.paths), self.channels))
+        logits = torch.unflatten(self.fc_select(z), 1, (len(self.paths), self.channels))
         return torch.softmax(at_least_float32(logits), 1)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -292,4 +292,4 @@ def patches(x: Tensor, index: Tensor, kernel: int) -> Tensor:
         at = (at.unsqueeze(3) * (n + 2 * edge) + here.unsqueeze(2)).flatten(2)
     padded = F.pad(x, (edge,) * (2 * len(size))).flatten(2)
     found = padded.gather(2, at.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1))
-    return found.unflatten(2, at.shape[1:]).transpose(1, 2).flatten(2)
+    return torch.unflatten(found, 2, at.shape[1:]).transpose(1, 2).flatten(2)

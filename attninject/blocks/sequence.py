@@ -288,8 +288,8 @@ class GeneralizedAttention(Additive):
             c_s sin ω(k − q) + c_c cos ω(k − q)
                 = sin ωk · (c_s cos ωq + c_c sin ωq) + cos ωk · (c_c cos ωq − c_s sin ωq).
         """
-        c = q @ weight.unflatten(0, (self.num_heads, -1))
-        c_s, c_c = c.unflatten(-1, (self.dims, 2, self.frequencies)).unbind(-2)
+        c = q @ torch.unflatten(weight, 0, (self.num_heads, -1))
+        c_s, c_c = torch.unflatten(c, -1, (self.dims, 2, self.frequencies)).unbind(-2)
         grid = coordinates(x, q.dtype)
         steps = torch.arange(self.frequencies, device=x.device, dtype=q.dtype)
         omega = 1000 ** (-steps / self.frequencies)

@@ -90,7 +90,7 @@ class SpatialTransformer(Block):
         z = torch.cat([m.mean(tuple(range(2, x.ndim))) for m in means], 1)
         z = at_least_float32(self.fc2(F.relu(self.fc1(z.to(f.dtype)))))
         if self.mode == "affine":
-            return z.unflatten(1, (self.dims, self.dims + 1))
+            return torch.unflatten(z, 1, (self.dims, self.dims + 1))
         scaled = z[:, :1, None] * torch.eye(self.dims, dtype=z.dtype, device=z.device)
         return torch.cat([scaled, z[:, 1:, None]], 2)
 

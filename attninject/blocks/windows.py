@@ -130,7 +130,7 @@ class TwinsLSA(TwinsAttention):
         """x: (B, C, *S) → `rows`: (B, W, h, L, L), per window and head; 0 outside the map."""
         (q, k, _), inside = self.windows(x)
         weights = attention_rows(q, k, self.scale, inside)
-        return {"rows": weights.unflatten(0, (x.shape[0], -1)).to(x.dtype)}
+        return {"rows": torch.unflatten(weights, 0, (x.shape[0], -1)).to(x.dtype)}
 
 
 class TwinsGSA(TwinsAttention):
@@ -263,7 +263,7 @@ def partition(t: Tensor, side: int) -> Tensor:
     t = filled(t, side)
     dims = t.ndim - 2
     for axis in range(dims):
-        t = t.unflatten(1 + 2 * axis, (-1, side))
+        t = torch.unflatten(t, 1 + 2 * axis, (-1, side))
     order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
     return t.permute(order).flatten(1 + dims, -2).flatten(0, dims)
 

@@ -43,7 +43,7 @@ class Attend(FastFunction):
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         """The formula, with its matrix."""
         q, k, v = (t.flatten(2) for t in inputs[:3])
-        y = (v @ torch.softmax(q.mT @ k, 2).mT).unflatten(2, inputs[0].shape[2:])
+        y = torch.unflatten(v @ torch.softmax(q.mT @ k, 2).mT, 2, inputs[0].shape[2:])
         return (inputs[4] * y if ctx.onto else y,)
 
     @classmethod
@@ -109,7 +109,8 @@ def attend(
 ) -> Tensor:
     """y_i = Σ_j softmax_j(q_iᵀ k_j) v_j, or `onto` + gamma · y: maps (B, d, *S), (B, d, *T), (B, e, *T), as y."""
     with full_precision(q):
-        return Attend.apply(q, k, v, onto, gamma)
+        y: Tensor = Attend.apply(q, k, v, onto, gamma)
+        return y
 
 
 class Mix(FastFunction):
@@ -175,4 +176,5 @@ def _multiply(x: Tensor, a: Tensor, z: Tensor, gamma: Tensor, out: Tensor) -> No
 def mix(x: Tensor, gamma: Tensor, invert: bool) -> Tensor:
     """x + γ softmax(∓X Xᵀ) X for x: (B, C, *S), float32 or wider; the minus if `invert`."""
     with full_precision(x):
-        return Mix.apply(x, gamma, -1.0 if invert else 1.0)[0]
+        y: Tensor = Mix.apply(x, gamma, -1.0 if invert else 1.0)[0]
+        return y

@@ -182,7 +182,8 @@ def opened(gate: nn.Module, z: Tensor, x: Tensor) -> Tensor:
     """gate(z), laid out as x, so that it need not be copied, and kept, once more."""
     z = _beside(z, x)
     bare = type(gate) is Gate and gate.kind == "sigmoid" and gate.identity and untouched(gate)
-    return DoubleSigmoid.apply(z) if bare else gate(z)
+    y: Tensor = DoubleSigmoid.apply(z) if bare else gate(z)
+    return y
 
 
 def strips(x: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -195,7 +196,8 @@ def strips(x: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
 
 def scale(x: Tensor, factors: Sequence[Tensor], carriers: Sequence[Tensor]) -> Tensor:
     """x · Π factors in x's dtype, from the means that came with the carriers."""
-    return ScaleAxes.apply(x, *(_beside(factor.to(x.dtype), x) for factor in factors), *carriers)
+    y: Tensor = ScaleAxes.apply(x, *(_beside(factor.to(x.dtype), x) for factor in factors), *carriers)
+    return y
 
 
 def _beside(t: Tensor, x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Branch(FastFunction):
 
 def _branches(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     z = projected(flat(x), weight.to(x.dtype).flatten(1), None if bias is None else bias.to(x.dtype))
-    return x.mean(tuple(range(2, x.ndim)), keepdim=True), z.unflatten(2, x.shape[2:])
+    return x.mean(tuple(range(2, x.ndim)), keepdim=True), torch.unflatten(z, 2, x.shape[2:])
 
 
 class Modulate(FastFunction):
@@ -140,10 +140,12 @@ def _times(x: Tensor, sigma: Tensor, constant: float, slope: float, out: Tensor)
 def branch(x: Tensor, conv: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """x: (B, C, *S) and a 1×1 convolution → what `modulate` needs, the means, the convolution's result."""
     with full_precision(x):
-        return Branch.apply(x, conv.weight, conv.bias)
+        found: tuple[Tensor, Tensor, Tensor] = Branch.apply(x, conv.weight, conv.bias)
+        return found
 
 
 def modulate(x: Tensor, c: Tensor, s: Tensor, carrier: Tensor, mode: str, identity: bool) -> Tensor:
     """x · (1 + σ(z)), or x · 2σ(z) under `identity`; z = c · s (`product`) or c + s (`sum`)."""
     constant, slope = (0.0, 2.0) if identity else (1.0, 1.0)
-    return Modulate.apply(x, c, s, carrier, mode, constant, slope)
+    y: Tensor = Modulate.apply(x, c, s, carrier, mode, constant, slope)
+    return y

@@ -122,4 +122,5 @@ def squeeze(x: Tensor, kinds: tuple[str, ...]) -> tuple[tuple[Tensor, Tensor], l
 
 def scale(x: Tensor, factor: Tensor, carriers: tuple[Tensor, Tensor]) -> Tensor:
     """x · factor in x's dtype, `factor`: (B, C, 1, …) from the descriptors that came with the carriers."""
-    return Scale.apply(x, factor.to(x.dtype), *carriers)
+    y: Tensor = Scale.apply(x, factor.to(x.dtype), *carriers)
+    return y

@@ -142,7 +142,8 @@ def context(x: Tensor, conv: nn.Module) -> tuple[tuple[Tensor, Tensor], Tensor]:
 def affine_of(x: Tensor, f: Tensor | None, b: Tensor | None, carriers: tuple[Tensor, Tensor]) -> Tensor:
     """x · f + b in x's dtype, from a descriptor that came with the carriers."""
     f, b = (None if t is None else t.to(x.dtype) for t in (f, b))
-    return Affine.apply(x, f, b, *carriers)
+    y: Tensor = Affine.apply(x, f, b, *carriers)
+    return y
 
 
 # --- scSE -----------------------------------------------------------------------------------------
@@ -246,4 +247,5 @@ def squeeze_project(x: Tensor, conv: nn.Module) -> tuple[Three, tuple[Tensor, Te
 
 def scale_by_sum(x: Tensor, c: Tensor, s: Tensor, carriers: Three) -> Tensor:
     """x · (c + s) in x's dtype."""
-    return ScaleBySum.apply(x, c, s, *carriers)
+    y: Tensor = ScaleBySum.apply(x, c, s, *carriers)
+    return y

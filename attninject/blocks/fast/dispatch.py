@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
+from attninject.blocks.gate import tracing
 from attninject.blocks.options import BACKENDS, Backend
 
 SMALL = 2**19
@@ -49,7 +50,7 @@ def backend(name: str) -> Iterator[None]:
 
 def takes_fast_form(x: Tensor, chosen: Backend, least: int) -> bool:
     """Whether x: (B, C, *S) takes the fast form of a block whose `backend` is `chosen`."""
-    if torch.compiler.is_compiling() or type(x) not in _KINDS or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or type(x) not in _KINDS or tracing():
         return False
     if _forced is None:
         if chosen == "plain" or x.numel() < (least if x.is_cpu else least * _ON_CUDA):

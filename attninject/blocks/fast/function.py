@@ -69,7 +69,7 @@ class FastFunction(torch.autograd.Function):
         raise NotImplementedError
 
     @classmethod
-    def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
         """Autograd's entry: one of the two ways."""
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)

@@ -65,7 +65,8 @@ class Gather(FastFunction):
 def gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Σ_j softmax_j(scale · q_iᵀ k_j) v_j: (B, d, N), (B, d, M), (B, e, M) → (B, e, N), float32 or wider."""
     with full_precision(q):
-        return Gather.apply(q, k, v, scale)[0]
+        y: Tensor = Gather.apply(q, k, v, scale)[0]
+        return y
 
 
 class Project(FastFunction):
@@ -129,4 +130,4 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     for layer in layers:
         weights += [layer.weight.flatten(1), layer.bias]  # type: ignore[operator,list-item]
     with full_precision(x):
-        return [y.unflatten(2, x.shape[2:]) for y in Project.apply(x.flatten(2), *weights)]
+        return [torch.unflatten(y, 2, x.shape[2:]) for y in Project.apply(x.flatten(2), *weights)]

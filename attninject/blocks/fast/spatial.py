@@ -190,7 +190,8 @@ def pool(x: Tensor) -> tuple[Carriers, tuple[Tensor, Tensor]]:
 
 def scale(x: Tensor, factor: Tensor, carriers: Carriers) -> Tensor:
     """x · factor in x's dtype, `factor`: (B, 1, *S) from the descriptors that came with the carriers."""
-    return ScaleAt.apply(x, factor.to(x.dtype), *carriers)
+    y: Tensor = ScaleAt.apply(x, factor.to(x.dtype), *carriers)
+    return y
 
 
 def refine(x: Tensor, m: Tensor, carriers: Carriers) -> tuple[Carriers, tuple[Tensor, Tensor]]:
@@ -202,4 +203,5 @@ def refine(x: Tensor, m: Tensor, carriers: Carriers) -> tuple[Carriers, tuple[Te
 
 def rescale(x: Tensor, m: Tensor, factor: Tensor, carriers: Carriers) -> Tensor:
     """x · m · factor, `factor`: (B, 1, *S) from what `refine` gave with the carriers."""
-    return Rescale.apply(x, m, factor.to(x.dtype), *carriers)
+    y: Tensor = Rescale.apply(x, m, factor.to(x.dtype), *carriers)
+    return y
