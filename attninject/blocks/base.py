@@ -45,6 +45,11 @@ class Block(nn.Module):
     and ends with `self.initialise()`. `forward` is `transform`, blended with the input where `init` is `blend`
     (or where `identity` can be had no other way: `needs_blend`).
 
+    The docstring explains the options, but for four that mean the same everywhere: `reduction` makes the
+    hidden width channels / reduction, or that fraction of them, and `divisor` rounds it to a multiple
+    (`hidden_width`); `gate` is the function that makes factors of logits (`gate.GATES`); `backend` is `plain`
+    for the definition, `auto` for the fast form where that pays.
+
     A class may add a fast form (`attninject.blocks.fast`): `fast_transform(x)` computes what `transform(x)`
     defines, and takes its place from `fast_from` elements on, unless `backend` is `plain`. A subclass that
     changes anything of the class and does not set `fast_from` anew is back at the plain form.

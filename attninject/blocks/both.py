@@ -24,10 +24,9 @@ class CBAM(Block):
     """Convolutional block attention: y = x · Mc(x), then y · Ms(y).
 
     arXiv:1807.06521, eq. 1 (Mc: eq. 2, `ChannelAttention`; Ms: eq. 3, `SpatialAttention`).
-    Options: `reduction`, `pool`, `bias` (of the two FC layers), `divisor` for the channel half;
-    `kernel_size`, `norm`, `concat` for the spatial half; `gate` for both; `order` channel_first |
-    spatial_first | parallel (one gate g(zc + zs) from the sum of both halves' logits, paper section 5.1);
-    `residual`: x + CBAM(x); `backend` as for SE.
+    `pool` and `bias` are the channel half's, `kernel_size`, `norm` and `concat` the spatial half's. An `order`
+    of parallel is one gate g(zc + zs) from the sum of both halves' logits (paper, section 5.1); `residual`:
+    x + CBAM(x).
 
     Deviations: those of the halves (biases, norm and [max, mean] follow the released code). Under
     `init="identity"` a residual's 1 is dropped and the gates are doubled, as everywhere, so `residual` only
@@ -152,9 +151,8 @@ class BAM(Block):
     """Bottleneck attention: x · (1 + σ(c · s)), c: (B, C, 1, …) from the mean of x, s: (B, 1, *S).
 
     arXiv:1807.06514, eq. 1-4. c = FC(relu(BN(FC(mean)))); s = conv1(relu(BN(conv3(…relu(BN(conv1(x)))))))
-    with `num_layers` dilated 3×3 convolutions in the middle. Options: `reduction` and `divisor` of both
-    bottlenecks, `dilation`, `num_layers`, `bias` of all layers, `mode` product (released code) | sum (paper),
-    `backend` as for SE.
+    with `num_layers` dilated 3×3 convolutions in the middle. `dilation` is theirs, `bias` that
+    of all layers; `mode` is product in the released code, sum in the paper.
 
     Deviations: the paper adds, σ(c + s), the released code multiplies: `mode="product"` follows the code.
     Norms sit where the code has them, inside both branches, where the paper writes one at each end.

@@ -64,9 +64,7 @@ class SE(ChannelMLP):
     """Squeeze-and-Excitation: x · g(W₂ relu(W₁ s + b₁) + b₂), s = mean of x over positions.
 
     arXiv:1709.01507, eq. 2 (squeeze), 3 (excitation), 4 (scale); `gate` and `squeeze` are its ablations.
-    Options: `reduction` (a number ≥ 1, or a fraction of the channels), `bias` of both layers, `divisor` of
-    the hidden width, `squeeze` avg | max | both (their mean), `gate` sigmoid | tanh | relu | hard_sigmoid,
-    `backend` auto | plain (`attninject.blocks.fast`: the same function, computed one way or the other).
+    A `squeeze` of both is the mean of mean and maximum; `bias` is that of both layers.
 
     Deviations: none from the paper. timm's `SEModule` is `divisor=8, init="paper"`: same keys, same output;
     its `add_maxpool` is `squeeze="both"`.
@@ -109,8 +107,8 @@ class SE(ChannelMLP):
 class ChannelAttention(ChannelMLP):
     """CBAM's channel attention: x · g(MLP(mean of x) + MLP(max of x)), one MLP for both descriptors.
 
-    arXiv:1807.06521, eq. 2: MLP(s) = W₁ relu(W₀ s). Options: `reduction`, `divisor`, `gate` as for SE; `pool`
-    avg | max | both, the descriptors that are used; `bias` of both layers; `backend` as for SE.
+    arXiv:1807.06521, eq. 2: MLP(s) = W₁ relu(W₀ s). `pool` says which descriptors are used;
+    `bias` is that of both layers.
 
     Deviations: the paper's formula has no biases, the released code has: `bias=True` follows the code. timm's
     `ChannelAttn` is `bias=False, init="paper"`, same keys; it rounds the hidden width where C / r is no whole

@@ -18,8 +18,8 @@ class DoubleAttention(Additive):
 
     arXiv:1810.11579, eq. 3-6: n global descriptors are gathered, each a mean of A over the positions k with
     weights softmax_k(B_jk); every position i then takes a mixture of them with weights softmax_j(V_ji).
-    A, B, V, W are 1×1 convolutions. Options: `reduction` (the widths m of A and n of B and V, both
-    C / reduction), `divisor` of them, `bias`, `residual`.
+    A, B, V, W are 1×1 convolutions. Their hidden width is both m, of A, and n, of B and V. Options:
+    `bias`, `residual`.
 
     Time and memory are linear in the positions. Both softmaxes run in float32.
 

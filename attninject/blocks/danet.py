@@ -45,8 +45,8 @@ class Weighted(Additive):
 class PositionAttention(Weighted):
     """DANet's position attention: x + γ Σ_j softmax_j(B_iᵀ C_j) D_j, B, C, D 1×1 convolutions of x.
 
-    arXiv:1809.02983, eq. 1-2. Options: `reduction` (the width of B and C; D has C channels), `divisor` of
-    that width, `bias`, `backend` as for SE. Keys of B, C, D: `query`, `key`, `value`.
+    arXiv:1809.02983, eq. 1-2. B and C have the hidden width, D has C channels; all have a `bias`. Keys
+    of B, C, D: `query`, `key`, `value`.
 
     Memory is linear in the positions, in training too; not linear: `attention(x)` and double backward.
     Deviations: none from the paper, whose formula has no 1/√d, or the released code.
@@ -104,7 +104,7 @@ class PositionAttention(Weighted):
 class ChannelAffinity(Weighted):
     """DANet's channel attention: x + γ softmax(−X Xᵀ) X, X = x with its positions in a row: (C, N).
 
-    arXiv:1809.02983, eq. 3-4. Options: `invert` (the minus), `backend` as for SE.
+    arXiv:1809.02983, eq. 3-4. `invert`: the minus.
 
     Deviations: the paper writes softmax(X Xᵀ). The released code takes the softmax of max(E) − E, E = X Xᵀ,
     which equals softmax(−E), as a softmax does not see a shift: channels attend to those *least* like them.
@@ -159,8 +159,8 @@ class ChannelAffinity(Weighted):
 class DANet(Block):
     """DANet's dual attention: x + γ_p P(x) + γ_c Q(x), P between positions, Q between channels.
 
-    arXiv:1809.02983, section 3.4: the sum of both modules' outputs. Options: `reduction`, `bias`, `divisor`
-    of `PositionAttention`, `invert` of `ChannelAffinity`; `backend` as for SE.
+    arXiv:1809.02983, section 3.4: the sum of both modules' outputs. `bias` is that of
+    `PositionAttention`, `invert` of `ChannelAffinity`.
 
     Deviations: each published module adds x of its own and stands between convolutions of a segmentation
     head, which then sums them: that would be 2x. Here x is added once and the convolutions are left out.

@@ -35,8 +35,8 @@ class ECA(GateBlock):
     """Efficient channel attention: x · g(conv_k(s)), s = mean of x, the 1-D convolution over the channels.
 
     arXiv:1910.03151, eq. 9 (one kernel of k weights shared by all channels, no bias) and 12 (k grows with the
-    channels: the odd number nearest to log₂(C)/γ + b/γ). Options: `kernel_size` (odd; None: eq. 12), `gamma`
-    and `beta` (γ and b), `gate` and `backend` as for SE.
+    channels: the odd number nearest to log₂(C)/γ + b/γ). A `kernel_size` of None is eq. 12, with
+    `gamma` and `beta` for γ and b.
 
     Deviations: none. timm's `EcaModule(C)` has the same key and output but never a kernel below 3, where
     eq. 12 gives 1 for C < 8. The order of the channels matters to this block: its first and last channels see
@@ -101,8 +101,8 @@ class GCT(GateBlock):
 
     arXiv:1909.11519, eq. 2 (s_c = α_c (Σ x² + ε)^½ over positions), 3 (ŝ_c = s_c / (mean of s² + ε)^½), 4.
     Per channel α (here `weight`: `alpha` is what `init="blend"` adds), γ and β. The published α = 1,
-    γ = β = 0 make it the identity, so `identity` and `paper` are the same. Options: `mode` l2 | l1 (its
-    ablation: s_c = α_c Σ|x|, ŝ_c = s_c / (mean of |s| + ε)), `eps` (ε).
+    γ = β = 0 make it the identity, so `identity` and `paper` are the same. `mode` l1 is its
+    ablation: s_c = α_c Σ|x|, ŝ_c = s_c / (mean of |s| + ε). `eps` is ε.
 
     Deviations: ε stands inside eq. 3's mean, as in the released code; in the paper beside the sum, C times as
     small. The released option `after_relu` only leaves out an absolute value that has no effect there.
@@ -151,7 +151,7 @@ class SRM(GateBlock):
     """Style-based recalibration: x · g(BN(w_c · [mean of x_c, deviation of x_c])), one pair w_c per channel.
 
     arXiv:1903.10829, section 3: style pooling, then style integration (the channel-wise fully connected layer
-    `cfc`, norm, gate). Option: `gate` as for SE.
+    `cfc`, norm, gate).
 
     Deviations: the deviation is the paper's, over N positions; the released code divides by N - 1, which is
     undefined at one position. Variances below 1e-12 count as 1e-12, where the root has no slope. Under
@@ -214,9 +214,9 @@ class GC(Block):
     """Global context: s = Σ_j softmax_j(w · x_j) x_j, then x + MLP(s) (add) or x · g(MLP(s)) (multiply).
 
     arXiv:1904.11492, eq. 4 (the framework: context, transform, fusion), 5 (the block that adds); multiplying
-    and the plain mean are its ablations. MLP: W₂ relu(LN(W₁ s)) through C / `reduction`. Options: `fusion`
-    add | multiply | both (multiply first, each its own MLP), `pool` att | avg (the mean, no softmax),
-    `reduction`, `divisor`, `gate` of the multiplying form, `backend` as for SE.
+    and the plain mean are its ablations. MLP: W₂ relu(LN(W₁ s)) through C / `reduction`. A `fusion`
+    of both multiplies first, each with its own MLP; a `pool` of avg is the mean, no softmax; `gate` is that of
+    the multiplying form.
 
     Deviations: none. timm's `GlobalContext` is `fusion="multiply", reduction=8, init="paper"` with the same
     keys; its LayerNorm has ε 1e-6, ours 1e-5 as released. A hidden width of one makes the norm's output
@@ -318,12 +318,11 @@ class GC(Block):
 class GE(GateBlock):
     """Gather-excite: x · g(interp(gather(x))), gathering over neighbourhoods of `extent` e or the whole map.
 
-    arXiv:1810.12348, eq. 1-2 and section 3; interp: nearest neighbour back to the map's size. Options: `mode`
-    theta_minus (the mean over windows of 2e - 1 at stride e, no parameters) | theta (log₂ e depthwise 3×3
-    convolutions of stride 2, each with a norm, relu between) | theta_plus (SE's two layers behind that),
-    `extent` 2 | 4 | 8 | 0 (the whole map), `feat_size` (the side of the map, needed by theta and theta_plus
-    with extent 0, whose gather is one depthwise kernel of that size: such a block works at that size only),
-    `reduction` and `divisor` of theta_plus, `gate` as for SE.
+    arXiv:1810.12348, eq. 1-2 and section 3; interp: nearest neighbour back to the map's size. The `mode`:
+    theta_minus is the mean over windows of 2e - 1 at stride e, without parameters; theta log₂ e depthwise 3×3
+    convolutions of stride 2, each with a norm, relu between; theta_plus SE's two layers behind that. An
+    `extent` of 0 is the whole map; theta and theta_plus then need its side, `feat_size`, as their gather is
+    one depthwise kernel of that size: such a block works at that size only.
 
     Deviations: none from the paper. Windows count only positions inside the map, as timm's do. A global mean
     behind SE's layers is the block `se`. timm's `GatherExcite` is `theta_minus` with `use_mlp=False`; its

@@ -89,8 +89,7 @@ class Coordinate(Block):
 
     arXiv:2103.02907, eq. 4-5 (z_h, z_w: means of x along the other axis), 6 (F₁ to a width of
     max(`min_width`, C / `reduction`), the strips side by side), 7-8 (one layer per axis), 9. In 3D there are
-    three strips and gates, in 1D one, which is x itself. Options: `reduction`, `min_width`, `bias` of all
-    layers, `gate` and `backend` as for SE.
+    three strips and gates, in 1D one, which is x itself. `bias` is that of all layers.
 
     Deviations: none from the released code. timm's `CoordAttn` has no biases, another width, and keys
     `bn1`, `conv_h`, `conv_w` for our `norm`, `excite.0`, `excite.1`; with equal widths the outputs agree.
@@ -160,7 +159,7 @@ class Strip(GateBlock):
 
     arXiv:2003.13328, eq. 2-3 (strip means), 4 (a 1-D convolution of `kernel_size` along each, then their sum
     at every position), 5 (F is 1×1, its output gates x). In 3D there are three strips, in 1D one, which is x
-    itself. Options: `kernel_size` (odd), `norm` (batch norms and relu around the sum), `gate` as for SE.
+    itself. `kernel_size` is that along a strip, `norm` batch norms and relu around the sum.
 
     Deviations: the paper's formula has neither norm nor relu, the released code's `SPBlock` has both, and no
     bias in front of the norms: `norm=True` follows the code, `norm=False` the paper. Its mixed pooling
@@ -232,8 +231,8 @@ class Triplet(GateBlock):
 
     arXiv:2010.03045, section 3.2 (Z-pool; the mean over three branches): the axes are height, width and
     channels, in this order in `planes`. In 3D there are four branches with 3-D
-    convolutions, in 1D two. Options: `kernel_size` (odd), `spatial` (false leaves out the branch pooled over
-    the channels, as the released `no_spatial`), `gate` as for SE.
+    convolutions, in 1D two. All have the `kernel_size`; without `spatial` there is no branch pooled over the
+    channels, as under the released `no_spatial`.
 
     Deviations: the means are taken of the gates, not of three scaled maps, which is the same formula and
     exact. The plane left when the width is pooled is convolved as (C, H), in the released code as (H, C):
@@ -289,8 +288,8 @@ class EMAAttention(Block):
     The channels are split into G groups that share all weights. In each: x₁ = GN(x · σ(a_h) · σ(a_w)), where
     [a_h, a_w] = conv1([z_h, z_w]) of the strip means; x₂ = conv3(x); each weights the other's channels, and
     the sum of both gates every position of the group. In 3D there are three strips and 3-D convolutions, in
-    1D one strip. Options: `groups` (as given, or the largest common divisor with the channels), `gate` as
-    for SE; the σ inside stay.
+    1D one strip. G is `groups`, or their largest common divisor with the channels. `gate` is the outer one;
+    the σ inside stay.
 
     Deviations: none from the released code, whose `factor` is `groups` and must divide the channels. GN has
     one channel per group, so A(x₁) depends on its shift alone.

@@ -178,8 +178,8 @@ class RecurrentGate(Block):
     decides where to look, the glimpse changes the state. The cell is the convolutional GRU of
     arXiv:1511.06432, section 3.1: u = σ(W_u ∗ [e; h]), r = σ(W_r ∗ [e; h]), and
     h ← (1 − u) h + u tanh(W_c ∗ [e; r h]).
-    Options: `steps` T, `kernel_size` of the cell 1 | 3 | 5 | 7, `reduction`, `bias`, `divisor`, `gate` as for
-    SE. With `steps=1` the state in front of the cell is 0, and r has no effect.
+    `steps` is T, `kernel_size` the cell's, `bias` that of all layers. With `steps=1` the
+    state in front of the cell is 0, and r has no effect.
 
     Deviations: the glimpse of 1406.6247 is a crop at a sampled place, trained by REINFORCE; here it is the
     soft product x · m, trained by backpropagation, as its authors' successors do (arXiv:1502.04623).

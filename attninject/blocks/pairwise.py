@@ -44,10 +44,10 @@ class NonLocal(Block):
     | dot_product | θ(x_i)ᵀ φ(x_j) | number of j |
     | concatenation | relu(w_aᵀ θ(x_i) + w_bᵀ φ(x_j)), w = [w_a; w_b] | number of j |
 
-    θ, φ, g, W are 1×1 convolutions through a bottleneck of C / `reduction`. Options besides: `sub_sample`
+    θ, φ, g, W are 1×1 convolutions through a bottleneck of C / `reduction`. Options: `mode`, `sub_sample`
     (max-pool φ and g by 2 over positions, in 3D by 1×2×2, as in section 3.3; a side of one position stays),
     `norm` behind W, `scale` (the logit, or f itself where there is no exp, times d^-1/2, d the width of the
-    vectors compared), `bias` of the convolutions, `divisor` of the bottleneck, `backend` as for SE.
+    vectors compared), `bias` of the convolutions.
 
     Memory is linear in the positions, in training too, in every mode: the Gaussian forms use torch's fused
     attention, the dot product is summed as θ (φᵀ g), the concatenation over sorted prefix sums in

@@ -23,8 +23,8 @@ class PointwiseSAM(GateBlock):
     """YOLOv4's spatial attention, point by point: x · g(W x + b), W a 1×1 convolution of all channels.
 
     arXiv:2004.10934, section 3.4 and figure 5 (CBAM's pooled descriptors are dropped, so each position of
-    each channel has its own gate). Options: `kernel_size` (odd), `bias`, `norm` (a batch norm behind the
-    convolution), `gate` as for SE.
+    each channel has its own gate). `kernel_size` and `bias` are the convolution's, `norm` is a batch norm
+    behind it.
 
     Deviations: the figure shows a convolution and a sigmoid, no kernel size and no norm. Darknet's `sam`
     layer only multiplies: the layer in front of it decides on both.
@@ -107,8 +107,8 @@ class SGE(Block):
     """Spatial group-wise enhance: in each group of channels x · g(γ ĉ + β), ĉ = c normalised over positions.
 
     arXiv:1905.09646, section 3: c_i = (mean of x) · x_i, the likeness of position i to the group's mean;
-    ĉ_i = (c_i - μ) / (σ + ε); one γ (`weight`) and β (`bias`) per group. Options: `groups` (as given, or the
-    largest common divisor with the channels), `gate` as for SE.
+    ĉ_i = (c_i - μ) / (σ + ε); one γ (`weight`) and β (`bias`) per group. There are `groups`, or
+    their largest common divisor with the channels.
 
     Deviations: σ is the paper's, over N positions; the released code divides by N - 1, which is undefined at
     one position. ε is 1e-5. The released γ = 0, β = 1 make every gate g(1); under `identity` β is 0 too.
@@ -220,9 +220,8 @@ class GAM(Block):
     """Global attention mechanism: y = x · g(MLP of each position), then y · g(two k×k convolutions of y).
 
     arXiv:2112.05561, eq. 1-2, figures 2 and 3: the MLP W₂ relu(W₁ ·) works on every position, not on a mean;
-    the spatial half is BN(conv(relu(BN(conv(y))))), both through C / `reduction`. Options: `reduction`,
-    `divisor`, `kernel_size` (odd), `bias` of the MLP (the convolutions have none, since norms follow), `gate`
-    of both halves as for SE.
+    the spatial half is BN(conv(relu(BN(conv(y))))), both through C / `reduction`. `kernel_size` is
+    k, `bias` the MLP's (the convolutions have none, since norms follow).
 
     Deviations: there is no released code; norms and relu are those of figure 3. The grouped convolutions with
     channel shuffle, by which the paper saves parameters on ResNet-50, are not offered.
@@ -284,8 +283,8 @@ class SCSE(Block):
     """Concurrent squeeze and excitation: the maps x · g_c (per channel) and x · g_s (per position), in one.
 
     arXiv:1803.02579, section 2: g_c is SE's, g_s = σ(1×1 convolution to one channel), the two maps are added;
-    arXiv:1808.08127 compares ways to combine the two maps: `mode` add | max | multiply, element by element.
-    Options: `mode`, `reduction`, `bias` of all layers, `divisor`, `backend` as for SE.
+    arXiv:1808.08127 compares ways to combine the two maps: `mode`, element by element. `bias`
+    is that of all layers.
 
     The product of two scaled maps holds x², which no gate makes x: under `multiply`, `identity` is `blend`.
     The sum's identity is the published g_c + g_s, each 1/2 at first; the maximum's gates are doubled.

@@ -21,9 +21,8 @@ class SCA(Block):
         β = g(W'ᵀ tanh(w_c s_i + b_c + W_hc h) + b')      per channel i,  w_c, b_c, W' vectors of k
         α = g(Wᵀ tanh(W_s x_j + b_s + W_hs h) + b)        per position j
 
-    h is s itself, the mean of the map that the half sees. Options: `reduction`, `divisor` of k, `order`
-    channel_first | spatial_first, `gate` softmax (over channels, and over positions) or one of sigmoid,
-    hard_sigmoid, tanh, relu.
+    h is s itself, the mean of the map that the half sees. An `order` of
+    spatial_first is α before β; a `gate` of softmax is over the channels, and over the positions.
 
     Deviations: in the paper, on image captioning, h is the state of the LSTM that asks; a backbone has none.
     Under `init="identity"` a softmax over K numbers is multiplied by K, formed so that it is exactly 1 where

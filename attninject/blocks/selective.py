@@ -22,8 +22,8 @@ class SK(Block):
 
     arXiv:1903.06586, eq. 1-6: s = mean of Σ u_i over positions, z = relu(BN(W s)) of width
     d = max(C / r, L), and a softmax over the branches of A_i z, one weight per channel and branch.
-    Options: `branches`, pairs [kernel size, dilation]; `reduction` r, `min_width` L, `divisor` of d before L
-    is applied; `groups` of the branches' convolutions.
+    `branches` are pairs [kernel size, dilation], `reduction` is r, `min_width` L, which applies after `divisor`,
+    and `groups` those of the branches' convolutions.
 
     A softmax over branches of new convolutions has no setting that returns x, so `init="identity"` means
     `blend`: x + α(SK(x) − x). In train mode the norm of z sees one value per channel and sample; at batch 1
@@ -119,9 +119,9 @@ class MultiScaleSpatial(Block):
     Each scale is CBAM's spatial attention (arXiv:1807.06521, eq. 3), z_i = BN(conv_i([max of x; mean of x]))
     with its own kernel and dilation; they lie side by side as in atrous spatial pyramid pooling
     (arXiv:1606.00915, section 3.2, which sums its scales; arXiv:1706.05587 concatenates them and mixes by a
-    1×1 convolution). Options: `branches`, pairs [kernel size, dilation]; `fuse` sum: x · g(Σ z_i), conv:
+    1×1 convolution). `branches` are pairs [kernel size, dilation]; `fuse` sum: x · g(Σ z_i), conv:
     x · g(w · [z_1; …; z_n] + b), mean: x · Σ g(z_i) / n; `bias` of the scales' convolutions, `norm` behind
-    them, `gate` as for SE.
+    them.
 
     Deviations: no one paper defines this block; it is put together from the equations named. The order is
     [max, mean], as in CBAM's released code.
@@ -192,9 +192,8 @@ class DynamicCapacity(Block):
     the coarse ones. Here c = W₁x (1×1, width C / `reduction`), zᶜ = W₂ relu(c), s = wᵀc + b; at the k
     positions of largest s, zᶠ = V₂ relu(V₁ · patch of `kernel_size`) of width C / `fine_reduction`, and
     z = zᶜ + σ(s)(zᶠ − zᶜ); elsewhere z = zᶜ. The output is x · g(z), z: (B, C, *S).
-    Options: `k`, a number of positions (all of them, where there are fewer) or a fraction (at least one
-    position); `reduction`, `fine_reduction`, `kernel_size` 1 | 3 | 5, `bias`, `divisor` of both widths,
-    `gate` as for SE.
+    `k` is a number of positions (all of them, where there are fewer) or a fraction (at least one position);
+    `divisor` rounds both widths, `bias` is that of all layers.
 
     Deviations: the paper's saliency is the gradient of the classifier's entropy, which no block inside a
     network has; here it is a learned score, and σ(s) in front of the replacement is how the score gets its

@@ -18,8 +18,8 @@ from .options import Backend, Init, given
 class SpatialAttention(Block):
     """CBAM's spatial attention: x · g(BN(conv k×k([max of x; mean of x]))), pooled over the channels.
 
-    arXiv:1807.06521, eq. 3. Options: `kernel_size` 3 | 5 | 7, `bias` of the convolution, `norm` (the batch
-    norm behind it), `concat` max_mean | mean_max (the order of its two input channels), `gate` and `backend` as for SE.
+    arXiv:1807.06521, eq. 3. `kernel_size` and `bias` are the convolution's, `norm` is the batch norm behind it,
+    `concat` the order of its two input channels.
 
     Deviations: the paper's formula has no norm, the released code has: `norm=True` follows the code, and so
     does the order [max, mean] (the paper writes [mean, max], and so does timm's `SpatialAttn`, which is

@@ -21,16 +21,15 @@ class SpatialTransformer(Block):
 
     arXiv:1506.02025, eq. 1 (affine), 2 (attention: one scale and a translation), 5 (bilinear sampling).
     Coordinates p̂ run from −1 to 1 between the outer edges of the map on every axis, so that a side of one
-    position is defined (torch's `align_corners=False`). Outside, x is 0 (`padding="zeros"`, eq. 5) or its
-    nearest value (`border`). Works in one, two and three dimensions: eq. 5 is a product over the axes.
+    position is defined (torch's `align_corners=False`). Outside, x is 0 (a `padding` of zeros, eq. 5) or its
+    nearest value (border). Works in one, two and three dimensions: eq. 5 is a product over the axes.
 
     The localisation net gives the *offset* from the identity: a convolution to C / `reduction` and relu, the
     means over positions of these features f and of f · p̂ on each axis (so that it can tell where something
     is, at any size), a layer to as many as there are means, relu, and a last layer to θ − (I, 0). Each
     output position reads x at its own place plus an offset in pixels; at offset 0 the interpolation weights
     are 1 and 0 with no rounding in between, so identity is exact at every size and in every dtype.
-    Options: `mode` affine | attention, `padding` zeros | border, `kernel_size` of the convolution
-    1 | 3 | 5 | 7, `reduction`, `bias`, `divisor`.
+    A `mode` of attention leaves one scale of A; `kernel_size` is the convolution's, `bias` that of all layers.
 
     `init="paper"` is the identity too, as published: the last layer starts at zero weights and at the
     identity transform.
