@@ -31,7 +31,7 @@ def unrows(t: Tensor, like: Tensor) -> Tensor:
 
 def split_heads(t: Tensor, heads: int) -> Tensor:
     """(B, N, heads · d) → (B, heads, N, d)."""
-    return t.unflatten(2, (heads, -1)).transpose(1, 2)
+    return torch.unflatten(t, 2, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(t: Tensor) -> Tensor:

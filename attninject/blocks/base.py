@@ -1,13 +1,13 @@
-"""The base class of the library's own blocks, and a row of the table that lists them."""
+"""The base class of the library's own blocks, and what their files share."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,54 +16,64 @@ from attninject.blocks import options
 from attninject.errors import BlockError, TooFewChannelsError
 
 from .fast import dispatch
-from .gate import blend, new_alpha, scale
-
-INITS = ("identity", "paper", "blend")
+from .gate import blend, new_alpha, scale, tracing
+from .options import INITS, Backend, Init
 
 
 @dataclass(frozen=True)
-class BlockSpec:
-    """One row of a family's table.
+class Facts:
+    """What a block's class says of itself, for lists and for planning.
 
-    `dims`: how many spatial dimensions it can work on. `spatial`: the geometry of positions matters, so a
-    token sequence needs its grid; a block without it may run on any sequence with `dims=1`.
+    `spatial`: the geometry of positions matters, so a token sequence needs its grid; a block without it may
+    run on any sequence with `dims=1`. `paper` and `equation`: where the formula is from.
     """
 
     name: str
-    cls: type[nn.Module]
     family: str
-    dims: tuple[int, ...]
     spatial: bool
-    paper: str
-    equation: str
-    summary: str
+    paper: str = ""
+    equation: str = ""
+    summary: str = ""
 
 
 class Block(nn.Module):
     """A shape-keeping attention block: `cls(channels, *, dims=2, init="identity", <options>)`.
 
-    A subclass declares `options`, passes every option to `super().__init__`, builds its layers, ends with
-    `self.initialise()`, and defines `transform` and `attention`. Its own `forward` is `transform`, blended
-    with the input where `init` is `blend` (or where `identity` can be had no other way: `needs_blend`).
+    A subclass says what it is (`facts`), declares each option once, as an annotated keyword of its
+    constructor, and defines `transform` and `attention`. The constructor begins with
+    `super().__init__(**given(locals()))`, which checks the options and keeps them in `args`, builds the layers
+    and ends with `self.initialise()`. `forward` is `transform`, blended with the input where `init` is `blend`
+    (or where `identity` can be had no other way: `needs_blend`).
 
-    A class may add a lean form (`attninject.blocks.fast`): `lean(x)` computes what `transform(x)` defines, and
-    takes its place from `lean_from` elements on, unless `backend` is `plain`. A subclass that changes anything
-    of the class and does not set `lean_from` anew is back at the plain form.
+    The docstring explains the options, but for four that mean the same everywhere: `reduction` makes the
+    hidden width channels / reduction, or that fraction of them, and `divisor` rounds it to a multiple
+    (`hidden_width`); `gate` is the function that makes factors of logits (`gate.GATES`); `backend` is `plain`
+    for the definition, `auto` for the fast form where that pays.
+
+    A class may add a fast form (`attninject.blocks.fast`): `fast_transform(x)` computes what `transform(x)`
+    defines, and takes its place from `fast_from` elements on, unless `backend` is `plain`. A subclass that
+    changes anything of the class and does not set `fast_from` anew is back at the plain form.
     """
 
+    facts: ClassVar[Facts]
     options: ClassVar[options.Options] = {}
     supported_dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
-    lean_from: ClassVar[int | None] = None
-    backend: str = "auto"
+    fast_from: ClassVar[int | None] = None
+    backend: Backend = "auto"
     alpha: nn.Parameter | None
+
+    if TYPE_CHECKING:  # torch's own says Any
+        __call__: Callable[..., Tensor]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls) and "options" not in vars(cls):
+            cls.options = options.declared(cls.__init__, cls.options)
         # `forward` only chooses; FSDP's and other generated subclasses add special methods
         formula = [name for name in vars(cls) if name != "forward" and not name.startswith("__")]
         changed = [name for name in formula if callable(vars(cls)[name]) and hasattr(cls.__base__, name)]
-        if "lean_from" not in vars(cls) and changed:
-            cls.lean_from = None
+        if "fast_from" not in vars(cls) and changed:
+            cls.fast_from = None
 
     def __init__(self, channels: int, dims: int, init: str, **args: Any) -> None:
         self._check(channels, dims, init, args)
@@ -99,6 +109,11 @@ class Block(nn.Module):
         """Whether gates take their identity form: not under `paper`, nor where blending does the work."""
         return self.init == "identity"
 
+    @property
+    def init_of_parts(self) -> Init:
+        """The `init` of blocks inside this one: their own gates in the form of ours, and no blending."""
+        return "identity" if self.identity else "paper"
+
     def initialise(self) -> None:
         """Set the weights that `init` asks for; the last line of a constructor."""
         {"identity": self.init_identity, "paper": self.init_paper, "blend": self.init_blend}[self.init]()
@@ -121,19 +136,19 @@ class Block(nn.Module):
         """The gates or rows that `transform` would apply to x, before any blending; nothing is kept."""
         raise NotImplementedError
 
-    def leanable(self, x: Tensor) -> bool:
-        """Whether the lean form has these options, serves this x, and passes over no child with hooks."""
+    def fast_applies(self, x: Tensor) -> bool:
+        """Whether the fast form has these options, serves this x, and passes over no child with hooks."""
         return True
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → what `transform` gives, with fewer bytes moved and kept."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape and dtype."""
-        least = self.lean_from
-        lean = least is not None and dispatch.lean(x, self.backend, least) and self.leanable(x)
-        y = self.lean(x) if lean else self.transform(x)
+        least = self.fast_from
+        fast = least is not None and dispatch.takes_fast_form(x, self.backend, least) and self.fast_applies(x)
+        y = self.fast_transform(x) if fast else self.transform(x)
         if (
             self.init != "blend" or self.alpha is None
         ):  # asking a module for a parameter takes longer than a string
@@ -146,6 +161,19 @@ class Block(nn.Module):
         given = {"dims": self.dims, "init": self.init, **self.args}
         changed = {k: v for k, v in given.items() if k in defaults and defaults[k].default != v}
         return ", ".join([str(self.channels), *(f"{k}={v!r}" for k, v in changed.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec(Facts):
+    """A row of the registry: a class, its facts, and how many spatial dimensions it can work on."""
+
+    cls: type[nn.Module]
+    dims: tuple[int, ...]
+
+    @classmethod
+    def of(cls, block: type[Block]) -> BlockSpec:
+        """The row of a class that has `facts`."""
+        return cls(**vars(block.facts), cls=block, dims=block.supported_dims)
 
 
 class GateBlock(Block):
@@ -211,9 +239,9 @@ def column(z: Tensor, x: Tensor) -> Tensor:
 
 def static_shape(x: Tensor) -> tuple[int, ...]:
     """x.shape as plain integers, also under torch.jit.trace, which fixes whatever they decide."""
-    if torch.jit.is_tracing():
+    if tracing():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             return tuple(int(n) for n in x.shape)
     return tuple(x.shape)
 

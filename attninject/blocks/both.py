@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALLER, untouched
 from attninject.blocks.fast.pointwise import pointwise
 
-from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, pool
+from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, pool
 from .channel import ChannelAttention
 from .fast import bam as fast_bam
 from .fast import channel as fast_channel
 from .fast import spatial as fast_spatial
-from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .options import Backend, Init, Int, Reduction, given
 from .spatial import SpatialAttention
 
 
@@ -24,10 +24,9 @@ class CBAM(Block):
     """Convolutional block attention: y = x · Mc(x), then y · Ms(y).
 
     arXiv:1807.06521, eq. 1 (Mc: eq. 2, `ChannelAttention`; Ms: eq. 3, `SpatialAttention`).
-    Options: `reduction`, `pool`, `bias` (of the two FC layers), `divisor` for the channel half;
-    `kernel_size`, `norm`, `concat` for the spatial half; `gate` for both; `order` channel_first |
-    spatial_first | parallel (one gate g(zc + zs) from the sum of both halves' logits, paper section 5.1);
-    `residual`: x + CBAM(x); `backend` as for SE.
+    `pool` and `bias` are the channel half's, `kernel_size`, `norm` and `concat` the spatial half's. An `order`
+    of parallel is one gate g(zc + zs) from the sum of both halves' logits (paper, section 5.1); `residual`:
+    x + CBAM(x).
 
     Deviations: those of the halves (biases, norm and [max, mean] follow the released code). Under
     `init="identity"` a residual's 1 is dropped and the gates are doubled, as everywhere, so `residual` only
@@ -35,47 +34,33 @@ class CBAM(Block):
     keys `spatial.conv.conv` and `spatial.conv.bn` for our `spatial.conv` and `spatial.norm`.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "kernel_size": OneOf(3, 5, 7),
-        "pool": OneOf("avg", "max", "both"),
-        "order": OneOf("channel_first", "spatial_first", "parallel"),
-        "bias": Bool(),
-        "norm": Bool(),
-        "residual": Bool(),
-        "divisor": Int(min=1),
-        "concat": OneOf("max_mean", "mean_max"),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
-    lean_from = SMALLER
+    facts = Facts(
+        "cbam", family="both", spatial=True, paper="arXiv:1807.06521", equation="1-3",
+        summary="convolutional block attention: channels, then positions",
+    )  # fmt: skip
+    fast_from = SMALLER
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 16,
-        kernel_size: int = 7,
-        pool: str = "both",
-        order: str = "channel_first",
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 16,
+        kernel_size: Literal[3, 5, 7] = 7,
+        pool: Literal["avg", "max", "both"] = "both",
+        order: Literal["channel_first", "spatial_first", "parallel"] = "channel_first",
         bias: bool = True,
         norm: bool = True,
         residual: bool = False,
-        divisor: int = 1,
-        concat: str = "max_mean",
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        concat: Literal["max_mean", "mean_max"] = "max_mean",
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        shared = {"divisor": divisor, "concat": concat, "gate": gate, "backend": backend}
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, kernel_size=kernel_size, pool=pool, order=order,
-            bias=bias, norm=norm, residual=residual, **shared,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.order, self.skip = order, residual and not self.identity
-        inner = "identity" if self.identity else "paper"
+        inner = self.init_of_parts
         self.channel = ChannelAttention(
             channels, dims=dims, init=inner,
             reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate, backend=backend,
@@ -108,13 +93,13 @@ class CBAM(Block):
         y = halves[1](halves[0](x))
         return x + y if self.skip else y
 
-    def leanable(self, x: Tensor) -> bool:
-        """In the published order; the other forms put their halves' lean forms together."""
+    def fast_applies(self, x: Tensor) -> bool:
+        """In the published order; the other forms put their halves' fast forms together."""
         bare = untouched(self.channel, self.spatial)
         whole = type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
         return bare and whole and self.order == "channel_first" and not self.skip
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape; what lies between the halves is never kept."""
         channel, spatial = self.channel, self.spatial
         carriers, descriptors = fast_channel.squeeze(x, channel.pools)
@@ -166,9 +151,8 @@ class BAM(Block):
     """Bottleneck attention: x · (1 + σ(c · s)), c: (B, C, 1, …) from the mean of x, s: (B, 1, *S).
 
     arXiv:1807.06514, eq. 1-4. c = FC(relu(BN(FC(mean)))); s = conv1(relu(BN(conv3(…relu(BN(conv1(x)))))))
-    with `num_layers` dilated 3×3 convolutions in the middle. Options: `reduction` and `divisor` of both
-    bottlenecks, `dilation`, `num_layers`, `bias` of all layers, `mode` product (released code) | sum (paper),
-    `backend` as for SE.
+    with `num_layers` dilated 3×3 convolutions in the middle. `dilation` is theirs, `bias` that
+    of all layers; `mode` is product in the released code, sum in the paper.
 
     Deviations: the paper adds, σ(c + s), the released code multiplies: `mode="product"` follows the code.
     Norms sit where the code has them, inside both branches, where the paper writes one at each end.
@@ -176,36 +160,27 @@ class BAM(Block):
     (with both at zero no gradient would reach either), of the sum both branches' last layers.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "dilation": Int(min=1),
-        "num_layers": Int(min=0),
-        "mode": OneOf("product", "sum"),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "backend": BACKEND,
-    }
-    lean_from = SMALLER
+    facts = Facts(
+        "bam", family="both", spatial=True, paper="arXiv:1807.06514", equation="1-4",
+        summary="bottleneck attention: channel and dilated spatial branch side by side",
+    )  # fmt: skip
+    fast_from = SMALLER
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 16,
-        dilation: int = 4,
-        num_layers: int = 2,
-        mode: str = "product",
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 16,
+        dilation: Annotated[int, Int(min=1)] = 4,
+        num_layers: Annotated[int, Int(min=0)] = 2,
+        mode: Literal["product", "sum"] = "product",
         bias: bool = True,
-        divisor: int = 1,
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, dilation=dilation, num_layers=num_layers, mode=mode, bias=bias,
-            divisor=divisor, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         hidden = hidden_width(channels, reduction, divisor)
         conv = CONV[dims]
         self.mode = mode
@@ -245,7 +220,7 @@ class BAM(Block):
         """x: (B, C, *S) → x · factor."""
         return scale(x, self.factor(x))
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """If the gate and the layer that reads the map are those it was built with."""
         first = self.spatial[0]
         if not isinstance(first, ConvNormReLU) or type(self.gate) is not Gate:
@@ -253,7 +228,7 @@ class BAM(Block):
         bare = untouched(self.gate, self.spatial, first, first.conv)
         return bare and type(first) is ConvNormReLU and type(first.conv) is CONV[self.dims]
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · factor, the factor never kept."""
         first = self.spatial[0]
         assert isinstance(first, ConvNormReLU)
@@ -267,27 +242,3 @@ class BAM(Block):
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, C, *S), the 1 of 1 + σ included."""
         return {"gate": self.factor(x).to(x.dtype)}
-
-
-BLOCKS = (
-    BlockSpec(
-        name="cbam",
-        cls=CBAM,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1807.06521",
-        equation="1-3",
-        summary="convolutional block attention: channels, then positions",
-    ),
-    BlockSpec(
-        name="bam",
-        cls=BAM,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1807.06514",
-        equation="1-4",
-        summary="bottleneck attention: channel and dilated spatial branch side by side",
-    ),
-)

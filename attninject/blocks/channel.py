@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALL, SMALLER
 from attninject.blocks.fast.pointwise import Run, call, pointwise
 
-from .base import CONV, Block, BlockSpec, he_init, hidden_width, pool
+from .base import CONV, Block, Facts, he_init, hidden_width, pool
 from .fast import channel as fast
-from .gate import GATES, Gate, at_least_float32, scale, zero
-from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
+from .gate import Gate, GateKind, at_least_float32, scale, zero
+from .options import Backend, Init, Int, Reduction, given
 
 
 class ChannelMLP(Block):
@@ -22,7 +22,7 @@ class ChannelMLP(Block):
 
     pools: tuple[str, ...]
 
-    def build(self, *, reduction: float, bias: bool, divisor: int, gate: str) -> None:
+    def build(self, *, reduction: float, bias: bool, divisor: int, gate: GateKind) -> None:
         """Make the layers, as 1×1 convolutions under timm's names, so that weights interchange."""
         hidden = hidden_width(self.channels, reduction, divisor)
         conv = CONV[self.dims]
@@ -50,7 +50,7 @@ class ChannelMLP(Block):
         """x: (B, C, *S) → x · gate."""
         return scale(x, self.gate(self.logits(x)))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         carriers, descriptors = fast.squeeze(x, self.pools)
         return fast.scale(x, self.gate(self.merged(descriptors, pointwise)), carriers)
@@ -64,41 +64,32 @@ class SE(ChannelMLP):
     """Squeeze-and-Excitation: x · g(W₂ relu(W₁ s + b₁) + b₂), s = mean of x over positions.
 
     arXiv:1709.01507, eq. 2 (squeeze), 3 (excitation), 4 (scale); `gate` and `squeeze` are its ablations.
-    Options: `reduction` (a number ≥ 1, or a fraction of the channels), `bias` of both layers, `divisor` of
-    the hidden width, `squeeze` avg | max | both (their mean), `gate` sigmoid | tanh | relu | hard_sigmoid,
-    `backend` auto | plain (`attninject.blocks.fast`: the same function, computed one way or the other).
+    A `squeeze` of both is the mean of mean and maximum; `bias` is that of both layers.
 
     Deviations: none from the paper. timm's `SEModule` is `divisor=8, init="paper"`: same keys, same output;
     its `add_maxpool` is `squeeze="both"`.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "squeeze": OneOf("avg", "max", "both"),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
-    lean_from = SMALL
+    facts = Facts(
+        "se", family="channel", spatial=False, paper="arXiv:1709.01507", equation="2-4",
+        summary="squeeze-and-excitation: a gate per channel from the mean",
+    )  # fmt: skip
+    fast_from = SMALL
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 16,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 16,
         bias: bool = True,
-        divisor: int = 1,
-        squeeze: str = "avg",
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        squeeze: Literal["avg", "max", "both"] = "avg",
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, bias=bias, divisor=divisor, squeeze=squeeze, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.pools = ("avg", "max") if squeeze == "both" else (squeeze,)
         self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
         self.initialise()
@@ -116,41 +107,34 @@ class SE(ChannelMLP):
 class ChannelAttention(ChannelMLP):
     """CBAM's channel attention: x · g(MLP(mean of x) + MLP(max of x)), one MLP for both descriptors.
 
-    arXiv:1807.06521, eq. 2: MLP(s) = W₁ relu(W₀ s). Options: `reduction`, `divisor`, `gate` as for SE; `pool`
-    avg | max | both, the descriptors that are used; `bias` of both layers; `backend` as for SE.
+    arXiv:1807.06521, eq. 2: MLP(s) = W₁ relu(W₀ s). `pool` says which descriptors are used;
+    `bias` is that of both layers.
 
     Deviations: the paper's formula has no biases, the released code has: `bias=True` follows the code. timm's
     `ChannelAttn` is `bias=False, init="paper"`, same keys; it rounds the hidden width where C / r is no whole
     number, we cut it.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "pool": OneOf("avg", "max", "both"),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
-    lean_from = SMALLER
+    facts = Facts(
+        "channel_attention", family="channel", spatial=False, paper="arXiv:1807.06521", equation="2",
+        summary="CBAM's channel half: a gate per channel from mean and max",
+    )  # fmt: skip
+    fast_from = SMALLER
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 16,
-        pool: str = "both",
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 16,
+        pool: Literal["avg", "max", "both"] = "both",
         bias: bool = True,
-        divisor: int = 1,
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, pool=pool, bias=bias, divisor=divisor, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.pools = ("avg", "max") if pool == "both" else (pool,)
         self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
         self.initialise()
@@ -165,27 +149,3 @@ class ChannelAttention(ChannelMLP):
         """Each goes through the MLP; the logits are added."""
         first, *others = (self.mlp(descriptor, run) for descriptor in descriptors)
         return first + others[0] if others else first
-
-
-BLOCKS = (
-    BlockSpec(
-        name="se",
-        cls=SE,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1709.01507",
-        equation="2-4",
-        summary="squeeze-and-excitation: a gate per channel from the mean",
-    ),
-    BlockSpec(
-        name="channel_attention",
-        cls=ChannelAttention,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1807.06521",
-        equation="2",
-        summary="CBAM's channel half: a gate per channel from mean and max",
-    ),
-)

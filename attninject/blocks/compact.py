@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from .attend import Additive, full_precision, rows, unrows, wide
-from .base import BATCH_NORM, CONV, BlockSpec, hidden_width
+from .base import BATCH_NORM, CONV, Facts, hidden_width
 from .gate import at_least_float32, normalize, zero
-from .options import Bool, Int, Options, Reduction
+from .options import Init, Int, Reduction, given
 
 
 class DoubleAttention(Additive):
@@ -18,35 +18,31 @@ class DoubleAttention(Additive):
 
     arXiv:1810.11579, eq. 3-6: n global descriptors are gathered, each a mean of A over the positions k with
     weights softmax_k(B_jk); every position i then takes a mixture of them with weights softmax_j(V_ji).
-    A, B, V, W are 1×1 convolutions. Options: `reduction` (the widths m of A and n of B and V, both
-    C / reduction), `divisor` of them, `bias`, `residual`.
+    A, B, V, W are 1×1 convolutions. Their hidden width is both m, of A, and n, of B and V. Options:
+    `bias`, `residual`.
 
     Time and memory are linear in the positions. Both softmaxes run in float32.
 
     Deviations: none; the paper's m and n may differ, in its networks both are C / 4.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "residual": Bool(),
-    }
+    facts = Facts(
+        "a2", family="global", spatial=False, paper="arXiv:1810.11579", equation="3-6",
+        summary="double attention: gather global descriptors, hand them out again",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 4,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 4,
         bias: bool = True,
-        divisor: int = 1,
+        divisor: Annotated[int, Int(min=1)] = 1,
         residual: bool = True,
     ) -> None:
-        super().__init__(
-            channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, residual=residual
-        )
+        super().__init__(**given(locals()))
         width, conv = hidden_width(channels, reduction, divisor), CONV[dims]
         self.features = conv(channels, width, 1, bias=bias)
         self.gather = conv(channels, width, 1, bias=bias)
@@ -69,11 +65,12 @@ class DoubleAttention(Additive):
         a = self.features(x).flatten(2)
         descriptors = a @ gathering.to(a.dtype).transpose(1, 2)  # (B, m, n)
         z = descriptors @ distributing.to(descriptors.dtype)
-        return self.out(z.unflatten(2, x.shape[2:]))
+        y: Tensor = self.out(torch.unflatten(z, 2, x.shape[2:]))
+        return y
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gather`: (B, n, *S), sums to 1 over positions; `distribute`: the same over n."""
-        gathering, distributing = (t.unflatten(2, x.shape[2:]).to(x.dtype) for t in self.weights(x))
+        gathering, distributing = (torch.unflatten(t, 2, x.shape[2:]).to(x.dtype) for t in self.weights(x))
         return {"gather": gathering, "distribute": distributing}
 
 
@@ -91,19 +88,22 @@ class ExternalAttention(Additive):
     The multi-head form for transformers is not here.
     """
 
-    options: ClassVar[Options] = {"memory": Int(min=1), "norm": Bool(), "residual": Bool()}
+    facts = Facts(
+        "external", family="global", spatial=False, paper="arXiv:2105.02358", equation="5-9",
+        summary="external attention: every position reads a small learnt memory",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        memory: int = 64,
+        init: Init = "identity",
+        memory: Annotated[int, Int(min=1)] = 64,
         norm: bool = True,
         residual: bool = True,
     ) -> None:
-        super().__init__(channels, dims, init, memory=memory, norm=norm, residual=residual)
+        super().__init__(**given(locals()))
         conv = CONV[dims]
         self.query = conv(channels, channels, 1)
         self.keys = nn.Linear(channels, memory, bias=False)
@@ -141,27 +141,3 @@ class ExternalAttention(Additive):
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, N, S), the weights of each position over the memory's slots."""
         return {"rows": self.weights(x).to(x.dtype)}
-
-
-BLOCKS = (
-    BlockSpec(
-        name="a2",
-        cls=DoubleAttention,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1810.11579",
-        equation="3-6",
-        summary="double attention: gather global descriptors, hand them out again",
-    ),
-    BlockSpec(
-        name="external",
-        cls=ExternalAttention,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:2105.02358",
-        equation="5-9",
-        summary="external attention: every position reads a small learnt memory",
-    ),
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALL, untouched
 
 from .attend import Additive, attend, attention_rows, full_precision, rows, unrows
-from .base import CONV, Block, BlockSpec, hidden_width
+from .base import CONV, Block, Facts, hidden_width
 from .fast import affinity as fast
 from .gate import at_least_float32
-from .options import BACKEND, Bool, Int, Options, Reduction
+from .options import Backend, Init, Int, Reduction, given
 
 
 class Weighted(Additive):
@@ -45,37 +45,33 @@ class Weighted(Additive):
 class PositionAttention(Weighted):
     """DANet's position attention: x + γ Σ_j softmax_j(B_iᵀ C_j) D_j, B, C, D 1×1 convolutions of x.
 
-    arXiv:1809.02983, eq. 1-2. Options: `reduction` (the width of B and C; D has C channels), `divisor` of
-    that width, `bias`, `backend` as for SE. Keys of B, C, D: `query`, `key`, `value`.
+    arXiv:1809.02983, eq. 1-2. B and C have the hidden width, D has C channels; all have a `bias`. Keys
+    of B, C, D: `query`, `key`, `value`.
 
     Memory is linear in the positions, in training too; not linear: `attention(x)` and double backward.
     Deviations: none from the paper, whose formula has no 1/√d, or the released code.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "backend": BACKEND,
-    }
-    lean_from = (
+    facts = Facts(
+        "danet_pam", family="spatial", spatial=False, paper="arXiv:1809.02983", equation="1-2",
+        summary="DANet's attention between positions, in linear memory",
+    )  # fmt: skip
+    fast_from = (
         2**15
-    )  # the plain form copies rows for the fused kernel, which takes longer than a lean form's Python
+    )  # the plain form copies rows for the fused kernel, which takes longer than a fast form's Python
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 8,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 8,
         bias: bool = True,
-        divisor: int = 1,
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init, reduction=reduction, bias=bias, divisor=divisor, backend=backend
-        )
+        super().__init__(**given(locals()))
         width, conv = hidden_width(channels, reduction, divisor), CONV[dims]
         self.query = conv(channels, width, 1, bias=bias)
         self.key = conv(channels, width, 1, bias=bias)
@@ -88,17 +84,17 @@ class PositionAttention(Weighted):
         q, k, v = (rows(layer(x)).unsqueeze(1) for layer in (self.query, self.key, self.value))
         return unrows(attend(q, k, v, 1.0).squeeze(1), x)
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """On a CPU and in full precision; torch's fused kernels do the rest better."""
         return x.device.type == "cpu" and at_least_float32(x) is x and not torch.is_autocast_enabled("cpu")
 
-    def lean_onto(self, y: Tensor, x: Tensor) -> Tensor:
+    def fast_onto(self, y: Tensor, x: Tensor) -> Tensor:
         """x and y: (B, C, *S) → y + γ · gathered(x)."""
         return fast.attend(self.query(x), self.key(x), self.value(x), y, self.gamma)
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
-        return self.lean_onto(x, x)
+        return self.fast_onto(x, x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, N, N), the weights that position i gives to each j; they sum to 1."""
@@ -108,26 +104,29 @@ class PositionAttention(Weighted):
 class ChannelAffinity(Weighted):
     """DANet's channel attention: x + γ softmax(−X Xᵀ) X, X = x with its positions in a row: (C, N).
 
-    arXiv:1809.02983, eq. 3-4. Options: `invert` (the minus), `backend` as for SE.
+    arXiv:1809.02983, eq. 3-4. `invert`: the minus.
 
     Deviations: the paper writes softmax(X Xᵀ). The released code takes the softmax of max(E) − E, E = X Xᵀ,
     which equals softmax(−E), as a softmax does not see a shift: channels attend to those *least* like them.
     `invert=True`, the default, is the code, `invert=False` the paper. E and its softmax are float32.
     """
 
-    options: ClassVar[Options] = {"invert": Bool(), "backend": BACKEND}
-    lean_from = SMALL
+    facts = Facts(
+        "danet_cam", family="channel", spatial=False, paper="arXiv:1809.02983", equation="3-4",
+        summary="DANet's attention between channels, one learnt number",
+    )  # fmt: skip
+    fast_from = SMALL
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
+        init: Init = "identity",
         invert: bool = True,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(channels, dims, init, invert=invert, backend=backend)
+        super().__init__(**given(locals()))
         self.invert = invert
         self.gamma = nn.Parameter(torch.zeros(1))
         self.initialise()
@@ -141,13 +140,13 @@ class ChannelAffinity(Weighted):
         """x: (B, C, *S) → mixtures of channels, the same shape, float32 or wider."""
         flat = at_least_float32(x).flatten(2)
         with full_precision(x):
-            return (self.weights(flat) @ flat).unflatten(2, x.shape[2:])
+            return torch.unflatten(self.weights(flat) @ flat, 2, x.shape[2:])
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """In full precision."""
         return at_least_float32(x) is x
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
         return fast.mix(x, self.gamma, self.invert)
 
@@ -160,32 +159,32 @@ class ChannelAffinity(Weighted):
 class DANet(Block):
     """DANet's dual attention: x + γ_p P(x) + γ_c Q(x), P between positions, Q between channels.
 
-    arXiv:1809.02983, section 3.4: the sum of both modules' outputs. Options: `reduction`, `bias`, `divisor`
-    of `PositionAttention`, `invert` of `ChannelAffinity`; `backend` as for SE.
+    arXiv:1809.02983, section 3.4: the sum of both modules' outputs. `bias` is that of
+    `PositionAttention`, `invert` of `ChannelAffinity`.
 
     Deviations: each published module adds x of its own and stands between convolutions of a segmentation
     head, which then sums them: that would be 2x. Here x is added once and the convolutions are left out.
     """
 
-    options: ClassVar[Options] = {**PositionAttention.options, **ChannelAffinity.options}
-    lean_from = PositionAttention.lean_from
+    facts = Facts(
+        "danet", family="both", spatial=False, paper="arXiv:1809.02983", equation="1-4",
+        summary="dual attention: between positions and between channels, summed",
+    )  # fmt: skip
+    fast_from = PositionAttention.fast_from
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 8,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 8,
         bias: bool = True,
-        divisor: int = 1,
+        divisor: Annotated[int, Int(min=1)] = 1,
         invert: bool = True,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, bias=bias, divisor=divisor, invert=invert, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.position = PositionAttention(
             channels, dims=dims, init="paper", reduction=reduction, bias=bias, divisor=divisor
         )
@@ -201,15 +200,15 @@ class DANet(Block):
         """x: (B, C, *S) → the same shape."""
         return x + (self.position.branch(x) + self.channel.branch(x))
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """If both halves are, and nobody would miss a call of theirs."""
         position, channel = self.position, self.channel
         known = type(position) is PositionAttention and type(channel) is ChannelAffinity
-        return known and untouched(position, channel) and position.leanable(x)
+        return known and untouched(position, channel) and position.fast_applies(x)
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
-        return self.position.lean_onto(self.channel.lean(x), x)
+        return self.position.fast_onto(self.channel.fast_transform(x), x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `position`: (B, N, N) and `channel`: (B, C, C), the rows of both halves."""
@@ -217,37 +216,3 @@ class DANet(Block):
             "position": self.position.attention(x)["rows"],
             "channel": self.channel.attention(x)["rows"],
         }
-
-
-BLOCKS = (
-    BlockSpec(
-        name="danet_pam",
-        cls=PositionAttention,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1809.02983",
-        equation="1-2",
-        summary="DANet's attention between positions, in linear memory",
-    ),
-    BlockSpec(
-        name="danet_cam",
-        cls=ChannelAffinity,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1809.02983",
-        equation="3-4",
-        summary="DANet's attention between channels, one learnt number",
-    ),
-    BlockSpec(
-        name="danet",
-        cls=DANet,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1809.02983",
-        equation="1-4",
-        summary="dual attention: between positions and between channels, summed",
-    ),
-)

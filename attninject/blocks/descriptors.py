@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from .base import (
     BATCH_NORM,
     CONV,
     Block,
-    BlockSpec,
+    Facts,
     GateBlock,
     column,
     he_init,
@@ -27,47 +27,41 @@ from .base import (
 )
 from .fast import channel as fast_channel
 from .fast import context as fast_context
-from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from .options import BACKEND, Int, Maybe, Number, Odd, OneOf, Options, Positive, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .options import Backend, Init, Int, Number, Odd, Positive, Reduction, given
 
 
 class ECA(GateBlock):
     """Efficient channel attention: x · g(conv_k(s)), s = mean of x, the 1-D convolution over the channels.
 
     arXiv:1910.03151, eq. 9 (one kernel of k weights shared by all channels, no bias) and 12 (k grows with the
-    channels: the odd number nearest to log₂(C)/γ + b/γ). Options: `kernel_size` (odd; None: eq. 12), `gamma`
-    and `beta` (γ and b), `gate` and `backend` as for SE.
+    channels: the odd number nearest to log₂(C)/γ + b/γ). A `kernel_size` of None is eq. 12, with
+    `gamma` and `beta` for γ and b.
 
     Deviations: none. timm's `EcaModule(C)` has the same key and output but never a kernel below 3, where
     eq. 12 gives 1 for C < 8. The order of the channels matters to this block: its first and last channels see
     zeros beyond the edge.
     """
 
-    options: ClassVar[Options] = {
-        "kernel_size": Maybe(Odd()),
-        "gamma": Positive(),
-        "beta": Number(),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
-    lean_from = SMALL
+    facts = Facts(
+        "eca", family="channel", spatial=False, paper="arXiv:1910.03151", equation="9, 12",
+        summary="efficient channel attention: one small kernel slides over the channels",
+    )  # fmt: skip
+    fast_from = SMALL
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int | None = None,
-        gamma: float = 2,
-        beta: float = 1,
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        init: Init = "identity",
+        kernel_size: Annotated[int, Odd()] | None = None,
+        gamma: Annotated[float, Positive()] = 2,
+        beta: Annotated[float, Number()] = 1,
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            kernel_size=kernel_size, gamma=gamma, beta=beta, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         k = adaptive_kernel(channels, gamma, beta) if kernel_size is None else kernel_size
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
         self.gate = Gate(gate, identity=self.identity)
@@ -86,7 +80,7 @@ class ECA(GateBlock):
         """x: (B, C, *S) → (B, C, 1, …)."""
         return self.slide(pool(x, "avg"))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         carriers, (mean,) = fast_channel.squeeze(x, ("avg",))
         return fast_channel.scale(x, self.slide(mean), carriers)
@@ -107,19 +101,28 @@ class GCT(GateBlock):
 
     arXiv:1909.11519, eq. 2 (s_c = α_c (Σ x² + ε)^½ over positions), 3 (ŝ_c = s_c / (mean of s² + ε)^½), 4.
     Per channel α (here `weight`: `alpha` is what `init="blend"` adds), γ and β. The published α = 1,
-    γ = β = 0 make it the identity, so `identity` and `paper` are the same. Options: `mode` l2 | l1 (its
-    ablation: s_c = α_c Σ|x|, ŝ_c = s_c / (mean of |s| + ε)), `eps` (ε).
+    γ = β = 0 make it the identity, so `identity` and `paper` are the same. `mode` l1 is its
+    ablation: s_c = α_c Σ|x|, ŝ_c = s_c / (mean of |s| + ε). `eps` is ε.
 
     Deviations: ε stands inside eq. 3's mean, as in the released code; in the paper beside the sum, C times as
     small. The released option `after_relu` only leaves out an absolute value that has no effect there.
     """
 
-    options: ClassVar[Options] = {"mode": OneOf("l2", "l1"), "eps": Positive()}
+    facts = Facts(
+        "gct", family="channel", spatial=False, paper="arXiv:1909.11519", equation="2-4",
+        summary="gated channel transformation: channels compete by their norms",
+    )  # fmt: skip
 
     def __init__(
-        self, channels: int, *, dims: int = 2, init: str = "identity", mode: str = "l2", eps: float = 1e-5
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: Init = "identity",
+        mode: Literal["l2", "l1"] = "l2",
+        eps: Annotated[float, Positive()] = 1e-5,
     ) -> None:
-        super().__init__(channels, dims, init, mode=mode, eps=eps)
+        super().__init__(**given(locals()))
         self.mode, self.eps = mode, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.gamma = nn.Parameter(torch.zeros(channels))
@@ -148,19 +151,27 @@ class SRM(GateBlock):
     """Style-based recalibration: x · g(BN(w_c · [mean of x_c, deviation of x_c])), one pair w_c per channel.
 
     arXiv:1903.10829, section 3: style pooling, then style integration (the channel-wise fully connected layer
-    `cfc`, norm, gate). Option: `gate` as for SE.
+    `cfc`, norm, gate).
 
     Deviations: the deviation is the paper's, over N positions; the released code divides by N - 1, which is
     undefined at one position. Variances below 1e-12 count as 1e-12, where the root has no slope. Under
     `identity` the norm's scale and shift are zero and `cfc` is random, in the released code `cfc` is zero.
     """
 
-    options: ClassVar[Options] = {"gate": OneOf(*GATES)}
+    facts = Facts(
+        "srm", family="channel", spatial=False, paper="arXiv:1903.10829", equation="section 3",
+        summary="style-based recalibration: a gate per channel from its mean and deviation",
+    )  # fmt: skip
 
     def __init__(
-        self, channels: int, *, dims: int = 2, init: str = "identity", gate: str = "sigmoid"
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: Init = "identity",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, gate=gate)
+        super().__init__(**given(locals()))
         self.cfc = nn.Parameter(torch.empty(channels, 2).uniform_(-(2**-0.5), 2**-0.5))  # as torch's layers
         self.norm = BATCH_NORM[dims](channels)
         self.gate = Gate(gate, identity=self.identity)
@@ -195,49 +206,43 @@ class ContextMLP(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """s: (B, C, 1, …) → the same shape."""
-        return self.fc2(F.relu(column(self.norm(self.fc1(s).flatten(1)), s)))
+        y: Tensor = self.fc2(F.relu(column(self.norm(self.fc1(s).flatten(1)), s)))
+        return y
 
 
 class GC(Block):
     """Global context: s = Σ_j softmax_j(w · x_j) x_j, then x + MLP(s) (add) or x · g(MLP(s)) (multiply).
 
     arXiv:1904.11492, eq. 4 (the framework: context, transform, fusion), 5 (the block that adds); multiplying
-    and the plain mean are its ablations. MLP: W₂ relu(LN(W₁ s)) through C / `reduction`. Options: `fusion`
-    add | multiply | both (multiply first, each its own MLP), `pool` att | avg (the mean, no softmax),
-    `reduction`, `divisor`, `gate` of the multiplying form, `backend` as for SE.
+    and the plain mean are its ablations. MLP: W₂ relu(LN(W₁ s)) through C / `reduction`. A `fusion`
+    of both multiplies first, each with its own MLP; a `pool` of avg is the mean, no softmax; `gate` is that of
+    the multiplying form.
 
     Deviations: none. timm's `GlobalContext` is `fusion="multiply", reduction=8, init="paper"` with the same
     keys; its LayerNorm has ε 1e-6, ours 1e-5 as released. A hidden width of one makes the norm's output
     constant: W₁ cannot learn, choose a smaller `reduction`.
     """
 
-    options: ClassVar[Options] = {
-        "fusion": OneOf("add", "multiply", "both"),
-        "pool": OneOf("att", "avg"),
-        "reduction": Reduction(),
-        "divisor": Int(min=1),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
-    lean_from = SMALL
+    facts = Facts(
+        "gc", family="global", spatial=False, paper="arXiv:1904.11492", equation="4, 5",
+        summary="global context: one attention-weighted mean for all positions, added or multiplied",
+    )  # fmt: skip
+    fast_from = SMALL
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        fusion: str = "add",
-        pool: str = "att",
-        reduction: float = 16,
-        divisor: int = 1,
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        init: Init = "identity",
+        fusion: Literal["add", "multiply", "both"] = "add",
+        pool: Literal["att", "avg"] = "att",
+        reduction: Annotated[float, Reduction()] = 16,
+        divisor: Annotated[int, Int(min=1)] = 1,
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            fusion=fusion, pool=pool, reduction=reduction, divisor=divisor, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         hidden = hidden_width(channels, reduction, divisor)
         self.conv_attn = CONV[dims](channels, 1, 1) if pool == "att" else None
         self.mlp_scale = ContextMLP(channels, hidden, dims) if fusion != "add" else None
@@ -286,12 +291,12 @@ class GC(Block):
         y = x if factor is None else scale(x, factor)
         return y if summand is None else y + summand
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """If the layer that reads the map is the plain convolution it was built as."""
         conv = self.conv_attn
         return conv is None or (type(conv) is CONV[self.dims] and untouched(conv))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · factor + summand."""
         if self.conv_attn is None:
             carriers, (s,) = fast_channel.squeeze(x, ("avg",))
@@ -313,12 +318,11 @@ class GC(Block):
 class GE(GateBlock):
     """Gather-excite: x · g(interp(gather(x))), gathering over neighbourhoods of `extent` e or the whole map.
 
-    arXiv:1810.12348, eq. 1-2 and section 3; interp: nearest neighbour back to the map's size. Options: `mode`
-    theta_minus (the mean over windows of 2e - 1 at stride e, no parameters) | theta (log₂ e depthwise 3×3
-    convolutions of stride 2, each with a norm, relu between) | theta_plus (SE's two layers behind that),
-    `extent` 2 | 4 | 8 | 0 (the whole map), `feat_size` (the side of the map, needed by theta and theta_plus
-    with extent 0, whose gather is one depthwise kernel of that size: such a block works at that size only),
-    `reduction` and `divisor` of theta_plus, `gate` as for SE.
+    arXiv:1810.12348, eq. 1-2 and section 3; interp: nearest neighbour back to the map's size. The `mode`:
+    theta_minus is the mean over windows of 2e - 1 at stride e, without parameters; theta log₂ e depthwise 3×3
+    convolutions of stride 2, each with a norm, relu between; theta_plus SE's two layers behind that. An
+    `extent` of 0 is the whole map; theta and theta_plus then need its side, `feat_size`, as their gather is
+    one depthwise kernel of that size: such a block works at that size only.
 
     Deviations: none from the paper. Windows count only positions inside the map, as timm's do. A global mean
     behind SE's layers is the block `se`. timm's `GatherExcite` is `theta_minus` with `use_mlp=False`; its
@@ -326,32 +330,25 @@ class GE(GateBlock):
     program exported with a map that gathers to one position serves only such maps.
     """
 
-    options: ClassVar[Options] = {
-        "mode": OneOf("theta_minus", "theta", "theta_plus"),
-        "extent": OneOf(0, 2, 4, 8),
-        "feat_size": Maybe(Int(min=1)),
-        "reduction": Reduction(),
-        "divisor": Int(min=1),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "ge", family="channel", spatial=True, paper="arXiv:1810.12348", equation="1-2",
+        summary="gather-excite: a gate per channel and neighbourhood",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        mode: str = "theta",
-        extent: int = 8,
-        feat_size: int | None = None,
-        reduction: float = 16,
-        divisor: int = 1,
-        gate: str = "sigmoid",
+        init: Init = "identity",
+        mode: Literal["theta_minus", "theta", "theta_plus"] = "theta",
+        extent: Literal[0, 2, 4, 8] = 8,
+        feat_size: Annotated[int, Int(min=1)] | None = None,
+        reduction: Annotated[float, Reduction()] = 16,
+        divisor: Annotated[int, Int(min=1)] = 1,
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            mode=mode, extent=extent, feat_size=feat_size, reduction=reduction, divisor=divisor, gate=gate,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self._check_size(mode, extent, feat_size)
         self.mode, self.extent, self.feat_size = mode, extent, feat_size
         self.convs = self._gather_layers()
@@ -388,7 +385,7 @@ class GE(GateBlock):
 
     def needs_blend(self) -> bool:
         """Without parameters there is no layer to zero."""
-        return self.args["mode"] == "theta_minus"
+        return bool(self.args["mode"] == "theta_minus")
 
     def init_identity(self) -> None:
         """Zero the last layer: SE's second, or the last norm."""
@@ -428,64 +425,10 @@ def window_means(x: Tensor, extent: int) -> Tensor:
         return _pool2d(x.unsqueeze(3), extent, 1).squeeze(3)
     depth = static_shape(x)[2]
     planes = _pool2d(x.flatten(1, 2), extent, extent)
-    rows, sides = planes.unflatten(1, (-1, depth)).flatten(3), static_shape(planes)[2:]
-    return _pool2d(rows, extent, 1).unflatten(3, sides)
+    rows, sides = torch.unflatten(planes, 1, (-1, depth)).flatten(3), static_shape(planes)[2:]
+    return torch.unflatten(_pool2d(rows, extent, 1), 3, sides)
 
 
 def _pool2d(x: Tensor, *extents: int) -> Tensor:
     kernel, padding = [2 * e - 1 for e in extents], [e - 1 for e in extents]
     return F.avg_pool2d(x, kernel, list(extents), padding, count_include_pad=False)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="eca",
-        cls=ECA,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1910.03151",
-        equation="9, 12",
-        summary="efficient channel attention: one small kernel slides over the channels",
-    ),
-    BlockSpec(
-        name="gct",
-        cls=GCT,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1909.11519",
-        equation="2-4",
-        summary="gated channel transformation: channels compete by their norms",
-    ),
-    BlockSpec(
-        name="srm",
-        cls=SRM,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1903.10829",
-        equation="section 3",
-        summary="style-based recalibration: a gate per channel from its mean and deviation",
-    ),
-    BlockSpec(
-        name="gc",
-        cls=GC,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1904.11492",
-        equation="4, 5",
-        summary="global context: one attention-weighted mean for all positions, added or multiplied",
-    ),
-    BlockSpec(
-        name="ge",
-        cls=GE,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1810.12348",
-        equation="1-2",
-        summary="gather-excite: a gate per channel and neighbourhood",
-    ),
-)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .base import (
     BATCH_NORM,
     CONV,
     Block,
-    BlockSpec,
+    Facts,
     GateBlock,
     column,
     he_init,
@@ -27,8 +27,8 @@ from .base import (
     static_shape,
 )
 from .fast import axes as fast
-from .gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
-from .options import BACKEND, Bool, Int, Odd, OneOf, Options, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, scale_groups, zero
+from .options import Backend, Init, Int, Odd, Reduction, given
 
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 """Spatial dimensions → what each axis is called in `attention`."""
@@ -49,9 +49,13 @@ def reduce_axes(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
     """
     last = None if _vmapped() else _CHANNELS_LAST.get(x.ndim)
     if last is None or not x.is_contiguous(memory_format=last) or x.is_contiguous():
-        return getattr(x, kind)(axes, keepdim=True)
+        return _reduced(x, kind, axes)
     moved = [axis - 1 if axis > 1 else x.ndim - 1 for axis in axes]
-    return getattr(x.movedim(1, -1), kind)(moved, keepdim=True).movedim(-1, 1)
+    return _reduced(x.movedim(1, -1), kind, moved).movedim(-1, 1)
+
+
+def _reduced(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
+    return (x.mean if kind == "mean" else x.amax)(tuple(axes), keepdim=True)
 
 
 def strips(x: Tensor) -> list[Tensor]:
@@ -73,11 +77,11 @@ def parted(row: Tensor, x: Tensor) -> list[Tensor]:
     """The inverse of `joined` for x: (B, C, *S): each strip along its own axis again."""
     sizes = static_shape(x)[2:]
     if len(sizes) == 2:
-        first, second = row.split(sizes, 2)
+        first, second = torch.split(row, list(sizes), 2)
         return [first, second.transpose(2, 3)]
-    parts = row.flatten(2).split(sizes, 2)
+    parts = torch.split(row.flatten(2), list(sizes), 2)
     shapes = [[n if i == axis else 1 for i in range(len(sizes))] for axis, n in enumerate(sizes)]
-    return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [torch.unflatten(part, 2, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Coordinate(Block):
@@ -85,39 +89,32 @@ class Coordinate(Block):
 
     arXiv:2103.02907, eq. 4-5 (z_h, z_w: means of x along the other axis), 6 (F₁ to a width of
     max(`min_width`, C / `reduction`), the strips side by side), 7-8 (one layer per axis), 9. In 3D there are
-    three strips and gates, in 1D one, which is x itself. Options: `reduction`, `min_width`, `bias` of all
-    layers, `gate` and `backend` as for SE.
+    three strips and gates, in 1D one, which is x itself. `bias` is that of all layers.
 
     Deviations: none from the released code. timm's `CoordAttn` has no biases, another width, and keys
     `bn1`, `conv_h`, `conv_w` for our `norm`, `excite.0`, `excite.1`; with equal widths the outputs agree.
     In train mode the norm takes all strips together, so that even one position gives it one value per axis.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "min_width": Int(min=1),
-        "bias": Bool(),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
-    lean_from = SMALL
+    facts = Facts(
+        "coord", family="both", spatial=True, paper="arXiv:2103.02907", equation="4-9",
+        summary="coordinate attention: a gate per channel along each axis",
+    )  # fmt: skip
+    fast_from = SMALL
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 32,
-        min_width: int = 8,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 32,
+        min_width: Annotated[int, Int(min=1)] = 8,
         bias: bool = True,
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, min_width=min_width, bias=bias, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         hidden, conv = max(min_width, hidden_width(channels, reduction)), CONV[dims]
         self.conv1 = conv(channels, hidden, 1, bias=bias)
         self.norm = BATCH_NORM[dims](hidden)
@@ -146,7 +143,7 @@ class Coordinate(Block):
             y = scale(y, gate)
         return y
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · the gates."""
         carriers, means = fast.strips(x)
         factors = [fast.opened(self.gate, z, x) for z in self.read(means, x, pointwise)]
@@ -162,7 +159,7 @@ class Strip(GateBlock):
 
     arXiv:2003.13328, eq. 2-3 (strip means), 4 (a 1-D convolution of `kernel_size` along each, then their sum
     at every position), 5 (F is 1×1, its output gates x). In 3D there are three strips, in 1D one, which is x
-    itself. Options: `kernel_size` (odd), `norm` (batch norms and relu around the sum), `gate` as for SE.
+    itself. `kernel_size` is that along a strip, `norm` batch norms and relu around the sum.
 
     Deviations: the paper's formula has neither norm nor relu, the released code's `SPBlock` has both, and no
     bias in front of the norms: `norm=True` follows the code, `norm=False` the paper. Its mixed pooling
@@ -170,19 +167,22 @@ class Strip(GateBlock):
     block too: depthwise convolutions of the strips, whose sum is the gate's logit without F.
     """
 
-    options: ClassVar[Options] = {"kernel_size": Odd(), "norm": Bool(), "gate": OneOf(*GATES)}
+    facts = Facts(
+        "strip", family="both", spatial=True, paper="arXiv:2003.13328", equation="2-5",
+        summary="strip pooling: rows' and columns' means gate every position",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 3,
+        init: Init = "identity",
+        kernel_size: Annotated[int, Odd()] = 3,
         norm: bool = True,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, norm=norm, gate=gate)
+        super().__init__(**given(locals()))
         self.convs = nn.ModuleList(self._along(axis, kernel_size, bias=not norm) for axis in range(dims))
         self.norms = nn.ModuleList(BATCH_NORM[dims](channels) for _ in range(dims)) if norm else None
         self.fuse = CONV[dims](channels, channels, 1)
@@ -231,8 +231,8 @@ class Triplet(GateBlock):
 
     arXiv:2010.03045, section 3.2 (Z-pool; the mean over three branches): the axes are height, width and
     channels, in this order in `planes`. In 3D there are four branches with 3-D
-    convolutions, in 1D two. Options: `kernel_size` (odd), `spatial` (false leaves out the branch pooled over
-    the channels, as the released `no_spatial`), `gate` as for SE.
+    convolutions, in 1D two. All have the `kernel_size`; without `spatial` there is no branch pooled over the
+    channels, as under the released `no_spatial`.
 
     Deviations: the means are taken of the gates, not of three scaled maps, which is the same formula and
     exact. The plane left when the width is pooled is convolved as (C, H), in the released code as (H, C):
@@ -240,19 +240,22 @@ class Triplet(GateBlock):
     as in `SpatialAttention`.
     """
 
-    options: ClassVar[Options] = {"kernel_size": Odd(), "spatial": Bool(), "gate": OneOf(*GATES)}
+    facts = Facts(
+        "triplet", family="both", spatial=True, paper="arXiv:2010.03045", equation="section 3.2",
+        summary="triplet attention: gates over each pair of channels, height and width",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 7,
+        init: Init = "identity",
+        kernel_size: Annotated[int, Odd()] = 7,
         spatial: bool = True,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, spatial=spatial, gate=gate)
+        super().__init__(**given(locals()))
         axes = [*range(2, dims + 2), *([1] if spatial else [])]
         self.planes = nn.ModuleList(PlaneGate(axis, dims, kernel_size) for axis in axes)
         self.gate = Gate(gate, identity=self.identity)
@@ -285,25 +288,28 @@ class EMAAttention(Block):
     The channels are split into G groups that share all weights. In each: x₁ = GN(x · σ(a_h) · σ(a_w)), where
     [a_h, a_w] = conv1([z_h, z_w]) of the strip means; x₂ = conv3(x); each weights the other's channels, and
     the sum of both gates every position of the group. In 3D there are three strips and 3-D convolutions, in
-    1D one strip. Options: `groups` (as given, or the largest common divisor with the channels), `gate` as
-    for SE; the σ inside stay.
+    1D one strip. G is `groups`, or their largest common divisor with the channels. `gate` is the outer one;
+    the σ inside stay.
 
     Deviations: none from the released code, whose `factor` is `groups` and must divide the channels. GN has
     one channel per group, so A(x₁) depends on its shift alone.
     """
 
-    options: ClassVar[Options] = {"groups": Int(min=1), "gate": OneOf(*GATES)}
+    facts = Facts(
+        "ema_attn", family="both", spatial=True, paper="arXiv:2305.13563", equation="1-3",
+        summary="efficient multi-scale attention: strips and a 3×3 branch weight each other, in groups",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        groups: int = 32,
-        gate: str = "sigmoid",
+        init: Init = "identity",
+        groups: Annotated[int, Int(min=1)] = 32,
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, groups=groups, gate=gate)
+        super().__init__(**given(locals()))
         self.groups = math.gcd(groups, channels)
         width = channels // self.groups
         self.conv1x1 = CONV[dims](width, width, 1)
@@ -319,7 +325,7 @@ class EMAAttention(Block):
 
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → one gate per group, (B, G, *S), float32 or wider."""
-        grouped = x.unflatten(1, (self.groups, -1)).flatten(0, 1)
+        grouped = torch.unflatten(x, 1, (self.groups, -1)).flatten(0, 1)
         y = grouped
         for a in parted(self.conv1x1(joined(strips(grouped))), grouped):
             y = scale(y, self.inner(a))
@@ -327,7 +333,7 @@ class EMAAttention(Block):
         x1 = torch.group_norm(y, self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
         x2 = self.conv3x3(grouped)
         z = weigh(pool(x1, "avg"), x2) + weigh(pool(x2, "avg"), x1)
-        return self.gate(z.unflatten(0, (-1, self.groups)).flatten(1, 2))
+        return self.gate(torch.unflatten(z, 0, (-1, self.groups)).flatten(1, 2))
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · its group's gate."""
@@ -342,47 +348,3 @@ def weigh(descriptor: Tensor, x: Tensor) -> Tensor:
     """Σ_c softmax_c(descriptor) x_c in float32 or wider: (B, C, 1, …) and (B, C, *S) → (B, 1, *S)."""
     weights = torch.softmax(at_least_float32(descriptor).flatten(1), 1)
     return (column(weights, x) * at_least_float32(x)).sum(1, keepdim=True)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="coord",
-        cls=Coordinate,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2103.02907",
-        equation="4-9",
-        summary="coordinate attention: a gate per channel along each axis",
-    ),
-    BlockSpec(
-        name="strip",
-        cls=Strip,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2003.13328",
-        equation="2-5",
-        summary="strip pooling: rows' and columns' means gate every position",
-    ),
-    BlockSpec(
-        name="triplet",
-        cls=Triplet,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2010.03045",
-        equation="section 3.2",
-        summary="triplet attention: gates over each pair of channels, height and width",
-    ),
-    BlockSpec(
-        name="ema_attn",
-        cls=EMAAttention,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2305.13563",
-        equation="1-3",
-        summary="efficient multi-scale attention: strips and a 3×3 branch weight each other, in groups",
-    ),
-)

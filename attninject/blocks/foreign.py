@@ -47,17 +47,18 @@ class TimmSpec(BlockSpec):
 
 def _made(name: str, channels: int, args: Mapping[str, Any]) -> nn.Module:
     import timm
-    from timm.layers import get_attn
+    from timm.layers import get_attn  # type: ignore[attr-defined]
 
     entry = name.removeprefix(PREFIX)
     try:
-        return get_attn(entry)(channels, **args)
+        made: nn.Module = get_attn(entry)(channels, **args)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever timm raises, an assertion without a word included
         given = "".join(f", {k}={v!r}" for k, v in args.items())
         raise BlockError(
             f"block {name!r}: timm {timm.__version__} does not build its {entry!r} for {channels} channels"
             f"{given}: {type(error).__name__}{f': {error}' if str(error) else ''}"
         ) from error
+    return made
 
 
 REFUSED = {

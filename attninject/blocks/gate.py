@@ -22,13 +22,15 @@ once, to the dtype of the input they multiply.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-GATES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+GateKind = Literal["sigmoid", "hard_sigmoid", "tanh", "relu"]
+GATES: dict[GateKind, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "sigmoid": (torch.sigmoid, lambda z: 2 * torch.sigmoid(z)),
     "hard_sigmoid": (F.hardsigmoid, lambda z: 2 * F.hardsigmoid(z)),
     "tanh": (torch.tanh, lambda z: 1 + torch.tanh(z)),
@@ -49,9 +51,12 @@ class Gate(nn.Module):
     1 + g(z); its identity form is the same as without the skip.
     """
 
-    def __init__(self, kind: str = "sigmoid", *, identity: bool = True, skip: bool = False) -> None:
+    def __init__(self, kind: GateKind = "sigmoid", *, identity: bool = True, skip: bool = False) -> None:
         super().__init__()
         self.kind, self.identity, self.skip = kind, identity, skip
+
+    if TYPE_CHECKING:  # torch's own says Any
+        __call__: Callable[..., Tensor]
 
     def forward(self, z: Tensor) -> Tensor:
         """z: any shape → the factor, same shape, float32 or wider."""
@@ -63,6 +68,11 @@ class Gate(nn.Module):
         return f"{self.kind}, identity={self.identity}" + (", skip=True" if self.skip else "")
 
 
+def tracing() -> bool:
+    """Whether torch.jit.trace is recording."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def scale(x: Tensor, gate: Tensor) -> Tensor:
     """x · gate in x's dtype: `x: (B, C, *S)`, `gate` broadcastable to it."""
     return x * (
@@ -72,7 +82,7 @@ def scale(x: Tensor, gate: Tensor) -> Tensor:
 
 def scale_groups(x: Tensor, gate: Tensor) -> Tensor:
     """x · gate where each of G groups of channels has its own: x: (B, C, *S), `gate`: (B, G, *S)."""
-    return scale(x.unflatten(1, (gate.shape[1], -1)), gate.unsqueeze(2)).flatten(1, 2)
+    return scale(torch.unflatten(x, 1, (gate.shape[1], -1)), gate.unsqueeze(2)).flatten(1, 2)
 
 
 def blend(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
@@ -124,10 +134,15 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     SyncBatchNorm that really synchronises sees the other ranks' values and must take part in the exchange, so
     it is called in every case.
     """
-    if not isinstance(norm, _BatchNorm) or not norm.training or torch.jit.is_tracing():
-        return norm(x)
-    if x.shape[0] * x.shape[2:].numel() != 1 or norm.running_mean is None or _synchronises(norm):
-        return norm(x)
+    if (
+        not (isinstance(norm, _BatchNorm) and norm.training)
+        or tracing()
+        or x.shape[0] * x.shape[2:].numel() != 1
+        or norm.running_mean is None
+        or _synchronises(norm)
+    ):
+        y: Tensor = norm(x)
+        return y
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 

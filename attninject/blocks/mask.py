@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, static_shape
-from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from .options import Bool, Int, OneOf, Options, Reduction
+from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, static_shape
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .options import Init, Int, Reduction, given
 
 
 class NormReLUConv(nn.Module):
@@ -23,7 +23,8 @@ class NormReLUConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, inputs, *S) → (B, outputs, *S)."""
-        return self.conv(F.relu(normalize(self.norm, x)))
+        y: Tensor = self.conv(F.relu(normalize(self.norm, x)))
+        return y
 
 
 class ResidualUnit(nn.Sequential):
@@ -38,7 +39,10 @@ class ResidualUnit(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape and dtype."""
-        return x + super().forward(x).to(x.dtype)
+        y = x
+        for layer in self:
+            y = layer(y)
+        return x + y.to(x.dtype)
 
 
 class ResidualAttention(Block):
@@ -61,29 +65,24 @@ class ResidualAttention(Block):
     An exported program with free sizes serves maps that the poolings leave at least two wide.
     """
 
-    options: ClassVar[Options] = {
-        "trunk": Int(min=0),
-        "depth": Int(min=1, max=6),
-        "units": Int(min=1),
-        "reduction": Reduction(),
-        "divisor": Int(min=1),
-    }
+    facts = Facts(
+        "residual_attention", family="both", spatial=True, paper="arXiv:1704.06904", equation="3, 4",
+        summary="residual attention: a trunk times 1 + a bottom-up top-down mask",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        trunk: int = 2,
-        depth: int = 2,
-        units: int = 1,
-        reduction: float = 4,
-        divisor: int = 1,
+        init: Init = "identity",
+        trunk: Annotated[int, Int(min=0)] = 2,
+        depth: Annotated[int, Int(min=1, max=6)] = 2,
+        units: Annotated[int, Int(min=1)] = 1,
+        reduction: Annotated[float, Reduction()] = 4,
+        divisor: Annotated[int, Int(min=1)] = 1,
     ) -> None:
-        super().__init__(
-            channels, dims, init, trunk=trunk, depth=depth, units=units, reduction=reduction, divisor=divisor
-        )
+        super().__init__(**given(locals()))
         hidden = hidden_width(channels, reduction, divisor)
 
         def several(count: int) -> nn.Sequential:
@@ -165,9 +164,9 @@ def resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
     if x.ndim == 3:
         return F.interpolate(x.unsqueeze(3), (size[0], 1), mode="bilinear").squeeze(3)
     channels, depth = static_shape(x)[1:3]
-    y = F.interpolate(x.flatten(1, 2), size[1:], mode="bilinear").unflatten(1, (channels, depth))
+    y = torch.unflatten(F.interpolate(x.flatten(1, 2), size[1:], mode="bilinear"), 1, (channels, depth))
     y = F.interpolate(y.flatten(3), (size[0], size[1] * size[2]), mode="bilinear")
-    return y.unflatten(3, size[1:])
+    return torch.unflatten(y, 3, size[1:])
 
 
 class RecurrentGate(Block):
@@ -179,39 +178,32 @@ class RecurrentGate(Block):
     decides where to look, the glimpse changes the state. The cell is the convolutional GRU of
     arXiv:1511.06432, section 3.1: u = σ(W_u ∗ [e; h]), r = σ(W_r ∗ [e; h]), and
     h ← (1 − u) h + u tanh(W_c ∗ [e; r h]).
-    Options: `steps` T, `kernel_size` of the cell 1 | 3 | 5 | 7, `reduction`, `bias`, `divisor`, `gate` as for
-    SE. With `steps=1` the state in front of the cell is 0, and r has no effect.
+    `steps` is T, `kernel_size` the cell's, `bias` that of all layers. With `steps=1` the
+    state in front of the cell is 0, and r has no effect.
 
     Deviations: the glimpse of 1406.6247 is a crop at a sampled place, trained by REINFORCE; here it is the
     soft product x · m, trained by backpropagation, as its authors' successors do (arXiv:1502.04623).
     """
 
-    options: ClassVar[Options] = {
-        "steps": Int(min=1, max=32),
-        "kernel_size": OneOf(1, 3, 5, 7),
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "recurrent_gate", family="both", spatial=True, paper="arXiv:1406.6247", equation="section 3.1",
+        summary="a gate refined over steps by one convolutional GRU",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        steps: int = 3,
-        kernel_size: int = 3,
-        reduction: float = 16,
+        init: Init = "identity",
+        steps: Annotated[int, Int(min=1, max=32)] = 3,
+        kernel_size: Literal[1, 3, 5, 7] = 3,
+        reduction: Annotated[float, Reduction()] = 16,
         bias: bool = True,
-        divisor: int = 1,
-        gate: str = "sigmoid",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            steps=steps, kernel_size=kernel_size, reduction=reduction, bias=bias, divisor=divisor, gate=gate,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         hidden = hidden_width(channels, reduction, divisor)
         conv = CONV[dims]
         self.steps, self.hidden = steps, hidden
@@ -260,27 +252,3 @@ class RecurrentGate(Block):
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, C, *S), that of the last step."""
         return {"gate": self.factor(x).to(x.dtype)}
-
-
-BLOCKS = (
-    BlockSpec(
-        name="residual_attention",
-        cls=ResidualAttention,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1704.06904",
-        equation="3, 4",
-        summary="residual attention: a trunk times 1 + a bottom-up top-down mask",
-    ),
-    BlockSpec(
-        name="recurrent_gate",
-        cls=RecurrentGate,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1406.6247",
-        equation="section 3.1",
-        summary="a gate refined over steps by one convolutional GRU",
-    ),
-)

@@ -1,19 +1,47 @@
-"""What a block's options may be, declared once per option.
+"""What a block's options may be: declared once, by the annotations of its constructor.
 
-`check_args` reads these declarations for a recipe, the blocks' constructors read them for Python
-callers, so both say the same. A check is a small frozen object with one method, `fault`.
+`declared` reads them, and whatever says something of an option has it from there: a recipe's check
+(`registry.check_args`), the constructor's own, every message, `repr`, the catalogue. An annotation says what
+is accepted in one of these ways:
+
+| annotation | accepted |
+|---|---|
+| `bool` | True or False |
+| `Literal["avg", "max"]`, `Literal[3, 5, 7]` | one of these |
+| `Annotated[int, Odd()]` | what the check accepts, a class of this file or of the block's own |
+| any of them `| None` | None besides |
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
+
+Init = Literal["identity", "paper", "blend"]
+"""How a block starts: the model's function unchanged, as published, or x + α(f(x) − x) with α = 0."""
+INITS: tuple[Init, ...] = get_args(Init)
+Backend = Literal["auto", "plain"]
+"""Option `backend` of every block with a fast form: chosen by size and circumstances, or the definition."""
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
+@runtime_checkable
 class Check(Protocol):
     """One option's range: `text` names it, `accepts` tests a value."""
 
@@ -28,7 +56,7 @@ class Check(Protocol):
 
 
 Options = Mapping[str, Check]
-"""Option name → what it may be; a block class's `options` table."""
+"""Option name → what it may be; a block class's `options`."""
 
 
 def _is_int(value: Any) -> bool:
@@ -37,6 +65,17 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Anything:
+    """Whatever the constructor takes: an option that is declared by none of the ways above."""
+
+    text: str = "anything"
+
+    def accepts(self, value: Any) -> bool:
+        """True."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -191,8 +230,58 @@ class OneOf:
         return f"OneOf{self.values}"
 
 
-BACKEND = OneOf("auto", "plain")
-"""Option `backend` of every block with a lean form: chosen by size and circumstances, or the definition."""
+# --- reading a constructor --------------------------------------------------------------------
+
+
+RESERVED = {
+    "channels": "is measured at the site",
+    "dims": "follows from the layout at the site",
+    "init": "is a field of the rule, beside args",
+}
+"""What every block's constructor takes and no recipe gives, and why not."""
+
+
+def declared(constructor: Callable[..., None], inherited: Options | None = None) -> dict[str, Check]:
+    """The options of an `__init__`: its arguments behind self and the channels, but for `dims` and `init`.
+
+    Those that the class inherits are options too, and stay as they are where the annotation says nothing.
+
+    >>> def __init__(self, channels: int, *, dims: int = 2, gate: bool = True, k: Annotated[int, Odd()] = 3): ...
+    >>> declared(__init__)
+    {'gate': Bool(text='true or false'), 'k': Odd(text='an odd whole number >= 1')}
+    """
+    try:
+        hints = get_type_hints(constructor, include_extras=True)
+    except NameError:  # a class from elsewhere, with annotations that only a type checker can follow
+        hints = {}
+    behind = list(inspect.signature(constructor).parameters.values())[2:]
+    named = [p.name for p in behind if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    own = {name: check_of(hints.get(name)) for name in named if name not in RESERVED}
+    said = {name: check for name, check in own.items() if check != Anything()}
+    return {**own, **(inherited or {}), **said}
+
+
+def check_of(annotation: Any) -> Check:
+    """What an annotation accepts, by the table at the top of this file."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return next((part for part in parts[1:] if isinstance(part, Check)), check_of(parts[0]))
+    if origin is Literal:
+        return OneOf(*parts)
+    if origin in (Union, UnionType) and len(parts) == 2 and type(None) in parts:
+        return Maybe(check_of(parts[0] if parts[1] is type(None) else parts[1]))
+    return Bool() if annotation is bool else Anything()
+
+
+def given(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """What a constructor was called with, from its `locals()`: every argument by name, but not `self`.
+
+    Called in the constructor's first line, where there are no other locals yet.
+    """
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+
+
+# --- faults -----------------------------------------------------------------------------------
 
 
 def _range(low: float | None, high: float | None) -> str:
@@ -211,14 +300,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `words`, or nothing where none is close."""
     by_lower = {w.lower(): w for w in words}
     close = [by_lower[c] for c in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.55)]
-    return "; did you mean " + " or ".join(repr(c) for c in close) + "?" if close else ""
-
-
-RESERVED = {
-    "channels": "is measured at the site",
-    "dims": "follows from the layout at the site",
-    "init": "is a field of the rule, beside args",
-}
+    return "; did you mean " + " or ".join(map(repr, close)) + "?" if close else ""
 
 
 def faults(block: str, options: Options, args: Mapping[str, Any]) -> list[tuple[str | None, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,12 @@ from .attend import (
     rows,
     unrows,
 )
-from .base import BATCH_NORM, CONV, Block, BlockSpec, hidden_width, static_shape
+from .base import BATCH_NORM, CONV, Block, Facts, hidden_width, static_shape
 from .fast import affinity, pairs
 from .gate import at_least_float32, normalize, zero
-from .options import BACKEND, Bool, Int, OneOf, Options, Reduction
+from .options import Backend, Init, Int, Reduction, given
 
 SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
-NONLOCAL_MODES = (*SOFTMAX_MODES, "dot_product", "concatenation")
 FEW = 1024
 """Positions up to which a softmax by blocks is faster than the fused one, which wants its rows copied."""
 
@@ -45,10 +44,10 @@ class NonLocal(Block):
     | dot_product | θ(x_i)ᵀ φ(x_j) | number of j |
     | concatenation | relu(w_aᵀ θ(x_i) + w_bᵀ φ(x_j)), w = [w_a; w_b] | number of j |
 
-    θ, φ, g, W are 1×1 convolutions through a bottleneck of C / `reduction`. Options besides: `sub_sample`
+    θ, φ, g, W are 1×1 convolutions through a bottleneck of C / `reduction`. Options: `mode`, `sub_sample`
     (max-pool φ and g by 2 over positions, in 3D by 1×2×2, as in section 3.3; a side of one position stays),
     `norm` behind W, `scale` (the logit, or f itself where there is no exp, times d^-1/2, d the width of the
-    vectors compared), `bias` of the convolutions, `divisor` of the bottleneck, `backend` as for SE.
+    vectors compared), `bias` of the convolutions.
 
     Memory is linear in the positions, in training too, in every mode: the Gaussian forms use torch's fused
     attention, the dot product is summed as θ (φᵀ g), the concatenation over sorted prefix sums in
@@ -64,38 +63,28 @@ class NonLocal(Block):
     `theta`, `phi`, `g`, `out`, `norm`, under `use_scale=False`; its scale is C^-1/2 where ours is d^-1/2.
     """
 
-    options: ClassVar[Options] = {
-        "mode": OneOf(*NONLOCAL_MODES),
-        "reduction": Reduction(),
-        "sub_sample": Bool(),
-        "norm": Bool(),
-        "scale": Bool(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "backend": BACKEND,
-    }
-    lean_from = SMALL
+    facts = Facts(
+        "nonlocal", family="global", spatial=True, paper="arXiv:1711.07971", equation="1-6",
+        summary="non-local block: attention between all positions, in linear memory",
+    )  # fmt: skip
+    fast_from = SMALL
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        mode: str = "embedded_gaussian",
-        reduction: float = 2,
+        init: Init = "identity",
+        mode: Literal["embedded_gaussian", "gaussian", "dot_product", "concatenation"] = "embedded_gaussian",
+        reduction: Annotated[float, Reduction()] = 2,
         sub_sample: bool = False,
         norm: bool = True,
         scale: bool = False,
         bias: bool = True,
-        divisor: int = 1,
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            mode=mode, reduction=reduction, sub_sample=sub_sample, norm=norm, scale=scale, bias=bias,
-            divisor=divisor, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         width = hidden_width(channels, reduction, divisor)
         conv, embedded = CONV[dims], mode != "gaussian"
         self.mode, self.sub_sample, self.width = mode, sub_sample, width if embedded else channels
@@ -134,7 +123,7 @@ class NonLocal(Block):
             phi, g = halve(phi), halve(g)
         return theta, phi, g
 
-    def lean_maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fast_maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same with one gradient of x written instead of three added up, where that is known to pay."""
         layers = [layer for layer in (self.theta, self.phi, self.g) if layer is not None]
         if x.device.type != "cpu" or not self.bare(x, *layers):
@@ -162,7 +151,7 @@ class NonLocal(Block):
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         """x + BN(W y) for rows y: (B, N, e); a transposed map counts as rows and is not copied."""
         if self.mode in SOFTMAX_MODES:
-            z = self.out(unrows(y, x))
+            z: Tensor = self.out(unrows(y, x))
         else:
             z = project(self.out, y, x)
             if self.norm is not None and self.training and self.out.weight.dtype == torch.float16:
@@ -171,7 +160,7 @@ class NonLocal(Block):
             z = normalize(self.norm, z)
         return x + z.to(x.dtype)
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """Without a softmax always; with one on a CPU and in full precision, for few positions.
 
         Elsewhere torch's fused kernels are faster, or nothing was measured.
@@ -181,11 +170,11 @@ class NonLocal(Block):
         few = x.shape[2:].numel() <= FEW and x.is_contiguous()
         return x.device.type == "cpu" and full(x) and (few or self.others(x) <= self.width)
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape; all maps stay laid out as x."""
         if self.mode not in SOFTMAX_MODES:
             return self.added(x, self.cheapest(x))
-        theta, phi, g = self.lean_maps(x)
+        theta, phi, g = self.fast_maps(x)
         if self.others(x) <= self.width:
             q, k, v = (t.flatten(2) for t in (theta, phi, g))
             return self.added(x, pairs.gather(q, k, v, self.scale).mT)
@@ -212,7 +201,7 @@ class NonLocal(Block):
                 if m > self.width:
                     return relu_of_sums(a, b, g.contiguous())
                 return pairs.product(torch.relu_(a.unsqueeze(2) + b.unsqueeze(1)), g, by_rows)
-        theta, phi, g = (at_least_float32(t).flatten(2).mT for t in self.lean_maps(x))
+        theta, phi, g = (at_least_float32(t).flatten(2).mT for t in self.fast_maps(x))
         d, e = theta.shape[2], g.shape[2]
         with full_precision(x):
             if n * m * (d + e) <= (n + m) * d * e:
@@ -305,19 +294,5 @@ def halve(x: Tensor) -> Tensor:
     for axis in range(max(2, x.ndim - 2), x.ndim):
         pairs = shape[axis] // 2
         if pairs:
-            x = x.narrow(axis, 0, 2 * pairs).unflatten(axis, (pairs, 2)).amax(axis + 1)
+            x = torch.unflatten(x.narrow(axis, 0, 2 * pairs), axis, (pairs, 2)).amax(axis + 1)
     return x
-
-
-BLOCKS = (
-    BlockSpec(
-        name="nonlocal",
-        cls=NonLocal,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1711.07971",
-        equation="1-6",
-        summary="non-local block: attention between all positions, in linear memory",
-    ),
-)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,43 +12,41 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALL, untouched
 from attninject.blocks.fast.pointwise import pointwise
 
-from .base import BATCH_NORM, CONV, Block, BlockSpec, GateBlock, hidden_width, pool, positions, static_shape
+from .base import BATCH_NORM, CONV, Block, Facts, GateBlock, hidden_width, pool, positions, static_shape
 from .channel import SE
 from .fast import context as fast
-from .gate import GATES, Gate, at_least_float32, normalize, scale, scale_groups, zero
-from .options import BACKEND, Bool, Int, Odd, OneOf, Options, Positive, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, scale_groups, zero
+from .options import Backend, Init, Int, Odd, Positive, Reduction, given
 
 
 class PointwiseSAM(GateBlock):
     """YOLOv4's spatial attention, point by point: x · g(W x + b), W a 1×1 convolution of all channels.
 
     arXiv:2004.10934, section 3.4 and figure 5 (CBAM's pooled descriptors are dropped, so each position of
-    each channel has its own gate). Options: `kernel_size` (odd), `bias`, `norm` (a batch norm behind the
-    convolution), `gate` as for SE.
+    each channel has its own gate). `kernel_size` and `bias` are the convolution's, `norm` is a batch norm
+    behind it.
 
     Deviations: the figure shows a convolution and a sigmoid, no kernel size and no norm. Darknet's `sam`
     layer only multiplies: the layer in front of it decides on both.
     """
 
-    options: ClassVar[Options] = {
-        "kernel_size": Odd(),
-        "bias": Bool(),
-        "norm": Bool(),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "sam_pointwise", family="spatial", spatial=True, paper="arXiv:2004.10934", equation="figure 5",
+        summary="YOLOv4's spatial attention: a 1×1 convolution gates each point",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 1,
+        init: Init = "identity",
+        kernel_size: Annotated[int, Odd()] = 1,
         bias: bool = True,
         norm: bool = False,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, bias=bias, norm=norm, gate=gate)
+        super().__init__(**given(locals()))
         self.conv = CONV[dims](channels, channels, kernel_size, padding=kernel_size // 2, bias=bias)
         self.norm = BATCH_NORM[dims](channels) if norm else None
         self.gate = Gate(gate, identity=self.identity)
@@ -74,12 +72,20 @@ class SimAM(GateBlock):
     the released code is undefined. Without a layer to zero, `identity` is `blend`.
     """
 
-    options: ClassVar[Options] = {"e_lambda": Positive()}
+    facts = Facts(
+        "simam", family="spatial", spatial=False, paper="ICML 2021", equation="5-6",
+        summary="parameter-free attention: a position counts as it differs from its channel's mean",
+    )  # fmt: skip
 
     def __init__(
-        self, channels: int, *, dims: int = 2, init: str = "identity", e_lambda: float = 1e-4
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: Init = "identity",
+        e_lambda: Annotated[float, Positive()] = 1e-4,
     ) -> None:
-        super().__init__(channels, dims, init, e_lambda=e_lambda)
+        super().__init__(**given(locals()))
         self.e_lambda = e_lambda
         self.gate = Gate("sigmoid", identity=False)
         self.initialise()
@@ -101,25 +107,28 @@ class SGE(Block):
     """Spatial group-wise enhance: in each group of channels x · g(γ ĉ + β), ĉ = c normalised over positions.
 
     arXiv:1905.09646, section 3: c_i = (mean of x) · x_i, the likeness of position i to the group's mean;
-    ĉ_i = (c_i - μ) / (σ + ε); one γ (`weight`) and β (`bias`) per group. Options: `groups` (as given, or the
-    largest common divisor with the channels), `gate` as for SE.
+    ĉ_i = (c_i - μ) / (σ + ε); one γ (`weight`) and β (`bias`) per group. There are `groups`, or
+    their largest common divisor with the channels.
 
     Deviations: σ is the paper's, over N positions; the released code divides by N - 1, which is undefined at
     one position. ε is 1e-5. The released γ = 0, β = 1 make every gate g(1); under `identity` β is 0 too.
     """
 
-    options: ClassVar[Options] = {"groups": Int(min=1), "gate": OneOf(*GATES)}
+    facts = Facts(
+        "sge", family="spatial", spatial=False, paper="arXiv:1905.09646", equation="section 3",
+        summary="spatial group-wise enhance: a gate per position and group by likeness to the group's mean",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        groups: int = 64,
-        gate: str = "sigmoid",
+        init: Init = "identity",
+        groups: Annotated[int, Int(min=1)] = 64,
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, groups=groups, gate=gate)
+        super().__init__(**given(locals()))
         self.groups = math.gcd(groups, channels)
         self.weight = nn.Parameter(torch.zeros(self.groups))
         self.bias = nn.Parameter(torch.ones(self.groups))
@@ -133,7 +142,7 @@ class SGE(Block):
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → one gate per group, (B, G, *S), float32 or wider."""
         wide = at_least_float32(x)
-        c = (wide * pool(wide, "avg")).unflatten(1, (self.groups, -1)).sum(2)
+        c = torch.unflatten(wide * pool(wide, "avg"), 1, (self.groups, -1)).sum(2)
         axes = positions(c)
         centred = c - c.mean(axes, keepdim=True)
         # the norm's gradient at zero is zero, the root's is not finite
@@ -165,18 +174,21 @@ class LKA(GateBlock):
     around this (its figure 2d); they are no part of equations 3 and 4.
     """
 
-    options: ClassVar[Options] = {"kernel_size": Int(min=1), "dilation": Int(min=1)}
+    facts = Facts(
+        "lka", family="spatial", spatial=True, paper="arXiv:2202.09741", equation="3-4",
+        summary="large kernel attention: a 21×21 kernel in three cheap convolutions",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 21,
-        dilation: int = 3,
+        init: Init = "identity",
+        kernel_size: Annotated[int, Int(min=1)] = 21,
+        dilation: Annotated[int, Int(min=1)] = 3,
     ) -> None:
-        super().__init__(channels, dims, init, kernel_size=kernel_size, dilation=dilation)
+        super().__init__(**given(locals()))
         conv, c, d = CONV[dims], channels, dilation
         k = math.ceil(kernel_size / d)
         k += 1 - k % 2
@@ -208,38 +220,31 @@ class GAM(Block):
     """Global attention mechanism: y = x · g(MLP of each position), then y · g(two k×k convolutions of y).
 
     arXiv:2112.05561, eq. 1-2, figures 2 and 3: the MLP W₂ relu(W₁ ·) works on every position, not on a mean;
-    the spatial half is BN(conv(relu(BN(conv(y))))), both through C / `reduction`. Options: `reduction`,
-    `divisor`, `kernel_size` (odd), `bias` of the MLP (the convolutions have none, since norms follow), `gate`
-    of both halves as for SE.
+    the spatial half is BN(conv(relu(BN(conv(y))))), both through C / `reduction`. `kernel_size` is
+    k, `bias` the MLP's (the convolutions have none, since norms follow).
 
     Deviations: there is no released code; norms and relu are those of figure 3. The grouped convolutions with
     channel shuffle, by which the paper saves parameters on ResNet-50, are not offered.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "divisor": Int(min=1),
-        "kernel_size": Odd(),
-        "bias": Bool(),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "gam", family="both", spatial=True, paper="arXiv:2112.05561", equation="1-2",
+        summary="global attention mechanism: channels then positions, with nothing pooled away",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 4,
-        divisor: int = 1,
-        kernel_size: int = 7,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 4,
+        divisor: Annotated[int, Int(min=1)] = 1,
+        kernel_size: Annotated[int, Odd()] = 7,
         bias: bool = True,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            reduction=reduction, divisor=divisor, kernel_size=kernel_size, bias=bias, gate=gate,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         conv, norm, c = CONV[dims], BATCH_NORM[dims], channels
         hidden, around = hidden_width(channels, reduction, divisor), kernel_size // 2
         self.fc1, self.fc2 = conv(c, hidden, 1, bias=bias), conv(hidden, c, 1, bias=bias)
@@ -278,8 +283,8 @@ class SCSE(Block):
     """Concurrent squeeze and excitation: the maps x · g_c (per channel) and x · g_s (per position), in one.
 
     arXiv:1803.02579, section 2: g_c is SE's, g_s = σ(1×1 convolution to one channel), the two maps are added;
-    arXiv:1808.08127 compares ways to combine the two maps: `mode` add | max | multiply, element by element.
-    Options: `mode`, `reduction`, `bias` of all layers, `divisor`, `backend` as for SE.
+    arXiv:1808.08127 compares ways to combine the two maps: `mode`, element by element. `bias`
+    is that of all layers.
 
     The product of two scaled maps holds x², which no gate makes x: under `multiply`, `identity` is `blend`.
     The sum's identity is the published g_c + g_s, each 1/2 at first; the maximum's gates are doubled.
@@ -288,33 +293,27 @@ class SCSE(Block):
     default is the first paper's sum; the authors' later code takes the maximum.
     """
 
-    options: ClassVar[Options] = {
-        "mode": OneOf("add", "max", "multiply"),
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "backend": BACKEND,
-    }
-    lean_from = SMALL
+    facts = Facts(
+        "scse", family="both", spatial=False, paper="arXiv:1803.02579", equation="section 2",
+        summary="concurrent squeeze and excitation: a channel and a position gate, combined",
+    )  # fmt: skip
+    fast_from = SMALL
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        mode: str = "add",
-        reduction: float = 2,
+        init: Init = "identity",
+        mode: Literal["add", "max", "multiply"] = "add",
+        reduction: Annotated[float, Reduction()] = 2,
         bias: bool = True,
-        divisor: int = 1,
-        backend: str = "auto",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            mode=mode, reduction=reduction, bias=bias, divisor=divisor, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.mode = mode
-        inner = "identity" if self.identity else "paper"
+        inner = self.init_of_parts
         self.channel = SE(channels, dims=dims, init=inner, reduction=reduction, bias=bias, divisor=divisor)
         self.spatial = CONV[dims](channels, 1, 1, bias=bias)
         self.gate = Gate("sigmoid", identity=self.identity and mode != "add")
@@ -322,7 +321,7 @@ class SCSE(Block):
 
     def needs_blend(self) -> bool:
         """x² is not x."""
-        return self.args["mode"] == "multiply"
+        return bool(self.args["mode"] == "multiply")
 
     def init_identity(self) -> None:
         """Zero the spatial half's layer (the channel half has done it itself)."""
@@ -342,12 +341,12 @@ class SCSE(Block):
         product = at_least_float32(x).square() * (channel * spatial)  # overflows in float16
         return product if self.alpha is not None else product.to(x.dtype)
 
-    def leanable(self, x: Tensor) -> bool:
+    def fast_applies(self, x: Tensor) -> bool:
         """The sum, if the layer that reads the map is the plain convolution it was built as."""
         bare = type(self.spatial) is CONV[self.dims] and untouched(self.channel, self.spatial)
         return self.mode == "add" and type(self.channel) is SE and bare
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · (g_c + g_s)."""
         carriers, (mean, z) = fast.squeeze_project(x, self.spatial)
         c, s = self.gate(self.channel.merged([mean], pointwise)), self.gate(at_least_float32(z))
@@ -357,67 +356,3 @@ class SCSE(Block):
         """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S)."""
         channel, spatial = self.gates(x)
         return {"channel": channel.to(x.dtype), "spatial": spatial.to(x.dtype)}
-
-
-BLOCKS = (
-    BlockSpec(
-        name="sam_pointwise",
-        cls=PointwiseSAM,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2004.10934",
-        equation="figure 5",
-        summary="YOLOv4's spatial attention: a 1×1 convolution gates each point",
-    ),
-    BlockSpec(
-        name="simam",
-        cls=SimAM,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="ICML 2021",
-        equation="5-6",
-        summary="parameter-free attention: a position counts as it differs from its channel's mean",
-    ),
-    BlockSpec(
-        name="sge",
-        cls=SGE,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1905.09646",
-        equation="section 3",
-        summary="spatial group-wise enhance: a gate per position and group by likeness to the group's mean",
-    ),
-    BlockSpec(
-        name="lka",
-        cls=LKA,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2202.09741",
-        equation="3-4",
-        summary="large kernel attention: a 21×21 kernel in three cheap convolutions",
-    ),
-    BlockSpec(
-        name="gam",
-        cls=GAM,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2112.05561",
-        equation="1-2",
-        summary="global attention mechanism: channels then positions, with nothing pooled away",
-    ),
-    BlockSpec(
-        name="scse",
-        cls=SCSE,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1803.02579",
-        equation="section 2",
-        summary="concurrent squeeze and excitation: a channel and a position gate, combined",
-    ),
-)

@@ -1,43 +1,29 @@
 """The registry: every block by name, checked and built. Names map to classes here and nowhere else.
 
-Built-in blocks come from the tables of the family files. Third-party classes join by `register_block`, from
-Python only: nothing in a recipe is ever imported.
+A class in a file of this folder is a block by having `facts`: no list names it, none has to be kept. Third-party
+classes join by `register_block`, from Python only: nothing in a recipe is ever imported.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from attninject.blocks import (
-    both,
-    channel,
-    compact,
-    danet,
-    descriptors,
-    directional,
-    foreign,
-    mask,
-    pairwise,
-    positional,
-    sca,
-    selective,
-    sequence,
-    spatial,
-    warp,
-    windows,
-)
+from attninject import blocks
+from attninject.blocks import foreign
 from attninject.errors import BlockError, TooFewChannelsError, UnknownBlockError
 
-from .base import INITS, Block, BlockSpec
+from .base import Block, BlockSpec
 from .gate import Blend
-from .options import RESERVED, Int, OneOf, faults, nearest, unknown
+from .options import INITS, RESERVED, Int, OneOf, faults, nearest, unknown
 
 __all__ = [
     "BlockSpec",
@@ -52,24 +38,19 @@ __all__ = [
     "resolve",
 ]
 
-_FAMILIES = (
-    channel,
-    spatial,
-    both,
-    pairwise,
-    sequence,
-    sca,
-    danet,
-    compact,
-    windows,
-    descriptors,
-    selective,
-    mask,
-    warp,
-    directional,
-    positional,
-)
-_BUILT_IN: dict[str, BlockSpec] = {spec.name: spec for family in _FAMILIES for spec in family.BLOCKS}
+
+def _own_classes() -> Iterator[type[Block]]:
+    """The classes with `facts` in the files of this folder."""
+    for file in pkgutil.iter_modules(blocks.__path__, f"{blocks.__name__}."):
+        if file.ispkg or file.name == __name__:
+            continue
+        for cls in vars(importlib.import_module(file.name)).values():
+            own = isinstance(cls, type) and cls.__module__ == file.name and issubclass(cls, Block)
+            if own and "facts" in vars(cls):
+                yield cls
+
+
+_BUILT_IN: dict[str, BlockSpec] = {cls.facts.name: BlockSpec.of(cls) for cls in _own_classes()}
 _TIMM: dict[str, foreign.TimmSpec] = {spec.name: spec for spec in foreign.BLOCKS}
 _REGISTERED: dict[str, BlockSpec] = {}
 
@@ -130,7 +111,7 @@ def _foreign_spec(name: str, cls: type[nn.Module]) -> BlockSpec:
     dims = tuple(getattr(cls, "supported_dims", (2,)))
     spatial = bool(getattr(cls, "spatial", True))
     summary = (inspect.getdoc(cls) or "").split("\n")[0] if cls.__doc__ else ""
-    return BlockSpec(name, cls, "registered", dims, spatial, "", "", summary)
+    return BlockSpec(name, "registered", spatial, summary=summary, cls=cls, dims=dims)
 
 
 # --- third-party blocks -----------------------------------------------------------------------
@@ -226,7 +207,7 @@ def create_block(
     spec = resolve(block)
     if issubclass(spec.cls, Block):
         _refuse([text for _, text in check_args(spec.cls, args)])
-        return spec.cls(channels, dims=dims, init=init, **args)  # type: ignore[call-arg, arg-type]
+        return spec.cls(channels, dims=dims, init=init, **args)
     return _create_foreign(spec, channels, init, dims, args)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .base import CONV, Block, BlockSpec, column, hidden_width, pool
-from .gate import GATES, Gate, at_least_float32, scale, zero
-from .options import Int, OneOf, Options, Reduction
+from .base import CONV, Block, Facts, column, hidden_width, pool
+from .gate import Gate, GateKind, at_least_float32, scale, zero
+from .options import Init, Int, Reduction, given
 
 
 class SCA(Block):
@@ -21,34 +21,31 @@ class SCA(Block):
         β = g(W'ᵀ tanh(w_c s_i + b_c + W_hc h) + b')      per channel i,  w_c, b_c, W' vectors of k
         α = g(Wᵀ tanh(W_s x_j + b_s + W_hs h) + b)        per position j
 
-    h is s itself, the mean of the map that the half sees. Options: `reduction`, `divisor` of k, `order`
-    channel_first | spatial_first, `gate` softmax (over channels, and over positions) or one of sigmoid,
-    hard_sigmoid, tanh, relu.
+    h is s itself, the mean of the map that the half sees. An `order` of
+    spatial_first is α before β; a `gate` of softmax is over the channels, and over the positions.
 
     Deviations: in the paper, on image captioning, h is the state of the LSTM that asks; a backbone has none.
     Under `init="identity"` a softmax over K numbers is multiplied by K, formed so that it is exactly 1 where
     all logits are equal: exp(z) over the mean of exp(z).
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "divisor": Int(min=1),
-        "order": OneOf("channel_first", "spatial_first"),
-        "gate": OneOf("softmax", *GATES),
-    }
+    facts = Facts(
+        "sca", family="both", spatial=False, paper="arXiv:1611.05594", equation="4-7",
+        summary="SCA-CNN: channel-wise, then spatial attention, conditioned on the features themselves",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 4,
-        divisor: int = 1,
-        order: str = "channel_first",
-        gate: str = "softmax",
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 4,
+        divisor: Annotated[int, Int(min=1)] = 1,
+        order: Literal["channel_first", "spatial_first"] = "channel_first",
+        gate: Literal["softmax", GateKind] = "softmax",
     ) -> None:
-        super().__init__(channels, dims, init, reduction=reduction, divisor=divisor, order=order, gate=gate)
+        super().__init__(**given(locals()))
         width, conv = hidden_width(channels, reduction, divisor), CONV[dims]
         self.order = order
         self.channel_value = nn.Linear(1, width)
@@ -112,17 +109,3 @@ def distribution(z: Tensor, identity: bool) -> Tensor:
         return torch.softmax(flat, 1).reshape(z.shape)
     e = torch.exp(flat - flat.amax(1, keepdim=True))
     return (e / (e.sum(1, keepdim=True) / flat.shape[1])).reshape(z.shape)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="sca",
-        cls=SCA,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1611.05594",
-        equation="4-7",
-        summary="SCA-CNN: channel-wise, then spatial attention, conditioned on the features themselves",
-    ),
-)

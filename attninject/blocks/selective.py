@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init, hidden_width, pool, static_shape
+from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, pool, static_shape
 from .both import ConvNormReLU
-from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from .options import Bool, Branches, Count, Int, OneOf, Options, Reduction
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .options import Branches, Count, Init, Int, Reduction, given
 
 
 class SK(Block):
@@ -22,8 +22,8 @@ class SK(Block):
 
     arXiv:1903.06586, eq. 1-6: s = mean of Σ u_i over positions, z = relu(BN(W s)) of width
     d = max(C / r, L), and a softmax over the branches of A_i z, one weight per channel and branch.
-    Options: `branches`, pairs [kernel size, dilation]; `reduction` r, `min_width` L, `divisor` of d before L
-    is applied; `groups` of the branches' convolutions.
+    `branches` are pairs [kernel size, dilation], `reduction` is r, `min_width` L, which applies after `divisor`,
+    and `groups` those of the branches' convolutions.
 
     A softmax over branches of new convolutions has no setting that returns x, so `init="identity"` means
     `blend`: x + α(SK(x) − x). In train mode the norm of z sees one value per channel and sample; at batch 1
@@ -37,30 +37,24 @@ class SK(Block):
     `fc_select`; by default it splits the channels over the paths.
     """
 
-    options: ClassVar[Options] = {
-        "branches": Branches(),
-        "reduction": Reduction(),
-        "min_width": Int(min=1),
-        "groups": Int(min=1),
-        "divisor": Int(min=1),
-    }
+    facts = Facts(
+        "sk", family="channel", spatial=True, paper="arXiv:1903.06586", equation="1-6",
+        summary="selective kernel: branches of several kernels, weighed per channel by a softmax",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        branches: Sequence[Sequence[int]] = ((3, 1), (3, 2)),
-        reduction: float = 16,
-        min_width: int = 32,
-        groups: int = 32,
-        divisor: int = 1,
+        init: Init = "identity",
+        branches: Annotated[Sequence[Sequence[int]], Branches()] = ((3, 1), (3, 2)),
+        reduction: Annotated[float, Reduction()] = 16,
+        min_width: Annotated[int, Int(min=1)] = 32,
+        groups: Annotated[int, Int(min=1)] = 32,
+        divisor: Annotated[int, Int(min=1)] = 1,
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            branches=branches, reduction=reduction, min_width=min_width, groups=groups, divisor=divisor,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         width = max(min_width, hidden_width(channels, reduction, divisor))
         shared = math.gcd(channels, groups)
         self.paths = nn.ModuleList(
@@ -88,7 +82,7 @@ class SK(Block):
         for u in features[1:]:
             fused = fused + u
         z = F.relu(normalize(self.norm, self.fc_reduce(pool(fused, "avg"))))
-        logits = self.fc_select(z).unflatten(1, (len(self.paths), self.channels))
+        logits = torch.unflatten(self.fc_select(z), 1, (len(self.paths), self.channels))
         return torch.softmax(at_least_float32(logits), 1)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -125,35 +119,32 @@ class MultiScaleSpatial(Block):
     Each scale is CBAM's spatial attention (arXiv:1807.06521, eq. 3), z_i = BN(conv_i([max of x; mean of x]))
     with its own kernel and dilation; they lie side by side as in atrous spatial pyramid pooling
     (arXiv:1606.00915, section 3.2, which sums its scales; arXiv:1706.05587 concatenates them and mixes by a
-    1×1 convolution). Options: `branches`, pairs [kernel size, dilation]; `fuse` sum: x · g(Σ z_i), conv:
+    1×1 convolution). `branches` are pairs [kernel size, dilation]; `fuse` sum: x · g(Σ z_i), conv:
     x · g(w · [z_1; …; z_n] + b), mean: x · Σ g(z_i) / n; `bias` of the scales' convolutions, `norm` behind
-    them, `gate` as for SE.
+    them.
 
     Deviations: no one paper defines this block; it is put together from the equations named. The order is
     [max, mean], as in CBAM's released code.
     """
 
-    options: ClassVar[Options] = {
-        "branches": Branches(),
-        "fuse": OneOf("sum", "conv", "mean"),
-        "bias": Bool(),
-        "norm": Bool(),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "multiscale_spatial", family="spatial", spatial=True, paper="arXiv:1606.00915", equation="section 3.2",
+        summary="spatial gates of several kernels and dilations, fused into one",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        branches: Sequence[Sequence[int]] = ((3, 1), (5, 1), (7, 1), (3, 4)),
-        fuse: str = "sum",
+        init: Init = "identity",
+        branches: Annotated[Sequence[Sequence[int]], Branches()] = ((3, 1), (5, 1), (7, 1), (3, 4)),
+        fuse: Literal["sum", "conv", "mean"] = "sum",
         bias: bool = False,
         norm: bool = True,
-        gate: str = "sigmoid",
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(channels, dims, init, branches=branches, fuse=fuse, bias=bias, norm=norm, gate=gate)
+        super().__init__(**given(locals()))
         self.mean = fuse == "mean"
         self.scales = nn.ModuleList(
             Scale(kernel, dilation, dims, bias, norm) for kernel, dilation in branches
@@ -201,9 +192,8 @@ class DynamicCapacity(Block):
     the coarse ones. Here c = W₁x (1×1, width C / `reduction`), zᶜ = W₂ relu(c), s = wᵀc + b; at the k
     positions of largest s, zᶠ = V₂ relu(V₁ · patch of `kernel_size`) of width C / `fine_reduction`, and
     z = zᶜ + σ(s)(zᶠ − zᶜ); elsewhere z = zᶜ. The output is x · g(z), z: (B, C, *S).
-    Options: `k`, a number of positions (all of them, where there are fewer) or a fraction (at least one
-    position); `reduction`, `fine_reduction`, `kernel_size` 1 | 3 | 5, `bias`, `divisor` of both widths,
-    `gate` as for SE.
+    `k` is a number of positions (all of them, where there are fewer) or a fraction (at least one position);
+    `divisor` rounds both widths, `bias` is that of all layers.
 
     Deviations: the paper's saliency is the gradient of the classifier's entropy, which no block inside a
     network has; here it is a learned score, and σ(s) in front of the replacement is how the score gets its
@@ -212,35 +202,26 @@ class DynamicCapacity(Block):
     The paper's extra loss, which draws coarse and fine features together, is left to the training.
     """
 
-    options: ClassVar[Options] = {
-        "k": Count(),
-        "reduction": Reduction(),
-        "fine_reduction": Reduction(),
-        "kernel_size": OneOf(1, 3, 5),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-        "gate": OneOf(*GATES),
-    }
+    facts = Facts(
+        "dynamic_capacity", family="both", spatial=True, paper="arXiv:1511.07838", equation="section 2",
+        summary="dynamic capacity: a coarse gate everywhere, a fine one at the k salient positions",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        k: float = 0.25,
-        reduction: float = 16,
-        fine_reduction: float = 4,
-        kernel_size: int = 3,
+        init: Init = "identity",
+        k: Annotated[float, Count()] = 0.25,
+        reduction: Annotated[float, Reduction()] = 16,
+        fine_reduction: Annotated[float, Reduction()] = 4,
+        kernel_size: Literal[1, 3, 5] = 3,
         bias: bool = True,
-        divisor: int = 1,
-        gate: str = "sigmoid",
+        divisor: Annotated[int, Int(min=1)] = 1,
+        gate: GateKind = "sigmoid",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            k=k, reduction=reduction, fine_reduction=fine_reduction, kernel_size=kernel_size, bias=bias,
-            divisor=divisor, gate=gate,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         coarse = hidden_width(channels, reduction, divisor)
         fine = hidden_width(channels, fine_reduction, divisor)
         conv = CONV[dims]
@@ -310,38 +291,4 @@ def patches(x: Tensor, index: Tensor, kernel: int) -> Tensor:
         at = (at.unsqueeze(3) * (n + 2 * edge) + here.unsqueeze(2)).flatten(2)
     padded = F.pad(x, (edge,) * (2 * len(size))).flatten(2)
     found = padded.gather(2, at.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1))
-    return found.unflatten(2, at.shape[1:]).transpose(1, 2).flatten(2)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="sk",
-        cls=SK,
-        family="channel",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1903.06586",
-        equation="1-6",
-        summary="selective kernel: branches of several kernels, weighed per channel by a softmax",
-    ),
-    BlockSpec(
-        name="multiscale_spatial",
-        cls=MultiScaleSpatial,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1606.00915",
-        equation="section 3.2",
-        summary="spatial gates of several kernels and dilations, fused into one",
-    ),
-    BlockSpec(
-        name="dynamic_capacity",
-        cls=DynamicCapacity,
-        family="both",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1511.07838",
-        equation="section 2",
-        summary="dynamic capacity: a coarse gate everywhere, a fine one at the k salient positions",
-    ),
-)
+    return torch.unflatten(found, 2, at.shape[1:]).transpose(1, 2).flatten(2)

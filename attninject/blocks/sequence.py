@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from .attend import (
     split_heads,
     unrows,
 )
-from .base import BlockSpec, column, hidden_width, static_shape
+from .base import Facts, column, hidden_width, static_shape
 from .gate import at_least_float32, zero
-from .options import Bool, Int, Options, Reduction
+from .options import Init, Int, Reduction, given
 
 
 class SelfAttention(Additive):
@@ -39,25 +39,23 @@ class SelfAttention(Additive):
     self-attention (arXiv:1805.08318) is `reduction=8, scale=False` but for its output layer and γ.
     """
 
-    options: ClassVar[Options] = {
-        "reduction": Reduction(),
-        "scale": Bool(),
-        "residual": Bool(),
-        "bias": Bool(),
-    }
+    facts = Facts(
+        "self_attention", family="global", spatial=False, paper="arXiv:1706.03762", equation="1",
+        summary="scaled dot-product self-attention with one head, in linear memory",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        reduction: float = 1,
+        init: Init = "identity",
+        reduction: Annotated[float, Reduction()] = 1,
         scale: bool = True,
         residual: bool = True,
         bias: bool = True,
     ) -> None:
-        super().__init__(channels, dims, init, reduction=reduction, scale=scale, residual=residual, bias=bias)
+        super().__init__(**given(locals()))
         width = hidden_width(channels, reduction)
         self.scale = width**-0.5 if scale else 1.0
         self.query = nn.Linear(channels, width, bias=bias)
@@ -99,26 +97,24 @@ class MultiHeadSelfAttention(Additive):
     `out_proj` for our `qkv.weight`, `qkv.bias`, `proj`, and timm's `Attention(qkv_bias=True)` key by key.
     """
 
-    options: ClassVar[Options] = {
-        "num_heads": Int(min=1),
-        "scale": Bool(),
-        "residual": Bool(),
-        "bias": Bool(),
-    }
+    facts = Facts(
+        "mhsa", family="global", spatial=False, paper="arXiv:1706.03762", equation="section 3.2.2",
+        summary="multi-head self-attention, in linear memory",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        num_heads: int = 8,
+        init: Init = "identity",
+        num_heads: Annotated[int, Int(min=1)] = 8,
         scale: bool = True,
         residual: bool = True,
         bias: bool = True,
     ) -> None:
-        super().__init__(channels, dims, init, num_heads=num_heads, scale=scale, residual=residual, bias=bias)
-        width = head_width("mhsa", channels, num_heads)
+        super().__init__(**given(locals()))
+        width = head_width(self.facts.name, channels, num_heads)
         self.num_heads = num_heads
         self.scale = width**-0.5 if scale else 1.0
         self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
@@ -197,32 +193,25 @@ class GeneralizedAttention(Additive):
     by 2 by default, and multiplies by a zero γ what W gives; here W itself starts at zero.
     """
 
-    options: ClassVar[Options] = {
-        "terms": Terms(),
-        "num_heads": Int(min=1),
-        "frequencies": Int(min=1),
-        "sub_sample": Bool(),
-        "residual": Bool(),
-    }
+    facts = Facts(
+        "generalized", family="global", spatial=True, paper="arXiv:1904.05873", equation="1",
+        summary="generalised attention: any subset of content and relative-position terms",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        terms: str = "1111",
-        num_heads: int = 8,
-        frequencies: int = 16,
+        init: Init = "identity",
+        terms: Annotated[str, Terms()] = "1111",
+        num_heads: Annotated[int, Int(min=1)] = 8,
+        frequencies: Annotated[int, Int(min=1)] = 16,
         sub_sample: bool = False,
         residual: bool = True,
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            terms=terms, num_heads=num_heads, frequencies=frequencies, sub_sample=sub_sample,
-            residual=residual,
-        )  # fmt: skip
-        width = head_width("generalized", channels, num_heads)
+        super().__init__(**given(locals()))
+        width = head_width(self.facts.name, channels, num_heads)
         self.num_heads, self.frequencies, self.sub_sample = num_heads, frequencies, sub_sample
         query_key, query_position, key_only, position_only = (t == "1" for t in terms)
         content, geometry = query_key or key_only, query_position or position_only
@@ -299,8 +288,8 @@ class GeneralizedAttention(Additive):
             c_s sin ω(k − q) + c_c cos ω(k − q)
                 = sin ωk · (c_s cos ωq + c_c sin ωq) + cos ωk · (c_c cos ωq − c_s sin ωq).
         """
-        c = q @ weight.unflatten(0, (self.num_heads, -1))
-        c_s, c_c = c.unflatten(-1, (self.dims, 2, self.frequencies)).unbind(-2)
+        c = q @ torch.unflatten(weight, 0, (self.num_heads, -1))
+        c_s, c_c = torch.unflatten(c, -1, (self.dims, 2, self.frequencies)).unbind(-2)
         grid = coordinates(x, q.dtype)
         steps = torch.arange(self.frequencies, device=x.device, dtype=q.dtype)
         omega = 1000 ** (-steps / self.frequencies)
@@ -346,37 +335,3 @@ def coordinates(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Each position's place along each axis: x: (B, C, *S) → (1, dims, *S)."""
     axes = [torch.arange(n, device=x.device, dtype=dtype) for n in static_shape(x)[2:]]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="self_attention",
-        cls=SelfAttention,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1706.03762",
-        equation="1",
-        summary="scaled dot-product self-attention with one head, in linear memory",
-    ),
-    BlockSpec(
-        name="mhsa",
-        cls=MultiHeadSelfAttention,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=False,
-        paper="arXiv:1706.03762",
-        equation="section 3.2.2",
-        summary="multi-head self-attention, in linear memory",
-    ),
-    BlockSpec(
-        name="generalized",
-        cls=GeneralizedAttention,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1904.05873",
-        equation="1",
-        summary="generalised attention: any subset of content and relative-position terms",
-    ),
-)

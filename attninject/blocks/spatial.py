@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attninject.blocks.fast.dispatch import SMALLER
 
-from .base import BATCH_NORM, CONV, Block, BlockSpec, he_init
+from .base import BATCH_NORM, CONV, Block, Facts, he_init
 from .fast import spatial as fast
-from .gate import GATES, Gate, at_least_float32, normalize, scale, zero
-from .options import BACKEND, Bool, OneOf, Options
+from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .options import Backend, Init, given
 
 
 class SpatialAttention(Block):
     """CBAM's spatial attention: x · g(BN(conv k×k([max of x; mean of x]))), pooled over the channels.
 
-    arXiv:1807.06521, eq. 3. Options: `kernel_size` 3 | 5 | 7, `bias` of the convolution, `norm` (the batch
-    norm behind it), `concat` max_mean | mean_max (the order of its two input channels), `gate` and `backend` as for SE.
+    arXiv:1807.06521, eq. 3. `kernel_size` and `bias` are the convolution's, `norm` is the batch norm behind it,
+    `concat` the order of its two input channels.
 
     Deviations: the paper's formula has no norm, the released code has: `norm=True` follows the code, and so
     does the order [max, mean] (the paper writes [mean, max], and so does timm's `SpatialAttn`, which is
@@ -27,33 +27,26 @@ class SpatialAttention(Block):
     momentum is torch's 0.1, not the released 0.01: a short fine-tuning run must reach the statistics.
     """
 
-    options: ClassVar[Options] = {
-        "kernel_size": OneOf(3, 5, 7),
-        "bias": Bool(),
-        "norm": Bool(),
-        "concat": OneOf("max_mean", "mean_max"),
-        "gate": OneOf(*GATES),
-        "backend": BACKEND,
-    }
-    lean_from = SMALLER
+    facts = Facts(
+        "spatial_attention", family="spatial", spatial=True, paper="arXiv:1807.06521", equation="3",
+        summary="CBAM's spatial half: a gate per position from mean and max",
+    )  # fmt: skip
+    fast_from = SMALLER
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        kernel_size: int = 7,
+        init: Init = "identity",
+        kernel_size: Literal[3, 5, 7] = 7,
         bias: bool = False,
         norm: bool = True,
-        concat: str = "max_mean",
-        gate: str = "sigmoid",
-        backend: str = "auto",
+        concat: Literal["max_mean", "mean_max"] = "max_mean",
+        gate: GateKind = "sigmoid",
+        backend: Backend = "auto",
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            kernel_size=kernel_size, bias=bias, norm=norm, concat=concat, gate=gate, backend=backend,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.concat = concat
         self.conv = CONV[dims](2, 1, kernel_size, padding=kernel_size // 2, bias=bias)
         self.norm = BATCH_NORM[dims](1) if norm else None
@@ -93,7 +86,7 @@ class SpatialAttention(Block):
         """x: (B, C, *S) → x · gate."""
         return scale(x, self.gate(self.logits(x)))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         carriers, descriptors = fast.pool(x)
         return fast.scale(x, self.gate(self.read(*descriptors)), carriers)
@@ -101,17 +94,3 @@ class SpatialAttention(Block):
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, 1, *S)."""
         return {"gate": self.gate(self.logits(x)).to(x.dtype)}
-
-
-BLOCKS = (
-    BlockSpec(
-        name="spatial_attention",
-        cls=SpatialAttention,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1807.06521",
-        equation="3",
-        summary="CBAM's spatial half: a gate per position from mean and max",
-    ),
-)

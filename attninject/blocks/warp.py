@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import CONV, Block, BlockSpec, hidden_width, static_shape
+from .base import CONV, Block, Facts, hidden_width, static_shape
 from .gate import at_least_float32, zero
-from .options import Bool, Int, OneOf, Options, Reduction
+from .options import Init, Int, Reduction, given
 
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -21,16 +21,15 @@ class SpatialTransformer(Block):
 
     arXiv:1506.02025, eq. 1 (affine), 2 (attention: one scale and a translation), 5 (bilinear sampling).
     Coordinates p̂ run from −1 to 1 between the outer edges of the map on every axis, so that a side of one
-    position is defined (torch's `align_corners=False`). Outside, x is 0 (`padding="zeros"`, eq. 5) or its
-    nearest value (`border`). Works in one, two and three dimensions: eq. 5 is a product over the axes.
+    position is defined (torch's `align_corners=False`). Outside, x is 0 (a `padding` of zeros, eq. 5) or its
+    nearest value (border). Works in one, two and three dimensions: eq. 5 is a product over the axes.
 
     The localisation net gives the *offset* from the identity: a convolution to C / `reduction` and relu, the
     means over positions of these features f and of f · p̂ on each axis (so that it can tell where something
     is, at any size), a layer to as many as there are means, relu, and a last layer to θ − (I, 0). Each
     output position reads x at its own place plus an offset in pixels; at offset 0 the interpolation weights
     are 1 and 0 with no rounding in between, so identity is exact at every size and in every dtype.
-    Options: `mode` affine | attention, `padding` zeros | border, `kernel_size` of the convolution
-    1 | 3 | 5 | 7, `reduction`, `bias`, `divisor`.
+    A `mode` of attention leaves one scale of A; `kernel_size` is the convolution's, `bias` that of all layers.
 
     `init="paper"` is the identity too, as published: the last layer starts at zero weights and at the
     identity transform.
@@ -38,33 +37,25 @@ class SpatialTransformer(Block):
     Deviations: the paper leaves the localisation net open; its own ones flatten maps of a fixed size.
     """
 
-    options: ClassVar[Options] = {
-        "mode": OneOf("affine", "attention"),
-        "padding": OneOf("zeros", "border"),
-        "kernel_size": OneOf(1, 3, 5, 7),
-        "reduction": Reduction(),
-        "bias": Bool(),
-        "divisor": Int(min=1),
-    }
+    facts = Facts(
+        "stn", family="spatial", spatial=True, paper="arXiv:1506.02025", equation="1, 2, 5",
+        summary="spatial transformer: the map sampled through an affine transform that it predicts itself",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        mode: str = "affine",
-        padding: str = "zeros",
-        kernel_size: int = 3,
-        reduction: float = 16,
+        init: Init = "identity",
+        mode: Literal["affine", "attention"] = "affine",
+        padding: Literal["zeros", "border"] = "zeros",
+        kernel_size: Literal[1, 3, 5, 7] = 3,
+        reduction: Annotated[float, Reduction()] = 16,
         bias: bool = True,
-        divisor: int = 1,
+        divisor: Annotated[int, Int(min=1)] = 1,
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            mode=mode, padding=padding, kernel_size=kernel_size, reduction=reduction, bias=bias,
-            divisor=divisor,
-        )  # fmt: skip
+        super().__init__(**given(locals()))
         self.mode, self.padding = mode, padding
         hidden = hidden_width(channels, reduction, divisor)
         means = hidden * (1 + dims)
@@ -98,7 +89,7 @@ class SpatialTransformer(Block):
         z = torch.cat([m.mean(tuple(range(2, x.ndim))) for m in means], 1)
         z = at_least_float32(self.fc2(F.relu(self.fc1(z.to(f.dtype)))))
         if self.mode == "affine":
-            return z.unflatten(1, (self.dims, self.dims + 1))
+            return torch.unflatten(z, 1, (self.dims, self.dims + 1))
         scaled = z[:, :1, None] * torch.eye(self.dims, dtype=z.dtype, device=z.device)
         return torch.cat([scaled, z[:, 1:, None]], 2)
 
@@ -173,17 +164,3 @@ def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
     if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return y
     return y.contiguous(memory_format=last)
-
-
-BLOCKS = (
-    BlockSpec(
-        name="stn",
-        cls=SpatialTransformer,
-        family="spatial",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:1506.02025",
-        equation="1, 2, 5",
-        summary="spatial transformer: the map sampled through an affine transform that it predicts itself",
-    ),
-)

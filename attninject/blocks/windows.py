@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,9 @@ from .attend import (
     split_heads,
     unrows,
 )
-from .base import CONV, Block, BlockSpec, static_shape
+from .base import CONV, Block, Facts, static_shape
 from .gate import zero
-from .options import Bool, Int, Options
+from .options import Init, Int, given
 
 
 class TwinsAttention(Additive):
@@ -31,10 +31,10 @@ class TwinsAttention(Additive):
     proj: nn.Linear
     pre_norm: nn.LayerNorm | None
 
-    def build(self, name: str, num_heads: int, norm: bool) -> None:
+    def build(self, num_heads: int, norm: bool) -> None:
         """Make what both have: the norm in front and the output layer."""
         self.num_heads = num_heads
-        self.scale = head_width(name, self.channels, num_heads) ** -0.5
+        self.scale = head_width(self.facts.name, self.channels, num_heads) ** -0.5
         self.pre_norm = nn.LayerNorm(self.channels) if norm else None
         self.proj = nn.Linear(self.channels, self.channels)
 
@@ -81,31 +81,25 @@ class TwinsLSA(TwinsAttention):
     divides the map. The paper's block goes on with an MLP, which is no attention.
     """
 
-    options: ClassVar[Options] = {
-        "window_size": Int(min=1),
-        "num_heads": Int(min=1),
-        "norm": Bool(),
-        "residual": Bool(),
-        "bias": Bool(),
-    }
+    facts = Facts(
+        "twins_lsa", family="global", spatial=True, paper="arXiv:2104.13840", equation="4",
+        summary="Twins' local half: multi-head attention within windows of any map size",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        window_size: int = 7,
-        num_heads: int = 8,
+        init: Init = "identity",
+        window_size: Annotated[int, Int(min=1)] = 7,
+        num_heads: Annotated[int, Int(min=1)] = 8,
         norm: bool = True,
         residual: bool = True,
         bias: bool = True,
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            window_size=window_size, num_heads=num_heads, norm=norm, residual=residual, bias=bias,
-        )  # fmt: skip
-        self.build("twins_lsa", num_heads, norm)
+        super().__init__(**given(locals()))
+        self.build(num_heads, norm)
         self.window_size = window_size
         self.qkv = nn.Linear(channels, 3 * channels, bias=bias)
         self.initialise()
@@ -136,7 +130,7 @@ class TwinsLSA(TwinsAttention):
         """x: (B, C, *S) → `rows`: (B, W, h, L, L), per window and head; 0 outside the map."""
         (q, k, _), inside = self.windows(x)
         weights = attention_rows(q, k, self.scale, inside)
-        return {"rows": weights.unflatten(0, (x.shape[0], -1)).to(x.dtype)}
+        return {"rows": torch.unflatten(weights, 0, (x.shape[0], -1)).to(x.dtype)}
 
 
 class TwinsGSA(TwinsAttention):
@@ -155,31 +149,25 @@ class TwinsGSA(TwinsAttention):
     on with an MLP, which is no attention.
     """
 
-    options: ClassVar[Options] = {
-        "sr_ratio": Int(min=1),
-        "num_heads": Int(min=1),
-        "norm": Bool(),
-        "residual": Bool(),
-        "bias": Bool(),
-    }
+    facts = Facts(
+        "twins_gsa", family="global", spatial=True, paper="arXiv:2104.13840", equation="4",
+        summary="Twins' global half: attention from every position to a sub-sampled map",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        sr_ratio: int = 4,
-        num_heads: int = 8,
+        init: Init = "identity",
+        sr_ratio: Annotated[int, Int(min=1)] = 4,
+        num_heads: Annotated[int, Int(min=1)] = 8,
         norm: bool = True,
         residual: bool = True,
         bias: bool = True,
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            sr_ratio=sr_ratio, num_heads=num_heads, norm=norm, residual=residual, bias=bias,
-        )  # fmt: skip
-        self.build("twins_gsa", num_heads, norm)
+        super().__init__(**given(locals()))
+        self.build(num_heads, norm)
         self.sr_ratio = sr_ratio
         self.q = nn.Linear(channels, channels, bias=bias)
         self.kv = nn.Linear(channels, 2 * channels, bias=bias)
@@ -216,27 +204,26 @@ class Twins(Block):
     Deviations: those of the halves; the paper has an MLP behind each.
     """
 
-    options: ClassVar[Options] = {**TwinsLSA.options, **TwinsGSA.options}
+    facts = Facts(
+        "twins", family="global", spatial=True, paper="arXiv:2104.13840", equation="4",
+        summary="Twins' pair: windows, then the sub-sampled map",
+    )  # fmt: skip
 
     def __init__(
         self,
         channels: int,
         *,
         dims: int = 2,
-        init: str = "identity",
-        window_size: int = 7,
-        sr_ratio: int = 4,
-        num_heads: int = 8,
+        init: Init = "identity",
+        window_size: Annotated[int, Int(min=1)] = 7,
+        sr_ratio: Annotated[int, Int(min=1)] = 4,
+        num_heads: Annotated[int, Int(min=1)] = 8,
         norm: bool = True,
         residual: bool = True,
         bias: bool = True,
     ) -> None:
-        super().__init__(
-            channels, dims, init,
-            window_size=window_size, sr_ratio=sr_ratio, num_heads=num_heads, norm=norm, residual=residual,
-            bias=bias,
-        )  # fmt: skip
-        inner = "identity" if self.identity else "paper"
+        super().__init__(**given(locals()))
+        inner = self.init_of_parts
         self.lsa = TwinsLSA(
             channels, dims=dims, init=inner,
             window_size=window_size, num_heads=num_heads, norm=norm, residual=residual, bias=bias,
@@ -276,7 +263,7 @@ def partition(t: Tensor, side: int) -> Tensor:
     t = filled(t, side)
     dims = t.ndim - 2
     for axis in range(dims):
-        t = t.unflatten(1 + 2 * axis, (-1, side))
+        t = torch.unflatten(t, 1 + 2 * axis, (-1, side))
     order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
     return t.permute(order).flatten(1 + dims, -2).flatten(0, dims)
 
@@ -292,37 +279,3 @@ def assemble(t: Tensor, x: Tensor, side: int) -> Tensor:
     for axis, n in enumerate(size):
         t = t.flatten(2 + axis, 3 + axis).narrow(2 + axis, 0, n)
     return t
-
-
-BLOCKS = (
-    BlockSpec(
-        name="twins_lsa",
-        cls=TwinsLSA,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2104.13840",
-        equation="4",
-        summary="Twins' local half: multi-head attention within windows of any map size",
-    ),
-    BlockSpec(
-        name="twins_gsa",
-        cls=TwinsGSA,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2104.13840",
-        equation="4",
-        summary="Twins' global half: attention from every position to a sub-sampled map",
-    ),
-    BlockSpec(
-        name="twins",
-        cls=Twins,
-        family="global",
-        dims=(1, 2, 3),
-        spatial=True,
-        paper="arXiv:2104.13840",
-        equation="4",
-        summary="Twins' pair: windows, then the sub-sampled map",
-    ),
-)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, TypeVar
 
+from attninject.blocks.options import Init as Init
 from attninject.recipe import yaml_text
 
 from .block_args import check_block_args, plain_args
@@ -17,7 +18,6 @@ from .report import BAD, Node, Report
 
 # --- what goes in -----------------------------------------------------------------------------
 
-Init = Literal["identity", "paper", "blend"]
 Per = Literal["model", "owner", "stage"]
 PickWord = Literal["all", "first", "last"]
 CallWord = Literal["last", "all"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
@@ -10,7 +11,20 @@ from block_cases import NAMES, build, noise, scrambled
 from test_block_formulas import formula
 
 from attninject.blocks import registry
-from attninject.blocks.options import Bool, Check, Int, Maybe, Odd, OneOf, Reduction
+from attninject.blocks.channel import SE
+from attninject.blocks.options import (
+    Anything,
+    Bool,
+    Branches,
+    Check,
+    Int,
+    Maybe,
+    Odd,
+    OneOf,
+    Reduction,
+    check_of,
+    declared,
+)
 from attninject.errors import BlockError
 
 BOTH = (True, False)
@@ -95,3 +109,81 @@ def test_every_value_of_an_option_equals_its_formula_and_starts_as_the_identity(
             expected = formula(block, name, exact, args, init == "identity")
             torch.testing.assert_close(block(exact), expected, rtol=1e-9, atol=1e-9)
         assert torch.equal(build(name, **args)(x), x)
+
+
+# --- how options are declared ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("annotation", "check"),
+    [
+        (bool, Bool()),
+        (Literal["avg", "max"], OneOf("avg", "max")),
+        (Literal[3, 5, 7], OneOf(3, 5, 7)),
+        (Annotated[int, Odd()], Odd()),
+        (Annotated[int, "a remark", Int(min=1)], Int(min=1)),
+        (Annotated[bool, "a remark"], Bool()),
+        (Annotated[int, Odd()] | None, Maybe(Odd())),
+        (None | Literal[1, 2], Maybe(OneOf(1, 2))),
+        (Annotated[Sequence[Sequence[int]], Branches()], Branches()),
+        (int, Anything()),
+        (int | str, Anything()),
+        (None, Anything()),
+    ],
+    ids=str,
+)
+def test_an_annotation_says_what_is_accepted(annotation, check):
+    """Types, words, checks and None; of any other annotation nothing is known, so nothing is refused."""
+    assert check_of(annotation) == check
+
+
+def test_options_are_a_constructors_arguments_behind_the_channels():
+    """`dims` and `init` are no options; `*args` and `**kwargs` are none either."""
+
+    def constructor(self, width, dims, *args, init, a: Literal[1, 2], b: bool = True, **kwargs):
+        pass
+
+    assert declared(constructor) == {"a": OneOf(1, 2), "b": Bool()}
+
+
+class Wider(SE):
+    """A block of somebody else's: its own option, one narrowed, one only given another default."""
+
+    def __init__(self, channels, *, extra: bool = False, reduction: Literal[2, 4] = 2, divisor=8, **kwargs):
+        super().__init__(channels, reduction=reduction, divisor=divisor, **kwargs)
+        self.extra = extra
+
+
+def test_a_class_inherits_options_and_adds_its_own():
+    """What the annotations of a subclass say holds; where they say nothing, the base class's check does."""
+    assert Wider.options == {**SE.options, "extra": Bool(), "reduction": OneOf(2, 4)}
+    block = registry.create_block(Wider, 16, extra=True, gate="tanh")
+    assert (block.extra, block.fc1.out_channels, block.args["gate"]) == (True, 8, "tanh")
+    with pytest.raises(BlockError, match="reduction: expected one of 2, 4, found 16"):
+        registry.create_block(Wider, 16, reduction=16)
+    with pytest.raises(BlockError, match="divisor: expected a whole number >= 1, found 0"):
+        registry.create_block(Wider, 16, divisor=0)
+
+
+def test_a_table_of_options_given_by_hand_holds():
+    """A class that sets `options` itself is taken at its word, as before there were annotations to read."""
+
+    class Strict(SE):
+        options = {"reduction": OneOf(4)}  # noqa: RUF012
+
+        def __init__(self, channels, *, dims=2, init="identity", reduction=4):
+            super(SE, self).__init__(channels, dims, init, reduction=reduction)
+
+    assert Strict.options == {"reduction": OneOf(4)}
+    assert Strict(8).args == {"reduction": 4}
+
+
+def test_annotations_that_cannot_be_followed_refuse_nothing():
+    """A class may annotate with names that only a type checker knows; it is a block all the same."""
+
+    class Foreign(SE):
+        def __init__(self, channels: int, mode: Unheard = 1, dims: int = 2, init: str = "identity"):  # noqa: F821
+            super().__init__(channels, dims=dims, init=init)
+
+    assert Foreign.options == {**SE.options, "mode": Anything()}
+    assert torch.equal(registry.create_block(Foreign, 8, mode=3)(noise(1, 8, 2, 2)), noise(1, 8, 2, 2))

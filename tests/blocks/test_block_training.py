@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from attninject.blocks import gate, registry
+from attninject.blocks.base import Block
 from attninject.blocks.gate import GATES, Gate, normalize
 from attninject.blocks.pairwise import halve
 from attninject.blocks.windows import Twins, TwinsGSA, TwinsLSA
@@ -322,12 +323,12 @@ def test_registry_rows_agree_with_their_classes():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstrings_name_formula_source_options_and_deviations(name):
-    """Whoever reads `help(block)` finds paper and equation, deviations, every option, and shapes."""
+    """Whoever reads `help(block)` finds paper and equation, deviations, every option (here or at `Block`), and shapes."""
     cls = registry.get(name).cls
     text = cls.__doc__ or ""
     assert re.search(r"\b(eq\.|section|figure)", text)
     assert "Deviations: " in text
-    source = "".join(c.__doc__ or "" for c in (cls, TwinsLSA, TwinsGSA)) if cls is Twins else text
+    source = "".join(c.__doc__ or "" for c in (cls, Block, *((TwinsLSA, TwinsGSA) if cls is Twins else ())))
     assert [option for option in cls.options if f"`{option}`" not in source] == []
     for method in (cls.forward, cls.transform, cls.attention):
         assert method.__doc__

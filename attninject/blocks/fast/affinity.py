@@ -1,4 +1,4 @@
-"""Lean forms of DANet's attentions: between positions, block by block, and between channels."""
+"""Fast forms of DANet's attentions: between positions, block by block, and between channels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from attninject.blocks.attend import full_precision
 
-from .function import Lean
+from .function import FastFunction
 from .primitives import by_rows, columns, flat, laid_out_as
 
 _BLOCK = 2**19
 """Logits of one block of queries on a CPU, which the cache should hold."""
 
 
-class Attend(Lean):
+class Attend(FastFunction):
     """y = v Pᵀ, P = softmax(qᵀ k), or x + γ v Pᵀ: a block of queries at a time; the backward makes P again."""
 
     @staticmethod
@@ -37,13 +37,13 @@ class Attend(Lean):
         """Keep the three maps and γ, nothing of the matrix, nor of x."""
         q, k, v, x, gamma = inputs
         ctx.onto = x is not None
-        Lean.keep(ctx, q, k, v, None, gamma)
+        FastFunction.keep(ctx, q, k, v, None, gamma)
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         """The formula, with its matrix."""
         q, k, v = (t.flatten(2) for t in inputs[:3])
-        y = (v @ torch.softmax(q.mT @ k, 2).mT).unflatten(2, inputs[0].shape[2:])
+        y = torch.unflatten(v @ torch.softmax(q.mT @ k, 2).mT, 2, inputs[0].shape[2:])
         return (inputs[4] * y if ctx.onto else y,)
 
     @classmethod
@@ -109,10 +109,11 @@ def attend(
 ) -> Tensor:
     """y_i = Σ_j softmax_j(q_iᵀ k_j) v_j, or `onto` + gamma · y: maps (B, d, *S), (B, d, *T), (B, e, *T), as y."""
     with full_precision(q):
-        return Attend.apply(q, k, v, onto, gamma)
+        y: Tensor = Attend.apply(q, k, v, onto, gamma)
+        return y
 
 
-class Mix(Lean):
+class Mix(FastFunction):
     """y = x + γ A X, A = softmax(± X Xᵀ), X = x with its positions in a row."""
 
     @staticmethod
@@ -131,7 +132,7 @@ class Mix(Lean):
         """Keep x, γ and A."""
         x, gamma, ctx.sign = inputs
         ctx.mark_non_differentiable(output[1])
-        Lean.keep(ctx, x, gamma, extra=[output[1]])
+        FastFunction.keep(ctx, x, gamma, extra=[output[1]])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -175,4 +176,5 @@ def _multiply(x: Tensor, a: Tensor, z: Tensor, gamma: Tensor, out: Tensor) -> No
 def mix(x: Tensor, gamma: Tensor, invert: bool) -> Tensor:
     """x + γ softmax(∓X Xᵀ) X for x: (B, C, *S), float32 or wider; the minus if `invert`."""
     with full_precision(x):
-        return Mix.apply(x, gamma, -1.0 if invert else 1.0)[0]
+        y: Tensor = Mix.apply(x, gamma, -1.0 if invert else 1.0)[0]
+        return y

@@ -1,4 +1,4 @@
-"""The lean form of coordinate attention: means along each axis, and one factor per channel and axis."""
+"""The fast form of coordinate attention: means along each axis, and one factor per channel and axis."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from attninject.blocks.attend import full_precision
 from attninject.blocks.gate import Gate
 
 from .dispatch import untouched
-from .function import Lean, carrier
+from .function import FastFunction, carrier
 from .primitives import flat, laid_out_as, pieces, wide
 
 
-class Strips(Lean):
+class Strips(FastFunction):
     """x → for each axis its means over the other axes; carriers of g and of each axis' factor."""
 
     @staticmethod
@@ -29,7 +29,7 @@ class Strips(Lean):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Means need nothing of x but its shape."""
         ctx.shape, ctx.strides = inputs[0].shape, inputs[0].stride()
-        Lean.keep(ctx)
+        FastFunction.keep(ctx)
 
     @classmethod
     def differentiate(cls, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -90,7 +90,7 @@ def _combined(
     return operation(first, others[-1], out=spare[: part.stop - part.start]) if others else first
 
 
-class ScaleAxes(Lean):
+class ScaleAxes(FastFunction):
     """y = x · Π_i f_i, one factor per axis; tells `Strips` what g and the factors are."""
 
     @staticmethod
@@ -107,7 +107,7 @@ class ScaleAxes(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep x and the factors."""
-        Lean.keep(ctx, *inputs[: inputs[0].ndim - 1])
+        FastFunction.keep(ctx, *inputs[: inputs[0].ndim - 1])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -152,7 +152,7 @@ def _sum_but(t: Tensor, axis: int) -> Tensor:
     return t.sum(axes, keepdim=True, dtype=wide(t))
 
 
-class DoubleSigmoid(Lean):
+class DoubleSigmoid(FastFunction):
     """f = 2σ(z), of which only f is kept, as `ScaleAxes` keeps it too; torch would keep σ(z) beside it."""
 
     @staticmethod
@@ -163,7 +163,7 @@ class DoubleSigmoid(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep f."""
-        Lean.keep(ctx, extra=[output])
+        FastFunction.keep(ctx, extra=[output])
 
     @classmethod
     def differentiate(cls, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -182,7 +182,8 @@ def opened(gate: nn.Module, z: Tensor, x: Tensor) -> Tensor:
     """gate(z), laid out as x, so that it need not be copied, and kept, once more."""
     z = _beside(z, x)
     bare = type(gate) is Gate and gate.kind == "sigmoid" and gate.identity and untouched(gate)
-    return DoubleSigmoid.apply(z) if bare else gate(z)
+    y: Tensor = DoubleSigmoid.apply(z) if bare else gate(z)
+    return y
 
 
 def strips(x: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -195,7 +196,8 @@ def strips(x: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
 
 def scale(x: Tensor, factors: Sequence[Tensor], carriers: Sequence[Tensor]) -> Tensor:
     """x · Π factors in x's dtype, from the means that came with the carriers."""
-    return ScaleAxes.apply(x, *(_beside(factor.to(x.dtype), x) for factor in factors), *carriers)
+    y: Tensor = ScaleAxes.apply(x, *(_beside(factor.to(x.dtype), x) for factor in factors), *carriers)
+    return y
 
 
 def _beside(t: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The lean form of BAM's x · (1 + σ(c · s)): a gate per channel and position, which is never kept."""
+"""The fast form of BAM's x · (1 + σ(c · s)): a gate per channel and position, which is never kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attninject.blocks.attend import full_precision
 
-from .function import Lean, carrier
+from .function import FastFunction, carrier
 from .primitives import (
     flat,
     laid_out_as,
@@ -23,7 +23,7 @@ from .primitives import (
 )
 
 
-class Branch(Lean):
+class Branch(FastFunction):
     """x → its means over positions and W x + b, a 1×1 convolution; a carrier of g · factor."""
 
     @staticmethod
@@ -34,7 +34,7 @@ class Branch(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep x, W and b."""
-        Lean.keep(ctx, *inputs)
+        FastFunction.keep(ctx, *inputs)
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -67,10 +67,10 @@ class Branch(Lean):
 
 def _branches(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     z = projected(flat(x), weight.to(x.dtype).flatten(1), None if bias is None else bias.to(x.dtype))
-    return x.mean(tuple(range(2, x.ndim)), keepdim=True), z.unflatten(2, x.shape[2:])
+    return x.mean(tuple(range(2, x.ndim)), keepdim=True), torch.unflatten(z, 2, x.shape[2:])
 
 
-class Modulate(Lean):
+class Modulate(FastFunction):
     """y = x · (a + k σ(z)), z = c · s or c + s; hands `Branch` the finished g · factor."""
 
     @staticmethod
@@ -88,7 +88,7 @@ class Modulate(Lean):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep x and both logits."""
         ctx.mode, ctx.constant, ctx.slope = inputs[4:]
-        Lean.keep(ctx, *inputs[:3])
+        FastFunction.keep(ctx, *inputs[:3])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -140,10 +140,12 @@ def _times(x: Tensor, sigma: Tensor, constant: float, slope: float, out: Tensor)
 def branch(x: Tensor, conv: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """x: (B, C, *S) and a 1×1 convolution → what `modulate` needs, the means, the convolution's result."""
     with full_precision(x):
-        return Branch.apply(x, conv.weight, conv.bias)
+        found: tuple[Tensor, Tensor, Tensor] = Branch.apply(x, conv.weight, conv.bias)
+        return found
 
 
 def modulate(x: Tensor, c: Tensor, s: Tensor, carrier: Tensor, mode: str, identity: bool) -> Tensor:
     """x · (1 + σ(z)), or x · 2σ(z) under `identity`; z = c · s (`product`) or c + s (`sum`)."""
     constant, slope = (0.0, 2.0) if identity else (1.0, 1.0)
-    return Modulate.apply(x, c, s, carrier, mode, constant, slope)
+    y: Tensor = Modulate.apply(x, c, s, carrier, mode, constant, slope)
+    return y

@@ -1,4 +1,4 @@
-"""Lean forms of x · f with one factor per channel: pooled descriptors of x, and scaling."""
+"""Fast forms of x · f with one factor per channel: pooled descriptors of x, and scaling."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from attninject.blocks.attend import full_precision
 
-from .function import Lean, carrier
+from .function import FastFunction, carrier
 from .primitives import affine, channel_dot, flat, laid_out_as, maxima_shares, pieces, room
 
 
-class Squeeze(Lean):
+class Squeeze(FastFunction):
     """x → its means and maxima over positions, and two carriers: for g, of x's shape, and for the factor."""
 
     @staticmethod
@@ -29,9 +29,9 @@ class Squeeze(Lean):
         x, ctx.kinds = inputs
         ctx.shape, ctx.strides = x.shape, x.stride()
         if "max" in ctx.kinds:
-            Lean.keep(ctx, x, extra=[output[2 + ctx.kinds.index("max")]])
+            FastFunction.keep(ctx, x, extra=[output[2 + ctx.kinds.index("max")]])
         else:
-            Lean.keep(ctx)
+            FastFunction.keep(ctx)
 
     @classmethod
     def differentiate(cls, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -84,7 +84,7 @@ def add_at_maxima(y: Tensor, x: Tensor, maxima: Tensor, d: Tensor) -> None:
         y[part].addcmul_(mask, shares)
 
 
-class Scale(Lean):
+class Scale(FastFunction):
     """y = x · f, f: one factor per channel; tells `Squeeze` what g and f are. See also `spatial.ScaleAt`."""
 
     @staticmethod
@@ -95,7 +95,7 @@ class Scale(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep both factors."""
-        Lean.keep(ctx, *inputs[:2])
+        FastFunction.keep(ctx, *inputs[:2])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -122,4 +122,5 @@ def squeeze(x: Tensor, kinds: tuple[str, ...]) -> tuple[tuple[Tensor, Tensor], l
 
 def scale(x: Tensor, factor: Tensor, carriers: tuple[Tensor, Tensor]) -> Tensor:
     """x · factor in x's dtype, `factor`: (B, C, 1, …) from the descriptors that came with the carriers."""
-    return Scale.apply(x, factor.to(x.dtype), *carriers)
+    y: Tensor = Scale.apply(x, factor.to(x.dtype), *carriers)
+    return y

@@ -1,4 +1,4 @@
-"""Lean forms of global context (a weighted mean for all positions, scaled or added) and of scSE."""
+"""Fast forms of global context (a weighted mean for all positions, scaled or added) and of scSE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attninject.blocks.attend import full_precision
 from attninject.blocks.gate import at_least_float32
 
-from .function import Lean, carrier
+from .function import FastFunction, carrier
 from .primitives import (
     channel_dot,
     flat,
@@ -24,7 +24,7 @@ from .primitives import (
 )
 
 
-class Context(Lean):
+class Context(FastFunction):
     """x → Σ_j softmax_j(w · x_j + b) x_j, and carriers of g and of the factor."""
 
     @staticmethod
@@ -39,7 +39,7 @@ class Context(Lean):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep x, w, b and the weights."""
         ctx.mark_non_differentiable(output[3])
-        Lean.keep(ctx, *inputs, extra=[output[3]])
+        FastFunction.keep(ctx, *inputs, extra=[output[3]])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -88,7 +88,7 @@ def _scaled(g: Tensor | None, f: Tensor | None, part: slice, spare: Tensor) -> T
     return g[part] if f is None else torch.mul(g[part], f.flatten(2)[part], out=spare)
 
 
-class Affine(Lean):
+class Affine(FastFunction):
     """y = x · f + b with a factor and a summand per channel, either of which may be missing."""
 
     @staticmethod
@@ -106,7 +106,7 @@ class Affine(Lean):
         """Keep x only where a factor needs it."""
         x, f, b = inputs[:3]
         ctx.summand = b is not None
-        Lean.keep(ctx, *((None, None) if f is None else (x, f)))
+        FastFunction.keep(ctx, *((None, None) if f is None else (x, f)))
 
     @classmethod
     def differentiate(cls, ctx: Any, grads: Any) -> tuple[Tensor | None, ...]:
@@ -142,13 +142,14 @@ def context(x: Tensor, conv: nn.Module) -> tuple[tuple[Tensor, Tensor], Tensor]:
 def affine_of(x: Tensor, f: Tensor | None, b: Tensor | None, carriers: tuple[Tensor, Tensor]) -> Tensor:
     """x · f + b in x's dtype, from a descriptor that came with the carriers."""
     f, b = (None if t is None else t.to(x.dtype) for t in (f, b))
-    return Affine.apply(x, f, b, *carriers)
+    y: Tensor = Affine.apply(x, f, b, *carriers)
+    return y
 
 
 # --- scSE -----------------------------------------------------------------------------------------
 
 
-class SqueezeProject(Lean):
+class SqueezeProject(FastFunction):
     """x → its means over positions, w · x + b at each position, and carriers of g, c and s."""
 
     @staticmethod
@@ -162,7 +163,7 @@ class SqueezeProject(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep x, w and b."""
-        Lean.keep(ctx, *inputs)
+        FastFunction.keep(ctx, *inputs)
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -197,7 +198,7 @@ class SqueezeProject(Lean):
         return out, dw, db
 
 
-class ScaleBySum(Lean):
+class ScaleBySum(FastFunction):
     """y = x · (c + s); tells `SqueezeProject` what g, c and s are."""
 
     @staticmethod
@@ -214,7 +215,7 @@ class ScaleBySum(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep the three factors."""
-        Lean.keep(ctx, *inputs[:3])
+        FastFunction.keep(ctx, *inputs[:3])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -246,4 +247,5 @@ def squeeze_project(x: Tensor, conv: nn.Module) -> tuple[Three, tuple[Tensor, Te
 
 def scale_by_sum(x: Tensor, c: Tensor, s: Tensor, carriers: Three) -> Tensor:
     """x · (c + s) in x's dtype."""
-    return ScaleBySum.apply(x, c, s, *carriers)
+    y: Tensor = ScaleBySum.apply(x, c, s, *carriers)
+    return y

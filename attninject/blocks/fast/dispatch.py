@@ -1,6 +1,6 @@
-"""When a block computes its lean form, and when the plain definition.
+"""When a block computes its fast form, and when the plain definition.
 
-Both give the same values and gradients. The lean forms are `torch.autograd.Function`s with a backward written
+Both give the same values and gradients. The fast forms are `torch.autograd.Function`s with a backward written
 by hand; they move fewer bytes and keep fewer of them, at the price of Python code around each. So the plain
 form runs on small tensors, where that price shows, and wherever something looks through the formula:
 torch.compile, torch.export, torch.jit.trace, symbolic tracing, ONNX, torch.func, forward-mode derivatives,
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-BACKENDS = ("auto", "plain")
+from attninject.blocks.gate import tracing
+from attninject.blocks.options import BACKENDS, Backend
+
 SMALL = 2**19
-"""Elements from which a lean form pays for its Python, for blocks of few operations."""
+"""Elements from which a fast form pays for its Python, for blocks of few operations."""
 SMALLER = 2**18
 """The same for blocks of many, or with maxima, whose plain backward is slow."""
 _ON_CUDA = 64
@@ -32,13 +34,13 @@ _forced: str | None = None
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """For the time of a `with`: all blocks `plain`, or `lean` at every size that torch lets be, or `auto`.
+    """For the time of a `with`: all blocks `plain`, or `fast` at every size that torch lets be, or `auto`.
 
     For measurements and tests; it outranks the blocks' own `backend`, and holds for every thread.
     """
     global _forced
-    if name not in (*BACKENDS, "lean"):
-        raise ValueError(f"backend: expected one of auto, plain, lean, found {name!r}")
+    if name not in (*BACKENDS, "fast"):
+        raise ValueError(f"backend: expected one of auto, plain, fast, found {name!r}")
     before, _forced = _forced, None if name == "auto" else name
     try:
         yield
@@ -46,9 +48,9 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def lean(x: Tensor, chosen: str, least: int) -> bool:
-    """Whether x: (B, C, *S) takes the lean form of a block whose `backend` is `chosen`."""
-    if torch.compiler.is_compiling() or type(x) not in _KINDS or torch.jit.is_tracing():
+def takes_fast_form(x: Tensor, chosen: Backend, least: int) -> bool:
+    """Whether x: (B, C, *S) takes the fast form of a block whose `backend` is `chosen`."""
+    if torch.compiler.is_compiling() or type(x) not in _KINDS or tracing():
         return False
     if _forced is None:
         if chosen == "plain" or x.numel() < (least if x.is_cpu else least * _ON_CUDA):
@@ -72,7 +74,7 @@ def _ordinary(x: Tensor) -> bool:
 def untouched(*children: nn.Module) -> bool:
     """Whether nobody could tell that these modules' own `forward` is passed over.
 
-    A lean form may compute a child's formula itself. Not so if the child has hooks, was replaced or extended
+    A fast form may compute a child's formula itself. Not so if the child has hooks, was replaced or extended
     (parametrizations and adapters change its class), or if hooks hang on all modules at once.
     """
     everywhere = (

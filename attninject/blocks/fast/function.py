@@ -1,4 +1,4 @@
-"""The base of the lean forms, and how two of them pass each other what one of them can use.
+"""The base of the fast forms, and how two of them pass each other what one of them can use.
 
 **The letter.** The gradient of x in y = x · f(d(x)) (d a pooled descriptor, f a small network) has two parts,
 g · f and what comes back through d. Written as two separate Functions they would write a map each, and
@@ -37,7 +37,7 @@ def _batched(g: Tensor | None) -> bool:
     return g is not None and (inside or torch._C._functorch.is_legacy_batchedtensor(g))
 
 
-class Lean(torch.autograd.Function):
+class FastFunction(torch.autograd.Function):
     """A formula with a backward of its own.
 
     A subclass defines `forward` and `setup_context`, which ends with `cls.keep(ctx, …)`; `plain`, the same
@@ -69,7 +69,7 @@ class Lean(torch.autograd.Function):
         raise NotImplementedError
 
     @classmethod
-    def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
         """Autograd's entry: one of the two ways."""
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)

@@ -1,4 +1,4 @@
-"""Lean attention between a few positions: several 1×1 convolutions of one map, and the whole softmax at once."""
+"""Fast attention between a few positions: several 1×1 convolutions of one map, and the whole softmax at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attninject.blocks.attend import full_precision
 
-from .function import Lean
+from .function import FastFunction
 from .primitives import projected, projected_back
 
 
@@ -24,7 +24,7 @@ def lies_by_rows(t: Tensor) -> bool:
     return t.is_contiguous() or not t.mT.is_contiguous()
 
 
-class Gather(Lean):
+class Gather(FastFunction):
     """y = v Pᵀ, P = softmax(scale · qᵀ k) by rows, for maps with their positions in a row."""
 
     @staticmethod
@@ -40,7 +40,7 @@ class Gather(Lean):
         """Keep the three maps and P."""
         q, k, v, ctx.scale = inputs
         ctx.mark_non_differentiable(output[1])
-        Lean.keep(ctx, q, k, v, extra=[output[1]])
+        FastFunction.keep(ctx, q, k, v, extra=[output[1]])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -65,10 +65,11 @@ class Gather(Lean):
 def gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Σ_j softmax_j(scale · q_iᵀ k_j) v_j: (B, d, N), (B, d, M), (B, e, M) → (B, e, N), float32 or wider."""
     with full_precision(q):
-        return Gather.apply(q, k, v, scale)[0]
+        y: Tensor = Gather.apply(q, k, v, scale)[0]
+        return y
 
 
-class Project(Lean):
+class Project(FastFunction):
     """W_k x + b_k for several k: one gradient of x, which every product adds to where it lies."""
 
     @staticmethod
@@ -83,7 +84,7 @@ class Project(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep x and the weights."""
-        Lean.keep(ctx, *inputs)
+        FastFunction.keep(ctx, *inputs)
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -129,4 +130,4 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     for layer in layers:
         weights += [layer.weight.flatten(1), layer.bias]  # type: ignore[operator,list-item]
     with full_precision(x):
-        return [y.unflatten(2, x.shape[2:]) for y in Project.apply(x.flatten(2), *weights)]
+        return [torch.unflatten(y, 2, x.shape[2:]) for y in Project.apply(x.flatten(2), *weights)]

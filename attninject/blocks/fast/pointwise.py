@@ -16,7 +16,8 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 
 def call(layer: nn.Module, z: Tensor) -> Tensor:
     """The layer's own call."""
-    return layer(z)
+    y: Tensor = layer(z)
+    return y
 
 
 def pointwise(layer: nn.Module, z: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def pointwise(layer: nn.Module, z: Tensor) -> Tensor:
     """
     single = z.shape[2:].numel() == 1
     if not (single or z.is_contiguous()) or not _plain(layer):
-        return layer(z)
+        return call(layer, z)
     weight, bias, size = layer.weight.flatten(1), layer.bias, z.shape[2:]  # type: ignore[operator]
     if single:
         y = F.linear(z.flatten(1), weight, bias)  # type: ignore[arg-type]

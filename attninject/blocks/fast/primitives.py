@@ -1,4 +1,4 @@
-"""The operations on whole maps that the lean forms are made of: sums, scaling, pieces that fit the cache.
+"""The operations on whole maps that the fast forms are made of: sums, scaling, pieces that fit the cache.
 
 Maps are `(B, C, N)` views of `(B, C, *S)`, N the number of positions, and lie in memory either by rows
 (contiguous: a channel's positions side by side) or by columns (channels_last: a position's channels side by
@@ -98,7 +98,10 @@ def _dot(g: Tensor, x: Tensor) -> Tensor:
     one = torch.ones(x.shape[1], dtype=wide(x), device=x.device)
     zero = torch.zeros_like(one)
     wanted = [False, True, False]
-    return _aten.native_batch_norm_backward(g, x, one, zero, one, None, None, False, 0.0, wanted)[1]
+    found: tuple[Tensor, ...] = _aten.native_batch_norm_backward(
+        g, x, one, zero, one, None, None, False, 0.0, wanted
+    )
+    return found[1]
 
 
 def mix_channels(x: Tensor, v: Tensor) -> Tensor:

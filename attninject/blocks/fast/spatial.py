@@ -1,4 +1,4 @@
-"""Lean forms of x · s with one factor per position, and of CBAM, which applies it behind one per channel."""
+"""Fast forms of x · s with one factor per position, and of CBAM, which applies it behind one per channel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from attninject.blocks.attend import full_precision
 
 from .channel import Scale
-from .function import Lean, carrier
+from .function import FastFunction, carrier
 from .primitives import (
     channel_dot,
     flat,
@@ -23,7 +23,7 @@ from .primitives import (
 )
 
 
-class Pool(Lean):
+class Pool(FastFunction):
     """x → its maximum and mean over the channels, and two carriers: for g, and for the factor s."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class Pool(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep x and its maxima."""
-        Lean.keep(ctx, *inputs, extra=[output[2]])
+        FastFunction.keep(ctx, *inputs, extra=[output[2]])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -90,7 +90,7 @@ class ScaleAt(Scale):
         return None, ds, g, s
 
 
-class Refine(Lean):
+class Refine(FastFunction):
     """y = x · m, not kept → its maximum and mean over the channels, and carriers of g and s."""
 
     @staticmethod
@@ -108,7 +108,7 @@ class Refine(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep x, m and the maxima of y."""
-        Lean.keep(ctx, *inputs[:2], extra=[output[2]])
+        FastFunction.keep(ctx, *inputs[:2], extra=[output[2]])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -137,7 +137,7 @@ class Refine(Lean):
         return None, torch.cat(dm).to(m.dtype).view_as(m), gy, m
 
 
-class Rescale(Lean):
+class Rescale(FastFunction):
     """y = x · m · s; tells `Refine` what g and s are."""
 
     @staticmethod
@@ -152,7 +152,7 @@ class Rescale(Lean):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep the three factors."""
-        Lean.keep(ctx, *inputs[:3])
+        FastFunction.keep(ctx, *inputs[:3])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
@@ -190,7 +190,8 @@ def pool(x: Tensor) -> tuple[Carriers, tuple[Tensor, Tensor]]:
 
 def scale(x: Tensor, factor: Tensor, carriers: Carriers) -> Tensor:
     """x · factor in x's dtype, `factor`: (B, 1, *S) from the descriptors that came with the carriers."""
-    return ScaleAt.apply(x, factor.to(x.dtype), *carriers)
+    y: Tensor = ScaleAt.apply(x, factor.to(x.dtype), *carriers)
+    return y
 
 
 def refine(x: Tensor, m: Tensor, carriers: Carriers) -> tuple[Carriers, tuple[Tensor, Tensor]]:
@@ -202,4 +203,5 @@ def refine(x: Tensor, m: Tensor, carriers: Carriers) -> tuple[Carriers, tuple[Te
 
 def rescale(x: Tensor, m: Tensor, factor: Tensor, carriers: Carriers) -> Tensor:
     """x · m · factor, `factor`: (B, 1, *S) from what `refine` gave with the carriers."""
-    return Rescale.apply(x, m, factor.to(x.dtype), *carriers)
+    y: Tensor = Rescale.apply(x, m, factor.to(x.dtype), *carriers)
+    return y
