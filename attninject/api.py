@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attninject.anatomy.places import PLACES
 from attninject.blocks import registry
 from attninject.errors import NoMatchError, VerificationError
 from attninject.notebook import html_table
-from attninject.observe.snapshot import rng_kept
 from attninject.observe.verify import equal, outputs
-from attninject.planning import planner, support
-from attninject.planning.plan import Plan, Step
+from attninject.planning import building, planner, support
+from attninject.planning.plan import Plan
 from attninject.planning.support import unwrapped
 from attninject.recipe.loading import RecipeLike, load_recipe, recipe_names, rule_from_fields
 from attninject.recipe.patterns import compile_pattern
@@ -93,9 +91,9 @@ def inject(
     else:
         given = plan(model, recipe, root=root, example_inputs=example_inputs, strict=strict, **rule)
     before = outputs(model, given.inputs) if verify else None
-    changes = _changes(model, given)
+    blocks = building.built(given, model)
     change_history.remember(model)
-    with apply.apply(changes):
+    with apply.apply(blocks):
         if verify and not equal(before, outputs(model, given.inputs)):
             raise VerificationError(
                 f"the outputs of {given.model_name} differ after injecting {given.recipe.name}; it was restored"
@@ -183,9 +181,6 @@ def list_places() -> list[str]:
     return sorted(PLACES)
 
 
-# --- carrying out ------------------------------------------------------------------------------
-
-
 def _recipe(recipe: RecipeLike | None, rule: RuleFields) -> Recipe:
     if recipe is None:
         made = rule_from_fields(**rule)
@@ -195,36 +190,3 @@ def _recipe(recipe: RecipeLike | None, rule: RuleFields) -> Recipe:
         raise TypeError(f"a recipe and fields of a rule ({', '.join(rule)}) exclude each other")
     loaded = load_recipe(recipe)
     return loaded.with_args(args) if args else loaded
-
-
-def _changes(model: nn.Module, given: Plan) -> list[injected_state.Change]:
-    """Build the blocks and group them by holder. The generators' states are put back."""
-    fallback = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    grouped: dict[int, list[tuple[Step, nn.Module]]] = {}
-    with rng_kept():
-        for step in given.steps:
-            grouped.setdefault(id(step.holder), []).append((step, _build(step, fallback)))
-    for pairs in grouped.values():  # around one carrier: `before units` runs before `before units.0`
-        pairs.sort(key=lambda pair: pair[0].time if pair[0].insertion.target is None else -1)
-    return [
-        injected_state.Change(
-            pairs[0][0].holder,
-            tuple((step.insertion, block) for step, block in pairs),
-            next((step.local for step, _ in pairs if step.local), None),
-            tuple(step.source for step, _ in pairs),
-        )
-        for pairs in grouped.values()
-    ]
-
-
-def _build(step: Step, fallback: Tensor) -> nn.Module:
-    """The block of a step, on the device and in the dtype and mode of where it goes."""
-    site = step.site
-    block = registry.create_block(
-        site.block, site.channels, init=site.init, dims=site.layout.dims, **site.args
-    )
-    like = next((p for p in step.holder.parameters() if p.is_floating_point()), fallback)
-    block.to(device=like.device if step.device.type == "meta" else step.device, dtype=like.dtype)
-    block.train(step.holder.training)
-    block.__dict__[injected_state.SITE] = site
-    return block

@@ -22,7 +22,8 @@ from torch import nn
 
 import attninject as ai
 from attninject.errors import AttnInjectError
-from attninject.planning.plan import Plan, Step
+from attninject.planning.plan import Plan
+from attninject.planning.planned_site import Site
 
 OPERATIONS = ["add", "add_1", "relu", "mul", "cat", "sigmoid", "dropout", "view", "add", "*"]
 IMAGE = batch()
@@ -80,11 +81,12 @@ def by_hooks(model: nn.Module, plan: Plan, weights: dict[str, torch.Tensor]) -> 
     then the result has the same bits whatever the order.)
     """
     stack = Stack(model)
-    for step in plan.steps:
-        module = model.get_submodule(step.site.path)
-        operand = plan.recipe.rules[step.site.rule].input
-        act = _acting(stack, module, step, 0 if operand is None else operand, weights[step.site.name])
-        if step.site.position == "after":
+    for site, location in zip(plan.sites, plan.locations, strict=True):
+        module = model.get_submodule(site.path)
+        operand, output = plan.recipe.rules[site.rule].input, location.insertion.output
+        operand = 0 if operand is None else operand
+        act = _acting(stack, module, site, operand, output, weights[site.name])
+        if site.position == "after":
             module.register_forward_hook(lambda m, args, out, act=act: act(out))
         else:
             module.register_forward_pre_hook(
@@ -98,8 +100,9 @@ def by_hooks(model: nn.Module, plan: Plan, weights: dict[str, torch.Tensor]) -> 
     return model
 
 
-def _acting(stack: Stack, module: nn.Module, step: Step, operand: Any, weight: torch.Tensor) -> Callable:
-    site, insertion = step.site, step.insertion
+def _acting(
+    stack: Stack, module: nn.Module, site: Site, operand: Any, output: Any, weight: torch.Tensor
+) -> Callable:
     view = weight if site.layout.kind == "NCHW" else weight.view(-1)
 
     def here() -> bool:
@@ -107,7 +110,7 @@ def _acting(stack: Stack, module: nn.Module, step: Step, operand: Any, weight: t
         return site.mechanism == "module" or (owner == site.owner and number == site.call)
 
     def after(out: Any) -> Any:
-        return _replaced(out, insertion.output, lambda x: x * view) if here() else None
+        return _replaced(out, output, lambda x: x * view) if here() else None
 
     def before(args: tuple, kwargs: dict) -> Any:
         if not here():
@@ -174,11 +177,10 @@ def expected_calls(spec: NetSpec, plan: Plan, training: bool) -> Counter:
     names = {id(m): n for n, m in model.named_modules()}
     forward(model, training)
     expected: Counter = Counter()
-    for step in plan.steps:
-        site = step.site
+    for site in plan.sites:
         if site.mechanism == "module":
-            holder = site.name.rpartition(".")[0]
-            count = sum(n for (name, _, _), n in stack.calls.items() if name == holder)
+            carrier = site.name.rpartition(".")[0]
+            count = sum(n for (name, _, _), n in stack.calls.items() if name == carrier)
         elif "::" in site.path:
             count = sum(n for (name, _, _), n in stack.calls.items() if name == site.owner)
         else:

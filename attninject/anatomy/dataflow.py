@@ -9,6 +9,7 @@ from torch import nn
 
 from attninject.observe.record import Call, Op, Record, Ref
 from attninject.surgery.local_graph import Target
+from attninject.terms import Position
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +27,16 @@ class Spot:
     """
 
     event: Call | Op
-    position: str
+    position: Position
     value: int
     output: int | str | None = None
     operand: int | str = 0
     target: Target | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is called, or in whose forward the operation is: what the filters of a rule look at."""
+        return self.event.module if isinstance(self.event, Call) else self.event.call.module
 
     @property
     def owner(self) -> Call | None:
@@ -93,7 +99,7 @@ def kind(op: Op) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class FlowStep:
     """One operation, or one layer of torch itself: what an LSTM does inside is not the net's dataflow."""
 
     ops: tuple[Op, ...]
@@ -102,11 +108,11 @@ class Step:
     time: int
 
 
-def steps(call: Call) -> Iterator[Step]:
+def steps(call: Call) -> Iterator[FlowStep]:
     """The steps of a call and of all calls inside it, in order."""
     for event in call.events:
         if isinstance(event, Op):
-            yield Step((event,), event.ins, event.outs, event.time)
+            yield FlowStep((event,), event.ins, event.outs, event.time)
         elif any(isinstance(e, Call) for e in event.events) or not _of_torch(event.module):
             yield from steps(event)
         else:
@@ -114,7 +120,7 @@ def steps(call: Call) -> Iterator[Step]:
             made = dict.fromkeys(o for op in ops for o in op.outs)
             given = dict.fromkeys(i for op in ops for i in op.ins if i not in made)
             if ops:
-                yield Step(ops, tuple(given), event.outs, event.end)
+                yield FlowStep(ops, tuple(given), event.outs, event.end)
 
 
 def _of_torch(module: nn.Module) -> bool:
@@ -189,7 +195,7 @@ class Flow:
             yield self.values[low.bit_length() - 1]
             bits ^= low
 
-    def _take(self, step: Step) -> None:
+    def _take(self, step: FlowStep) -> None:
         past = given = made = 0
         for i in dict.fromkeys(step.ins):
             past |= self.past(i)

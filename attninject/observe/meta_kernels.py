@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attninject.terms import ProbeMode
+
 from .snapshot import undoing
 
 
@@ -116,7 +118,7 @@ _SHAPED: dict[Any, Callable[..., Any]] = {
 
 
 @contextlib.contextmanager
-def short_recurrences(mode: str) -> Iterator[None]:
+def short_recurrences(mode: ProbeMode) -> Iterator[None]:
     """On the meta device, let an LSTM, GRU or RNN be its matrix products: step by step it takes thousands of calls."""
     if mode != "meta":
         yield

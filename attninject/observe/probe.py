@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attninject.errors import ProbeError, UnsupportedModelError
+from attninject.terms import ProbeMode
 
 from .example_inputs import Inputs, candidates
 from .meta_kernels import meta_like, short_recurrences
@@ -23,7 +24,9 @@ from .snapshot import rng_kept, stand_ins, undoing
 # --- running -----------------------------------------------------------------------------------
 
 
-def run(model: nn.Module, inputs: Inputs, mode: str, training: bool = False, hooks: bool = False) -> Record:
+def run(
+    model: nn.Module, inputs: Inputs, mode: ProbeMode, training: bool = False, hooks: bool = False
+) -> Record:
     """Record one forward of `model`; the model is left exactly as it was.
 
     Args:
@@ -75,7 +78,7 @@ def _data_dependent(error: Exception) -> bool:
     return hasattr(error, "attninject_record") and any(word in str(error) for word in words)
 
 
-def _maker(mode: str) -> tuple[Callable[[Tensor], Tensor], contextlib.AbstractContextManager[Any]]:
+def _maker(mode: ProbeMode) -> tuple[Callable[[Tensor], Tensor], contextlib.AbstractContextManager[Any]]:
     if mode == "meta":
         return lambda t: torch.empty_like(t.detach(), device="meta"), contextlib.nullcontext()
     if mode == "fake":
@@ -101,7 +104,7 @@ def _quietly(mode: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
         yield
 
 
-def _input(tensor: Tensor, mode: str, device: torch.device) -> Tensor:
+def _input(tensor: Tensor, mode: ProbeMode, device: torch.device) -> Tensor:
     if mode == "meta":
         return meta_like(tensor)
     if mode == "fake":
@@ -147,7 +150,7 @@ def probe(model: nn.Module, example_inputs: Any = None, *, partial: bool = False
     raise ProbeError(_why_failed(model, example_inputs, tries, last)) from last
 
 
-def _modes(model: nn.Module) -> tuple[str, ...]:
+def _modes(model: nn.Module) -> tuple[ProbeMode, ...]:
     """What to make stand-ins of, in order; only fake and real tensors know on which of several devices they lie."""
     several = len({p.device for p in model.parameters()}) > 1
     return ("fake", "real", "meta") if several else ("meta", "fake", "real")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attninject.terms import ProbeMode
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -91,7 +93,7 @@ class Call:
 class Record:
     """What one run showed. Calls are listed in the order in which they began."""
 
-    def __init__(self, model: nn.Module, mode: str) -> None:
+    def __init__(self, model: nn.Module, mode: ProbeMode) -> None:
         self.model = model
         self.mode = mode
         self.values: list[Value] = []

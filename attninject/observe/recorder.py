@@ -41,16 +41,22 @@ def storage_of(tensor: Tensor) -> int:
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """A dispatch mode that torch does not wrap for torch.compile: that would load all of torch._dynamo."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
 
 
-class Recorder(Mode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+class Recorder(Mode):
     """Sees every ATen operation; `call` sees every module call."""
 
     def __init__(self, record: Record) -> None:
-        cast(Any, super()).__init__()
+        super().__init__()
         self.record = record
         self.clock = itertools.count()
         self.current: dict[int, int] = {}  # id of a tensor -> its newest value

@@ -1,9 +1,9 @@
-"""From a pattern over names to spots: calls of modules, and operations in their forwards."""
+"""From a rule's patterns over names to spots: calls of modules, and operations in their forwards."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -22,66 +22,192 @@ from attninject.observe.record import Call, Op, Ref, refs
 from attninject.recipe.patterns import Pattern, compile_pattern
 from attninject.recipe.rules import Rule
 from attninject.surgery.local_graph import LocalGraph, targets
+from attninject.terms import Position
 from attninject.wording import listed, nearest_hint
 
 from .picking import wanted
-from .scene import Match, Scene, instead, match_at
-
-# --- by pattern --------------------------------------------------------------------------------
+from .scene import Scene, instead
 
 
-def by_pattern(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[Match]:
-    """The matches of a rule's `after` or `before`, in any order; notes on patterns that found nothing."""
-    position = "after" if rule.after else "before"
-    patterns = [compile_pattern(p) for p in (rule.after or rule.before or ())]
-    spots: dict[Any, Match] = {}
-    uncalled: list[str] = []
-    unused: list[Pattern] = []
-    unfit: PlanError | None = None
-    for pattern in patterns:
-        found: list[Match] = []
-        named = False
-        for name, module in scene.names.items():
-            if pattern.operation is not None:
-                found += _operations(rule, scene, pattern, name, module, position, label)
-            elif pattern.matches(name):
-                named = True
-                try:
-                    hits = list(_calls(rule, scene, name, module, position, label))
-                except PlanError as error:
-                    if wanted(rule, name, module):
-                        raise
-                    unfit = error  # of a module that the filters leave out anyway
-                    continue
-                found += hits
-                uncalled += [] if hits else [name]
-        if not (named or found):
-            unused.append(pattern)
-        for hit in found:
-            spots.setdefault((id(hit.spot.event), hit.spot.target, hit.spot.position, hit.spot.output), hit)
-    if len(unused) == len(patterns):
-        raise NoMatchError(_no_match(patterns[0], scene, label))
-    notes += [_no_match(pattern, scene, label) for pattern in unused]
-    if not spots and not uncalled and unfit:
-        raise unfit
-    if not spots:
+def by_pattern(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[Spot]:
+    """The spots of a rule's `after` or `before`, in any order; notes on patterns that found nothing.
+
+    Raises:
+        NoMatchError: no pattern matches anything.
+        NotCalledError: what they match is never called.
+        PlanError: of the kind that fits, where a match has no such call, operation or tensor.
+    """
+    search = _Search(rule, scene, label)
+    for pattern in search.patterns:
+        search.look_for(pattern)
+    search.refuse_nothing()
+    notes += search.notes()
+    return list(search.spots.values())
+
+
+class _Search:
+    """What the patterns of one rule found, and what they found in vain."""
+
+    def __init__(self, rule: Rule, scene: Scene, label: str) -> None:
+        self.rule, self.scene, self.label = rule, scene, label
+        self.position: Position = "after" if rule.after else "before"
+        self.patterns = [compile_pattern(p) for p in (rule.after or rule.before or ())]
+        self.spots: dict[Any, Spot] = {}
+        self.unused: list[Pattern] = []  # match no name
+        self.uncalled: list[str] = []  # matched, but never called
+        self.unfit: PlanError | None = None  # of a module that the filters leave out anyway
+
+    def look_for(self, pattern: Pattern) -> None:
+        """Add what one pattern finds."""
+        if pattern.operation is not None:
+            found = [s for n, m in self.scene.names.items() for s in self.operations(pattern, n, m)]
+            named = bool(found)
+        else:
+            modules = {n: m for n, m in self.scene.names.items() if pattern.matches(n)}
+            found = [s for n, m in modules.items() for s in self.calls_of(n, m)]
+            named = bool(modules)
+        if not named:
+            self.unused.append(pattern)
+        for spot in found:
+            self.spots.setdefault((id(spot.event), spot.target, spot.position, spot.output), spot)
+
+    def calls_of(self, name: str, module: nn.Module) -> list[Spot]:
+        """The spots at a matched module; one that the filters leave out anyway may be unfit."""
+        try:
+            found = list(self.calls(name, module))
+        except PlanError as error:
+            if wanted(self.rule, name, module):
+                raise
+            self.unfit = error
+            return []
+        self.uncalled += [] if found else [name]
+        return found
+
+    def refuse_nothing(self) -> None:
+        """Say why, where no pattern found a spot."""
+        if len(self.unused) == len(self.patterns):
+            raise NoMatchError(self.no_match(self.patterns[0]))
+        if self.spots:
+            return
+        if self.unfit and not self.uncalled:
+            raise self.unfit
         raise NotCalledError(
-            f"{label}: {listed(sorted(uncalled), 5)} "
-            f"{'is' if len(uncalled) == 1 else 'are'} never called in the model's forward"
+            f"{self.label}: {listed(sorted(self.uncalled), 5)} "
+            f"{'is' if len(self.uncalled) == 1 else 'are'} never called in the model's forward"
         )
-    if uncalled:
-        notes.append(f"{label}: left aside, since never called: {', '.join(sorted(set(uncalled)))}")
-    return list(spots.values())
 
+    def notes(self) -> list[str]:
+        """What is left aside beside what was found."""
+        notes = [self.no_match(pattern) for pattern in self.unused]
+        if self.uncalled:
+            names = ", ".join(sorted(set(self.uncalled)))
+            notes.append(f"{self.label}: left aside, since never called: {names}")
+        return notes
 
-def _no_match(pattern: Pattern, scene: Scene, label: str) -> str:
-    if there := _operation_names(pattern, scene):
-        hint = f"; the operations there are {listed(there, 8)}"
-    else:
-        hint = nearest_hint(str(pattern).split("::")[0], [n for n in scene.names if n])
-    what = "operation" if pattern.operation is not None else "module"
-    where = f" under {scene.root_path!r}" if scene.root_path else ""
-    return f"{label}: no {what}{where} matches {str(pattern)!r}{hint}"
+    def no_match(self, pattern: Pattern) -> str:
+        """That a pattern matches nothing, and what is near."""
+        if there := _operation_names(pattern, self.scene):
+            hint = f"; the operations there are {listed(there, 8)}"
+        else:
+            hint = nearest_hint(str(pattern).split("::")[0], [n for n in self.scene.names if n])
+        what = "operation" if pattern.operation is not None else "module"
+        where = f" under {self.scene.root_path!r}" if self.scene.root_path else ""
+        return f"{self.label}: no {what}{where} matches {str(pattern)!r}{hint}"
+
+    # --- calls of modules ----------------------------------------------------------------------
+
+    def calls(self, name: str, module: nn.Module) -> Iterator[Spot]:
+        """One spot per call in the first run of each owner (or per call that `call:` chooses)."""
+        by_run: dict[int, list[Call]] = {}
+        owners: set[int] = set()
+        for call in self.scene.record.calls_of(module):
+            run = id(call.parent)
+            owner = id(call.parent.module) if call.parent else 0
+            if run not in by_run and owner in owners:
+                continue  # a later run of the same owner: the same sites
+            owners.add(owner)
+            by_run.setdefault(run, []).append(call)
+        for calls in by_run.values():
+            for call in self.chosen(calls, name):
+                yield self.at_call(call, name)
+
+    def chosen(self, calls: list[Call], name: str) -> list[Call]:
+        """Which calls within one run of an owner the rule means."""
+        number, count = self.rule.call, len(calls)
+        if number == "all" or (count == 1 and number in (None, "last", 1)):
+            return calls
+        if number == "last":
+            return calls[-1:]
+        if not isinstance(number, int):
+            raise SeveralCallsError(
+                f"{self.label}: {name} is called {count} times in one forward of its owner; "
+                "say which with call: a number from 1, last, or all"
+            )
+        if number > count:
+            raise NotCalledError(
+                f"{self.label}: {name} is called {count} times, so there is no call {number}"
+            )
+        return [calls[number - 1]]
+
+    def at_call(self, call: Call, name: str) -> Spot:
+        """The spot at one tensor of a call: the rule's `output`, or its `input`."""
+        if self.position == "after":
+            item = _item(call.out, self.rule.output)
+            if not isinstance(item, Ref):
+                raise NoTensorError(_no_output(call.out, self.rule.output, name, self.label))
+            return Spot(call, "after", item.value, output=self.rule.output)
+        key = self.rule.input or 0
+        if key == 0 and not call.args and call.kwargs:
+            key = next(iter(call.kwargs))
+        item = _item({**dict(enumerate(call.args)), **call.kwargs}, key)
+        if not isinstance(item, Ref):
+            raise NoTensorError(
+                f"{self.label}: operand {key!r} of {name} is no tensor; choose another with input:"
+            )
+        return Spot(call, "before", item.value, operand=key)
+
+    # --- operations in a forward ---------------------------------------------------------------
+
+    def operations(self, pattern: Pattern, name: str, module: nn.Module) -> Iterator[Spot]:
+        """Operations in the forward of one owner; an owner without a faithful graph has none by name."""
+        if not pattern.owner or not pattern.owner.matches(name):
+            return
+        by_wildcard = any(c in str(pattern.owner) for c in "*?[{:")
+        if by_wildcard and not module._modules and type(module).__module__.startswith("torch.nn."):
+            return  # torch's own layers are named by their calls
+        calls = self.scene.record.calls_of(module)
+        local = self.graph_of(name, calls[0], by_wildcard) if calls else None
+        if local is None:
+            return
+        for node, target in targets(local.eval).items():
+            if target.kind == "op" and pattern.match_operation(name, target.name):
+                yield self.at_operation(local, node, calls[0])
+
+    def graph_of(self, name: str, call: Call, by_wildcard: bool) -> LocalGraph | None:
+        """The graph of an owner, which one that is named outright must have."""
+        try:
+            return self.scene.graph(call.module)
+        except TraceRefused as refused:
+            if by_wildcard:
+                return None
+            raise CannotRewriteError(
+                f"{self.label}: the operations of {name or 'the root'} ({type(call.module).__name__}) cannot be named: "
+                f"{refused}{instead(self.scene, call)}"
+            ) from refused
+
+    def at_operation(self, local: LocalGraph, node: fx.Node, call: Call) -> Spot:
+        """The spot at one tensor of a node: the rule's `output`, or its `input`."""
+        target = targets(local.eval)[node]
+        output, operand = self.rule.output, self.rule.input or 0  # one of them is not given
+        after = self.position == "after"
+        item = _item(local.effects[node].out, output) if after else _operand(local, node, operand)
+        event = _event_of(call, local, node)
+        if event is None or not isinstance(item, Ref):
+            path = f"{self.scene.path(call.module)}::{target.name}"
+            raise NoTensorError(
+                f"{self.label}: {path} has no tensor there; choose another with input: or output:"
+            )
+        return Spot(event, self.position, item.value, output=output, operand=operand, target=target)
 
 
 def _operation_names(pattern: Pattern, scene: Scene) -> list[str]:
@@ -97,56 +223,6 @@ def _operation_names(pattern: Pattern, scene: Scene) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _calls(
-    rule: Rule, scene: Scene, name: str, module: nn.Module, position: str, label: str
-) -> Iterator[Match]:
-    """One match per call in the first run of each owner (or per call that `call:` chooses)."""
-    by_owner: dict[int, list[Call]] = {}
-    owners: set[int] = set()
-    for call in scene.record.calls_of(module):
-        owner_run = id(call.parent)
-        owner = id(call.parent.module) if call.parent else 0
-        if owner_run not in by_owner and owner in owners:
-            continue  # a later run of the same owner: the same sites
-        owners.add(owner)
-        by_owner.setdefault(owner_run, []).append(call)
-    for calls in by_owner.values():
-        for call in _choose_calls(rule, calls, name, label):
-            yield match_at(scene, _spot(rule, call, position, name, label), scene.path(module), module)
-
-
-def _choose_calls(rule: Rule, calls: list[Call], name: str, label: str) -> list[Call]:
-    if rule.call == "all" or (len(calls) == 1 and rule.call in (None, "last", 1)):
-        return calls
-    if rule.call == "last":
-        return calls[-1:]
-    if isinstance(rule.call, int):
-        if rule.call > len(calls):
-            raise NotCalledError(
-                f"{label}: {name} is called {len(calls)} times, so there is no call {rule.call}"
-            )
-        return [calls[rule.call - 1]]
-    raise SeveralCallsError(
-        f"{label}: {name} is called {len(calls)} times in one forward of its owner; "
-        "say which with call: a number from 1, last, or all"
-    )
-
-
-def _spot(rule: Rule, call: Call, position: str, name: str, label: str) -> Spot:
-    if position == "after":
-        tree, key = call.out, rule.output
-    else:
-        tree, key = {**dict(enumerate(call.args)), **call.kwargs}, rule.input or 0
-        if key == 0 and not call.args and call.kwargs:
-            key = next(iter(call.kwargs))
-    item = _item(tree, key)
-    if not isinstance(item, Ref):
-        raise NoTensorError(_no_tensor(position, tree, key, name, label))
-    if position == "after":
-        return Spot(call, position, item.value, output=key)
-    return Spot(call, position, item.value, operand=key or 0)
-
-
 def _item(tree: Any, key: int | str | None) -> Any:
     """What a key chooses from a tuple, list or dict (None: the whole); None where there is nothing to choose."""
     if key is None:
@@ -157,71 +233,28 @@ def _item(tree: Any, key: int | str | None) -> Any:
         return None
 
 
-def _no_tensor(position: str, tree: Any, key: Any, name: str, label: str) -> str:
-    if position == "before":
-        return f"{label}: operand {key!r} of {name} is no tensor; choose another with input:"
+def _no_output(tree: Any, key: int | str | None, name: str, label: str) -> str:
+    """Why a call's result gives no tensor, and which keys of it would."""
     if isinstance(tree, Ref):
         return f"{label}: the output of {name} is one tensor, so output: {key!r} has nothing to choose from"
-    if isinstance(tree, dict):
-        options = [k for k, v in tree.items() if isinstance(v, Ref)]
-    elif isinstance(tree, (tuple, list)):
-        options = [i for i, v in enumerate(tree) if isinstance(v, Ref)]
-    else:
-        options = []
-    advice = f"; choose one with output: {' or '.join(map(repr, options))}" if options else ""
+    items: Mapping[Any, Any] = tree if isinstance(tree, dict) else {}
+    if isinstance(tree, (tuple, list)):
+        items = dict(enumerate(tree))
+    options = [repr(k) for k, item in items.items() if isinstance(item, Ref)]
+    advice = f"; choose one with output: {' or '.join(options)}" if options else ""
     return f"{label}: the output of {name or 'the root'} is a {type(tree).__name__}, no tensor{advice}"
 
 
-def _operations(
-    rule: Rule, scene: Scene, pattern: Pattern, name: str, module: nn.Module, position: str, label: str
-) -> Iterator[Match]:
-    """Operations in the forward of one owner; an owner without a faithful graph has none by name."""
-    if not pattern.owner or not pattern.owner.matches(name):
-        return
-    by_wildcard = any(c in str(pattern.owner) for c in "*?[{:")
-    if by_wildcard and not module._modules and type(module).__module__.startswith("torch.nn."):
-        return  # torch's own layers are named by their calls
-    calls = scene.record.calls_of(module)
-    if not calls:
-        return
-    try:
-        local = scene.graph(module)
-    except TraceRefused as refused:
-        if not by_wildcard:
-            raise CannotRewriteError(
-                f"{label}: the operations of {name or 'the root'} ({type(module).__name__}) cannot be named: {refused}"
-                f"{instead(scene, calls[0])}"
-            ) from refused
-        return
-    for node, target in targets(local.eval).items():
-        if target.kind != "op" or not pattern.match_operation(name, target.name):
-            continue
-        spot = _operation_spot(rule, local, node, calls[0], position)
-        path = f"{scene.path(module)}::{target.name}"
-        if spot is None:
-            raise NoTensorError(f"{label}: {path} has no tensor there; choose another with input: or output:")
-        yield match_at(scene, spot, path, module)
-
-
-def _operation_spot(rule: Rule, local: LocalGraph, node: Any, call: Call, position: str) -> Spot | None:
-    if position == "after":
-        tree, key = local.effects[node].out, rule.output
-        operand: int | str = 0
+def _operand(local: LocalGraph, node: fx.Node, operand: int | str) -> Any:
+    """What the probe saw as a node's operand; None where it has none there, or one that no node made."""
+    if isinstance(operand, str):
+        source = node.kwargs.get(operand)
     else:
-        key = None
-        operand = 0 if rule.input is None else rule.input
-        source = node.kwargs.get(operand) if isinstance(operand, str) else None
-        if isinstance(operand, int) and operand < len(node.args):
-            source = node.args[operand]
-        tree = local.effects[source].out if isinstance(source, fx.Node) and source in local.effects else None
-    item = _item(tree, key)
-    event = _event_of(call, local, node)
-    if event is None or not isinstance(item, Ref):
-        return None
-    return Spot(event, position, item.value, output=key, operand=operand, target=targets(local.eval)[node])
+        source = node.args[operand] if operand < len(node.args) else None
+    return local.effects[source].out if isinstance(source, fx.Node) and source in local.effects else None
 
 
-def _event_of(call: Call, local: LocalGraph, node: Any) -> Op | None:
+def _event_of(call: Call, local: LocalGraph, node: fx.Node) -> Op | None:
     """The ATen operation that a node made (its last one)."""
     out = {r.value for r in refs(local.effects[node].out)}
     events = [e for e in call.events if isinstance(e, Op) and set(e.outs) & out]

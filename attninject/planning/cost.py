@@ -9,32 +9,28 @@ import torch
 from torch import nn
 
 from attninject.blocks import registry
-from attninject.errors import AttnInjectError, IdentityError
+from attninject.errors import AttnInjectError, BlockError, IdentityError, TooFewChannelsError
+from attninject.layout import Layout
 from attninject.observe.example_inputs import Inputs
 from attninject.observe.probe import run
 from attninject.observe.record import Record
 from attninject.observe.snapshot import rng_kept
 from attninject.recipe.frozen import FrozenDict
-from attninject.recipe.rules import Rule
-from attninject.surgery.injected_state import injected_in
+from attninject.recipe.rules import Init, Rule
+from attninject.surgery.injected_state import injected_blocks
 
 
 def injected_parameters(model: nn.Module) -> int:
     """Parameters of the blocks that are in the model already."""
     seen: dict[int, int] = {}
-    for module in model.modules():
-        if known := injected_in(module):
-            for insertion in known.edit:
-                seen.update({id(p): p.numel() for p in module._modules[insertion.name].parameters()})  # type: ignore[union-attr]
+    for block in injected_blocks(model).values():
+        seen.update({id(p): p.numel() for p in block.parameters()})
     return sum(seen.values())
-
-
-# --- what a block costs ------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1024)
 def _cost(
-    block: str | type, args: FrozenDict, init: str, channels: int, dims: int, positions: tuple[int, ...]
+    block: str | type, args: FrozenDict, init: Init, channels: int, dims: int, positions: tuple[int, ...]
 ) -> tuple[int, int]:
     with rng_kept():
         try:
@@ -53,13 +49,30 @@ def _cost(
         return parameters, 0
 
 
-def block_cost(rule: Rule, channels: int, dims: int, positions: tuple[int, ...]) -> tuple[int, int]:
-    """Parameters and MACs of a rule's block; tests the identity of a foreign class.
+def site_cost(rule: Rule, layout: Layout, shape: tuple[int, ...], where: str) -> tuple[int, int]:
+    """Parameters and MACs of a rule's block at a site, for one sample; tests the identity of a foreign class.
+
+    Args:
+        rule: names the block.
+        layout: that the block sees.
+        shape: of the site's tensor.
+        where: how messages call the site.
 
     Raises:
         BlockError, TooFewChannelsError: the block cannot be built so.
         IdentityError: a foreign class changes the function, and `init` is `identity`.
     """
+    try:
+        return _block_cost(rule, layout.channels(shape), layout.dims, layout.positions(shape))
+    except TooFewChannelsError as error:
+        raise TooFewChannelsError(f"{where}: {error}") from error
+    except IdentityError as error:
+        raise IdentityError(f"{where}: {error}") from error
+    except BlockError as error:
+        raise BlockError(f"{where}: {error}") from error
+
+
+def _block_cost(rule: Rule, channels: int, dims: int, positions: tuple[int, ...]) -> tuple[int, int]:
     spec = registry.resolve(rule.block)
     if spec.family != "registered":
         return _cost(rule.block, rule.args, rule.init, channels, dims, positions)

@@ -1,9 +1,8 @@
-"""From a spot to a holder: whether a block goes into its owner's graph or hangs on a module, and what forbids it."""
+"""From a spot to a location: whether a block goes into its owner's graph or hangs on a module, and what forbids it."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,39 +10,21 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from attninject.anatomy.dataflow import Spot, output_key
 from attninject.errors import CannotRewriteError, TraceRefused
+from attninject.layout import Layout
 from attninject.observe.record import Call, Op
-from attninject.surgery.injected_state import CONTAINERS, base_class
+from attninject.surgery.injected_state import CONTAINERS, Insertion, base_class
 from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets
+from attninject.surgery.location import Location
 
 from . import inplace_hazards
+from .inplace_hazards import Copies
 from .scene import Scene, call_node, node_of
 
 
-@dataclass(frozen=True, eq=False)
-class Location:
-    """Where a block will hang and how it will be called.
-
-    Attributes:
-        holder: the module whose child the block becomes.
-        target: node of the holder's graph; None when the block works around the holder's forward.
-        mechanism: `graph` or `module`.
-        reason: why not `graph`; empty for `graph`.
-        copies: what in-place operations around the site make necessary.
-    """
-
-    holder: nn.Module
-    position: str
-    target: Target | None
-    operand: int | str
-    output: int | str | None
-    local: LocalGraph | None
-    mechanism: str
-    reason: str
-    copies: inplace_hazards.Copies
-
-
 def locate(scene: Scene, spot: Spot, path: str) -> Location:
-    """Decide where the block of a spot goes.
+    """Decide where the block of a spot goes, and what in-place operations around it make necessary.
+
+    Its insertion has no name, layout and slot yet: they depend on the rule, which the plan knows.
 
     Raises:
         CannotRewriteError: neither mechanism serves; the message says why.
@@ -130,7 +111,20 @@ def _in_graph(scene: Scene, local: LocalGraph, owner: Call, spot: Spot, path: st
         raise TraceRefused("the call is not in its training graph")
     operand = inplace_hazards.graph_operand(node, spot)
     copies = inplace_hazards.in_graph(scene, local, spot, node, operand, path)
-    return Location(owner.module, spot.position, target, operand, spot.output, local, "graph", "", copies)
+    insertion = _insertion(spot, target, operand, copies)
+    return Location(insertion, owner.module, local, written=copies.written)
+
+
+def _insertion(spot: Spot, target: Target | None, operand: int | str, copies: Copies) -> Insertion:
+    return Insertion(
+        "",
+        spot.position,
+        target,
+        operand,
+        spot.output,
+        copy_given=copies.given,
+        copy_result=copies.result,
+    )
 
 
 # --- at a module -------------------------------------------------------------------------------
@@ -162,9 +156,8 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     assert isinstance(carrier, Call)
     _check_carrier(scene, carrier, moved, path)
     operand = _parameter(carrier, moved, path) if moved.position == "before" else 0
-    return Location(
-        carrier.module, moved.position, None, operand, moved.output, None, "module", reason, copies
-    )
+    insertion = _insertion(moved, None, operand, copies)
+    return Location(insertion, carrier.module, reason=reason, written=copies.written)
 
 
 def _carrier(scene: Scene, spot: Spot) -> Spot:
@@ -264,12 +257,6 @@ def _check_carrier(scene: Scene, carrier: Call, spot: Spot, path: str) -> None:
         )
 
 
-def watchable(module: nn.Module) -> bool:
-    """Whether a module's class may be extended, so that what it gives is seen."""
-    own = "forward" in module.__dict__ or hasattr(module, "parametrizations")
-    return not own and not isinstance(module, _NormBase)
-
-
 def _parameter(carrier: Call, spot: Spot, path: str) -> int | str:
     """The operand as the forward's parameter: its name, or its position where it was passed by position."""
     parameters = list(inspect.signature(base_class(carrier.module).forward).parameters.values())[1:]
@@ -283,3 +270,22 @@ def _parameter(carrier: Call, spot: Spot, path: str) -> int | str:
         f"{path}: operand {operand!r} of {type(carrier.module).__name__} is no parameter of its forward by name; "
         "name the module that makes the value, with after"
     )
+
+
+# --- the layer behind tokens -------------------------------------------------------------------
+
+
+def token_source(scene: Scene, spot: Spot, layout: Layout) -> nn.Module | None:
+    """The layer whose map the tokens of a spot are, where it can be watched for the map's size."""
+    found = scene.positions.find(spot.value) if layout.grid else None
+    op = found.source.op if found and found.source else None
+    if op is None or op.call.outs != op.outs[:1] or not _watchable(op.call.module):
+        return None
+    before = [c for c in scene.record.calls_of(op.call.module) if c.start < spot.time]
+    return op.call.module if before[-1] is op.call else None
+
+
+def _watchable(module: nn.Module) -> bool:
+    """Whether a module's class may be extended, so that what it gives is seen."""
+    own = "forward" in module.__dict__ or hasattr(module, "parametrizations")
+    return not own and not isinstance(module, _NormBase)

@@ -1,4 +1,4 @@
-"""From a rule to matches. Looks at the recorded run, changes nothing."""
+"""From a rule to spots: by place or by pattern, filtered, picked. Looks at the recorded run, changes nothing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from attninject.wording import listed
 
 from .by_pattern import by_pattern
 from .picking import nothing_left, passes, pick
-from .scene import Match, Scene, instead, match_at, operation_of
-
-# --- one rule ----------------------------------------------------------------------------------
+from .scene import Scene, instead, operation_of
 
 
-def match(rule: Rule, scene: Scene, label: str) -> tuple[list[Match], list[str]]:
-    """The matches of one rule in call order, and notes on what it left aside.
+def match(rule: Rule, scene: Scene, label: str) -> tuple[list[Spot], list[str]]:
+    """The spots of one rule in call order, and notes on what it left aside.
 
     Args:
         rule: what to match.
@@ -30,20 +28,24 @@ def match(rule: Rule, scene: Scene, label: str) -> tuple[list[Match], list[str]]
         PlanError: of the kind that fits; `NoMatchError` and `AllExcludedError` when nothing is left.
     """
     notes: list[str] = []
-    if rule.place:
-        try:
-            spots = places.spots(scene.places, rule.place)
-        except NoSuchPlaceError as error:
-            raise NoSuchPlaceError(f"{label}: {error}") from error
-        first = {(id(s.event), s.position, s.value): s for s in (_in_first_run(scene, s) for s in spots)}
-        found = [_as_match(scene, s) for s in _with_positions(scene, list(first.values()), label, notes)]
-    else:
-        found = by_pattern(rule, scene, label, notes)
-    kept = [m for m in sorted(found, key=lambda m: m.spot.time) if passes(rule, scene, m)]
+    find = _by_place if rule.place else by_pattern
+    found = find(rule, scene, label, notes)
+    kept = [s for s in sorted(found, key=lambda s: s.time) if passes(rule, scene, s)]
     picked = pick(rule, scene, kept)
     if not picked:
-        raise AllExcludedError(nothing_left(rule, label, found, kept))
+        raise AllExcludedError(nothing_left(rule, scene, label, found, kept))
     return picked, notes
+
+
+def _by_place(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[Spot]:
+    """The spots of a rule's `place`, each in the first run of its owner."""
+    assert rule.place is not None
+    try:
+        spots = places.spots(scene.places, rule.place)
+    except NoSuchPlaceError as error:
+        raise NoSuchPlaceError(f"{label}: {error}") from error
+    first = {(id(s.event), s.position, s.value): s for s in (_in_first_run(scene, s) for s in spots)}
+    return [_named(scene, s) for s in _with_positions(scene, list(first.values()), label, notes)]
 
 
 def _with_positions(scene: Scene, spots: list[Spot], label: str, notes: list[str]) -> list[Spot]:
@@ -51,8 +53,7 @@ def _with_positions(scene: Scene, spots: list[Spot], label: str, notes: list[str
     vectors = [s for s in spots if len(scene.record.shape(s.value)) == 2]
     if not vectors or len(vectors) == len(spots):
         return spots
-    owners = [s.event.module if isinstance(s.event, Call) else s.event.call.module for s in vectors]
-    names = list(dict.fromkeys(scene.path(m) or "the root" for m in owners))
+    names = list(dict.fromkeys(scene.path(s.module) or "the root" for s in vectors))
     notes.append(f"{label}: left aside, since vectors have no positions: {listed(names, 4)}")
     return [s for s in spots if s not in vectors]
 
@@ -77,13 +78,14 @@ def _what(event: Call | Op) -> object:
     return event.module if isinstance(event, Call) else event.name
 
 
-def _as_match(scene: Scene, spot: Spot) -> Match:
+def _named(scene: Scene, spot: Spot) -> Spot:
+    """The spot with the name of its operation; where the owner's forward has no graph, before what reads the value."""
     event = spot.event
     if isinstance(event, Call):
-        return match_at(scene, spot, scene.path(event.module), event.module)
+        return spot
     owner = event.call.module
     try:
-        name = operation_of(scene.graph(owner), spot)
+        return replace(spot, target=operation_of(scene.graph(owner), spot))
     except TraceRefused as refused:
         if (beside := _before_its_reader(scene, spot)) is not None:
             return beside
@@ -91,11 +93,10 @@ def _as_match(scene: Scene, spot: Spot) -> Match:
             f"{scene.path(owner) or 'the root'}: the value sits inside the forward of {type(owner).__name__}, "
             f"and {refused}{instead(scene, event.call)}"
         ) from refused
-    return match_at(scene, spot, f"{scene.path(owner)}::{name}", owner)
 
 
-def _before_its_reader(scene: Scene, spot: Spot) -> Match | None:
-    """The site before the one module that reads an operation's result, or that first hands it on (a drop-path)."""
+def _before_its_reader(scene: Scene, spot: Spot) -> Spot | None:
+    """The spot before the one module that reads an operation's result, or that first hands it on (a drop-path)."""
     owner = spot.owner
     if owner is None or spot.position != "after":
         return None
@@ -105,7 +106,4 @@ def _before_its_reader(scene: Scene, spot: Spot) -> Match | None:
     if not isinstance(first, Call) or (len(readers) > 1 and spot.value not in first.outs):
         return None
     at = next((i for i, a in enumerate(first.args) if isinstance(a, Ref) and a.value == spot.value), None)
-    if at is None:
-        return None
-    beside = Spot(first, "before", spot.value, operand=at)
-    return match_at(scene, beside, scene.path(first.module), first.module)
+    return None if at is None else Spot(first, "before", spot.value, operand=at)

@@ -6,31 +6,16 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from attninject.errors import ForeignPlanError, StalePlanError
 from attninject.observe.example_inputs import Inputs
 from attninject.recipe.rules import Recipe
-from attninject.surgery.injected_state import Insertion
-from attninject.surgery.local_graph import LocalGraph
+from attninject.surgery.location import Location
 from attninject.wording import parameter_count
 
 from .planned_site import Site
 from .table import html, summary, table
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A site with what carrying it out needs."""
-
-    site: Site
-    holder: nn.Module
-    insertion: Insertion
-    local: LocalGraph | None
-    device: torch.device  # of the tensor there; meta where the probe did not look
-    time: int  # orders the blocks of one carrier as the dataflow does
-    source: nn.Module | None = None  # makes the map whose positions the tokens at the site are
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +37,7 @@ class Plan:
     base_parameters: int
     base_macs: int
     notes: tuple[str, ...]
-    steps: tuple[Step, ...] = field(repr=False)
+    locations: tuple[Location, ...] = field(repr=False)  # of each site, what carrying it out needs
     model: weakref.ref[nn.Module] = field(repr=False)
     signature: Any = field(repr=False)
     inputs: Inputs = field(repr=False)
@@ -105,7 +90,8 @@ class Plan:
                 f"this plan was made for another {self.model_name} object; make one for this model with plan()"
             )
         if self.signature != signature(model) or any(
-            s.local is not None and not all(r.holds(s.holder) for r in s.local.reads) for s in self.steps
+            at.local is not None and not all(r.holds(at.carrier) for r in at.local.reads)
+            for at in self.locations
         ):
             raise StalePlanError("the model has changed since this plan was made; make it anew with plan()")
 

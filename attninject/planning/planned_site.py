@@ -7,6 +7,8 @@ from typing import Any
 
 from attninject.layout import Layout
 from attninject.recipe.frozen import FrozenDict
+from attninject.recipe.rules import Init
+from attninject.terms import Mechanism, Position
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,19 @@ class Site:
     """
 
     path: str
-    position: str
+    position: Position
     call: int
     owner: str
     block: str | type
     args: FrozenDict
-    init: str
+    init: Init
     name: str
     shape: tuple[int, ...]
     layout: Layout
     channels: int
     parameters: int
     macs: int
-    mechanism: str
+    mechanism: Mechanism
     reason: str
     rule: int
     input: int | str | None = None

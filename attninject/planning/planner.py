@@ -6,40 +6,35 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attninject.anatomy.dataflow import Spot
 from attninject.blocks import registry
-from attninject.errors import (
-    BlockError,
-    IdentityError,
-    LayoutError,
-    NoTensorError,
-    PlanError,
-    ProbeError,
-    TooFewChannelsError,
-    UnusableNameError,
-)
-from attninject.layout import RANK, Layout
+from attninject.errors import NoTensorError, PlanError, ProbeError
 from attninject.observe.example_inputs import Inputs
 from attninject.observe.probe import hooked, probe, run
 from attninject.observe.record import Record, map_tensors
 from attninject.observe.snapshot import PATCHING, undoing
 from attninject.recipe.rules import Recipe, Rule
-from attninject.surgery.injected_state import Insertion, as_original
+from attninject.surgery.injected_state import as_original
+from attninject.surgery.location import Location
 from attninject.wording import listed
 
-from .cost import block_cost, injected_parameters, macs_of
-from .locating import Location, locate, watchable
+from .cost import injected_parameters, macs_of, site_cost
+from .layout_check import layout_for
+from .locating import locate, token_source
 from .matching import match
-from .plan import Plan, Step, signature
+from .naming import Names
+from .plan import Plan, signature
 from .planned_site import Site
-from .scene import Match, Scene
+from .scene import Scene
 from .support import check_root, refuse_unsupported
 
-# --- making a plan -----------------------------------------------------------------------------
+Row = tuple[Site, Location]  # what a plan shows of a site, and what carrying it out needs
 
 
 def make(
@@ -89,6 +84,8 @@ class _Incomplete(Exception):
 
 
 class _Planner:
+    """One recorded run of a model, and the rules resolved on it one after another."""
+
     def __init__(
         self, model: nn.Module, recipe: Recipe, root: str, example_inputs: Any, strict: bool, partial: bool
     ) -> None:
@@ -96,7 +93,7 @@ class _Planner:
         with as_original(model):
             self.record, self.inputs = probe(model, example_inputs, partial=partial)
         self.scene = Scene(model, self.record, root, self.rerun)
-        self.taken: dict[int, set[str]] = {}
+        self.names = Names()
         self.notes: list[str] = []
         if not self.record.hooks and (names := hooked(model)):
             self.notes.append(
@@ -123,23 +120,23 @@ class _Planner:
             return None
 
     def plan(self) -> Plan:
-        steps: list[Step] = []
-        for index, rule in enumerate(self.recipe.rules):
-            steps += self.rule(index, rule)
+        """Every rule resolved, in order."""
+        rows = [row for index, rule in enumerate(self.recipe.rules) for row in self.rule(index, rule)]
         return Plan(
-            sites=tuple(s.site for s in steps),
+            sites=tuple(site for site, _ in rows),
             recipe=self.recipe,
             model_name=type(self.model).__name__,
             base_parameters=sum(p.numel() for p in self.model.parameters()) - injected_parameters(self.model),
             base_macs=macs_of(self.record),
             notes=tuple(self.notes),
-            steps=tuple(steps),
+            locations=tuple(location for _, location in rows),
             model=weakref.ref(self.model),
             signature=signature(self.model),
             inputs=self.inputs,
         )
 
-    def rule(self, index: int, rule: Rule) -> list[Step]:
+    def rule(self, index: int, rule: Rule) -> list[Row]:
+        """The sites of one rule; none where it finds nothing and may."""
         label = f"rule {index + 1} ({rule.block_name})"
         try:
             found, notes = match(rule, self.scene, label)
@@ -151,138 +148,63 @@ class _Planner:
                 return []
             raise
         self.notes += notes
-        steps: dict[Any, Step] = {}
+        rows: dict[Any, Row] = {}
         idle: list[str] = []
-        for m in found:
-            place = locate(self.scene, m.spot, m.path)
-            key = (id(place.holder), place.position, place.target, place.operand, place.output)
-            if key not in steps:  # a carrier that several owners call has one block
-                steps[key] = made = self.step(index, rule, m, place, label)
-                if made.site.layout.prefix and self.scene.unread(m.spot.value):
-                    idle.append(made.site.name)
+        for spot in found:
+            location = locate(self.scene, spot, self.scene.name(spot))
+            at = location.insertion
+            key = (id(location.carrier), at.position, at.target, at.operand, at.output)
+            if key in rows:
+                continue  # a carrier that several owners call has one block
+            rows[key] = self.row(index, spot, location, label)
+            site = rows[key][0]
+            if site.layout.prefix and self.scene.unread(spot.value):
+                idle.append(site.name)
         if idle:
             self.notes.append(
                 f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
                 "which bypass blocks: there a block changes nothing and learns nothing"
             )
-        return list(steps.values())
+        return list(rows.values())
 
-    def step(self, index: int, rule: Rule, m: Match, location: Location, label: str) -> Step:
-        value = self.record.values[m.spot.value]
-        layout = self.layout(rule, m, value.shape, label)
+    def row(self, index: int, spot: Spot, location: Location, label: str) -> Row:
+        """One site and its location in full: layout, name and cost checked."""
+        rule, path, value = self.recipe.rules[index], self.scene.name(spot), self.record.values[spot.value]
+        layout = layout_for(rule, self.scene, spot, label)
         if not value.dtype.is_floating_point:
-            raise NoTensorError(f"{label}: {m.path} gives {value.dtype}, no floating-point tensor")
-        channels = layout.channels(value.shape)
-        name, slot = self.name(rule, location, label)
-        holder = self.scene.path(location.holder)
-        parameters, macs = self.cost(rule, layout, value.shape, m, label)
-        copies, foreign = location.copies, registry.resolve(rule.block).family == "registered"
-        insertion = Insertion(
-            name, location.position, location.target, location.operand, location.output, layout, slot,
-            copies.given, copies.result or (copies.written and foreign and rule.init != "blend"),
-        )  # fmt: skip
-        owner = m.spot.owner
+            raise NoTensorError(f"{label}: {path} gives {value.dtype}, no floating-point tensor")
+        around = location.insertion.target is None
+        name, slot = self.names.take(location.carrier, rule.child_name, around, label)
+        qualified = f"{self.scene.path(location.carrier)}.{name}".lstrip(".")
+        parameters, macs = site_cost(rule, layout, value.shape, f"{label}: at {path}")
         site = Site(
-            path=m.path,
-            position=m.spot.position,
-            call=getattr(m.spot.event, "number", 1),
-            owner=self.scene.path(owner.module) if owner else "",
+            path=path,
+            position=spot.position,
+            call=getattr(spot.event, "number", 1),
+            owner=self.scene.path(spot.owner.module) if spot.owner else "",
             block=rule.block,
             args=rule.args,
             init=rule.init,
-            name=f"{holder}.{name}" if holder else name,
+            name=qualified,
             shape=value.shape,
             layout=layout,
-            channels=channels,
+            channels=layout.channels(value.shape),
             parameters=parameters,
             macs=macs,
             mechanism=location.mechanism,
             reason=location.reason,
             rule=index,
-            input=m.spot.operand if m.spot.position == "before" else None,
-            output=m.spot.output,
+            input=spot.operand if spot.position == "before" else None,
+            output=spot.output,
         )
-        source = self.source(m, layout)
-        return Step(site, location.holder, insertion, location.local, value.device, m.spot.time, source)
-
-    def source(self, m: Match, layout: Layout) -> nn.Module | None:
-        """The layer whose map the tokens of a site are, where it can be watched for the map's size."""
-        found = self.scene.positions.find(m.spot.value) if layout.grid else None
-        op = found.source.op if found and found.source else None
-        if op is None or op.call.outs != op.outs[:1] or not watchable(op.call.module):
-            return None
-        before = [c for c in self.record.calls_of(op.call.module) if c.start < m.spot.time]
-        return op.call.module if before[-1] is op.call else None
-
-    def layout(self, rule: Rule, m: Match, shape: tuple[int, ...], label: str) -> Layout:
-        """The layout that the block sees: measured or overridden, and one that its mathematics allows."""
-        layout = m.layout
-        if rule.layout:
-            if RANK[rule.layout] != len(shape):
-                raise LayoutError(
-                    f"{label}: layout {rule.layout} has {RANK[rule.layout]} axes; {m.path} has {shape}"
-                )
-            if layout is None or layout.kind != rule.layout or not layout.ordered:
-                layout = Layout(rule.layout)
-        spec = registry.resolve(rule.block)
-        if layout is None:
-            found = self.scene.positions.find(m.spot.value)
-            why = found.why if found and found.why else "do not say which are batch, channels and positions"
-            known = len(shape) in RANK.values()
-            fix = "say it with layout:" if known else "blocks need 3 to 5 axes, so name a site before"
-            raise LayoutError(f"{label}: the axes of {m.path}, {tuple(shape)}, {why}; {fix}")
-        if spec.spatial and not layout.is_map:
-            held = f"{shape[1]} tokens" if layout.kind == "NLC" else f"{layout.kind} {tuple(shape)}"
-            lie = "that form no grid" if layout.ordered else "in windows or an order of the network's own"
-            raise LayoutError(
-                f"{label}: {m.path} holds {held} {lie}, and {spec.name} works on positions; take a block that works "
-                "on tokens too, see `attninject list blocks`"
-            )
-        if layout.dims in spec.dims:
-            return layout
-        if layout.kind in ("NLC", "NCL") and 1 in spec.dims and not spec.spatial:
-            return Layout(layout.kind, layout.prefix)
-        raise LayoutError(
-            f"{label}: {spec.name} works on {' or '.join(f'{d}D' for d in spec.dims)} maps; "
-            f"{m.path} is {layout} {tuple(shape)}"
+        copied = location.insertion.copy_result or (location.written and _keeps_result(rule))
+        insertion = replace(location.insertion, name=name, layout=layout, slot=slot, copy_result=copied)
+        source = token_source(self.scene, spot, layout)
+        return site, replace(
+            location, insertion=insertion, device=value.device, time=spot.time, source=source
         )
 
-    def name(self, rule: Rule, location: Location, label: str) -> tuple[str, str]:
-        """A free name on the holder: the rule's, else with _2, _3; and what held it."""
-        holder, wanted = location.holder, rule.child_name
-        if hasattr(type(holder), wanted):
-            raise UnusableNameError(
-                f"{label}: {type(holder).__name__} has an attribute {wanted!r} of its own; give the rule another name:"
-            )
-        taken = self.taken.setdefault(id(holder), set())
-        for number in range(1, 10_000):
-            name = wanted if number == 1 else f"{wanted}_{number}"
-            slot = _slot(holder, name)
-            if location.target is None and slot != "free":
-                slot = ""  # the original forward, which still runs, would call what fills the slot
-            if slot and name not in taken:
-                taken.add(name)
-                return name, slot
-        raise UnusableNameError(f"{label}: no free name like {wanted!r} on {type(holder).__name__}")
 
-    def cost(
-        self, rule: Rule, layout: Layout, shape: tuple[int, ...], m: Match, label: str
-    ) -> tuple[int, int]:
-        """Parameters and MACs of the block for one sample; builds it on the meta device."""
-        try:
-            return block_cost(rule, layout.channels(shape), layout.dims, layout.positions(shape))
-        except TooFewChannelsError as error:
-            raise TooFewChannelsError(f"{label}: at {m.path}: {error}") from error
-        except IdentityError as error:
-            raise IdentityError(f"{label}: at {m.path}: {error}") from error
-        except BlockError as error:
-            raise BlockError(f"{label}: at {m.path}: {error}") from error
-
-
-def _slot(holder: nn.Module, name: str) -> str:
-    """What a name holds: `free` nothing, `attribute` or `module` None, "" something."""
-    if name in holder._modules:
-        return "" if holder._modules[name] is not None else "module"
-    if name in holder.__dict__:
-        return "" if holder.__dict__[name] is not None else "attribute"
-    return "" if name in holder._parameters or name in holder._buffers else "free"
+def _keeps_result(rule: Rule) -> bool:
+    """Whether a block may keep what it gives for its backward: nobody knows of a foreign one that nothing wraps."""
+    return registry.resolve(rule.block).family == "registered" and rule.init != "blend"

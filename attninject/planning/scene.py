@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -20,7 +20,7 @@ from attninject.layout import Layout
 from attninject.observe.record import Call, Op, Record, refs
 from attninject.surgery.faithfulness import check
 from attninject.surgery.injected_state import base_class, injected_blocks, injected_in
-from attninject.surgery.local_graph import Arguments, LocalGraph, find, targets
+from attninject.surgery.local_graph import Arguments, LocalGraph, Target, find, targets
 from attninject.surgery.tracer import trace
 from attninject.wording import listed
 
@@ -35,6 +35,7 @@ class Scene:
         self.model, self.record, self.root_path = model, record, root
         self.root = model.get_submodule(root)
         self._rerun = rerun
+        self.layouts: dict[tuple[Any, ...], Layout | None] = {}
         self.graphs: dict[int, LocalGraph | TraceRefused] = {}
         self.templates: list[LocalGraph] = []  # of owners alike, one trace serves all; each is checked
         blocks = {id(m) for b in injected_blocks(model).values() for m in b.modules()}
@@ -62,6 +63,15 @@ class Scene:
             f"the model calls a {type(module).__name__} that is not among its modules; register it (nn.ModuleList in "
             "place of a plain list) or name another module"
         )
+
+    def name(self, spot: Spot) -> str:
+        """What plans and messages call a spot: `layer1.0.bn3`, or `layer1.0::add` where its operation is known.
+
+        Raises:
+            CannotRewriteError: see `path`.
+        """
+        path = self.path(spot.module)
+        return path if spot.target is None else f"{path}::{spot.target.name}"
 
     @functools.cached_property
     def places(self) -> PlaceMap:
@@ -154,11 +164,22 @@ class Scene:
 
     def layout(self, spot: Spot) -> Layout | None:
         """The layout measured at a spot, or None where the axes do not say."""
+        key = (id(spot.event), spot.position, spot.value, spot.output)
+        if key not in self.layouts:
+            self.layouts[key] = self._measured(spot)
+        return self.layouts[key]
+
+    def channels(self, spot: Spot) -> int | None:
+        """Extent of the channel axis measured at a spot, or None where the axes do not say."""
+        layout = self.layout(spot)
+        return layout.channels(self.record.shape(spot.value)) if layout else None
+
+    def _measured(self, spot: Spot) -> Layout | None:
         if not self.record.input_values:
             return None
         shape = self.record.shape(spot.value)
         given = self.record.shape(self.record.input_values[0])
-        channels = self._channels(spot)
+        channels = self._declared_channels(spot)
         batch, size = frame(shape, given)
         quick = measure(shape, batch, size, channels)
         if (
@@ -185,7 +206,8 @@ class Scene:
     def _read(self) -> frozenset[int]:
         return read_positions(self.record, self.positions)
 
-    def _channels(self, spot: Spot) -> int | None:
+    def _declared_channels(self, spot: Spot) -> int | None:
+        """How many channels the module at the spot says it gives or takes."""
         if isinstance(spot.event, Call) and spot.output is None:
             if spot.position == "after":
                 return channels_of(spot.event.module)
@@ -205,17 +227,6 @@ class Scene:
         return (shape, frame(shape, other.shape(other.input_values[0]))[1]) if same_rank else None
 
 
-@dataclass(frozen=True, eq=False)
-class Match:
-    """A spot that a rule chose, with what the table says of it."""
-
-    spot: Spot
-    path: str  # layer1.0.bn3, layer1.0::add
-    module: nn.Module  # that the filters look at: the matched module, or the operation's owner
-    layout: Layout | None
-    channels: int | None
-
-
 def instead(scene: Scene, call: Call) -> str:
     """What to name in place of an operation in a forward that has no graph: the modules that it calls."""
     called = [e.module for e in call.events if isinstance(e, Call) and id(e.module) in scene.paths]
@@ -225,14 +236,7 @@ def instead(scene: Scene, call: Call) -> str:
     return f"; name a module that it calls with after or before: {listed(names, 4)}"
 
 
-def match_at(scene: Scene, spot: Spot, path: str, module: nn.Module) -> Match:
-    """A spot with its name, layout and channels."""
-    layout = scene.layout(spot)
-    channels = layout.channels(scene.record.shape(spot.value)) if layout else None
-    return Match(spot, path, module, layout, channels)
-
-
-def operation_of(local: LocalGraph, spot: Spot) -> str:
+def operation_of(local: LocalGraph, spot: Spot) -> Target:
     """The name of the spot's operation in its owner's graph.
 
     Raises:
@@ -241,7 +245,7 @@ def operation_of(local: LocalGraph, spot: Spot) -> str:
     node = node_of(local, spot)
     if node is None:
         raise TraceRefused("no operation of its graph makes the value")
-    return targets(local.eval)[node].name
+    return targets(local.eval)[node]
 
 
 def call_node(graph: fx.Graph, call: Call) -> fx.Node | None:

@@ -51,7 +51,7 @@ def _not_open(module: nn.Module, is_model: bool) -> str | None:
         return "belongs to a quantizable variant; inject into the plain float model"
     if home.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
         return "is quantized; inject into the float model, then quantize it"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "is lazy and not initialised; run the model once first"
     return None
 

@@ -11,50 +11,70 @@ from attninject.observe.snapshot import undoing
 
 from .block_call import EXTENT, Extent
 from .generated_class import generate, set_class
-from .injected_state import Change, Contents, Injected, Insertion, base_class, injected_in, insertions
+from .injected_state import Contents, Injected, Insertion, base_class, injected_in, insertions
+from .location import Location
 
-# --- apply and revert --------------------------------------------------------------------------
+Placed = tuple[Location, nn.Module]  # a block, and where it goes
 
 
 @contextlib.contextmanager
-def apply(changes: Sequence[Change]) -> Iterator[None]:
-    """Put blocks in, for good unless something raises, here or in the body: then every holder is as it was.
+def apply(blocks: Sequence[Placed]) -> Iterator[None]:
+    """Put blocks in, for good unless something raises, here or in the body: then every carrier is as it was.
 
-    All classes are generated before the first holder is touched.
+    All classes are generated before the first carrier is touched.
     """
-    sources = {id(s): s for change in changes for s in change.sources if s is not None}
-    prepared: list[tuple[nn.Module, type]] = []
-    for change in changes:
-        known = injected_in(change.holder)
-        edit = (known.edit if known else ()) + tuple(i for i, _ in change.blocks)
-        local = change.local or (known.local if known else None)
-        watched = id(change.holder) in sources or (known is not None and known.watched)
-        prepared.append((change.holder, generate(base_class(change.holder), edit, local, watched)))
-    holders = {id(change.holder) for change in changes}
-    for source in (s for key, s in sources.items() if key not in holders):
-        known = injected_in(source) or Injected(type(source), (), None)
-        prepared.append((source, generate(known.base, known.edit, known.local, True)))
+    groups = _by_carrier(blocks)
+    prepared = _prepared(groups)
     with _all_or_nothing([module for module, _ in prepared]):
-        for change in changes:
-            for (insertion, block), made_by in zip(change.blocks, change.sources, strict=True):
-                _attach(change.holder, insertion, block)
-                if made_by is not None:
-                    block.__dict__[EXTENT] = made_by.__dict__.setdefault(EXTENT, Extent())
+        for location, block in (placed for group in groups for placed in group):
+            _attach(location.carrier, location.insertion, block)
+            if location.source is not None:
+                block.__dict__[EXTENT] = location.source.__dict__.setdefault(EXTENT, Extent())
         for module, cls in prepared:
             set_class(module, cls)
         yield
 
 
+def _by_carrier(blocks: Sequence[Placed]) -> list[list[Placed]]:
+    """The blocks of each carrier, in the order in which they run there.
+
+    Within a graph they are placed one by one; around one carrier `before units` runs before `before units.0`.
+    """
+    groups: dict[int, list[Placed]] = {}
+    for location, block in blocks:
+        groups.setdefault(id(location.carrier), []).append((location, block))
+    for group in groups.values():
+        group.sort(key=lambda placed: placed[0].time if placed[0].insertion.target is None else -1)
+    return list(groups.values())
+
+
+def _prepared(groups: list[list[Placed]]) -> list[tuple[nn.Module, type]]:
+    """Each module that changes, with its generated class: the carriers, then the layers to be watched."""
+    sources = {id(s): s for group in groups for at, _ in group if (s := at.source) is not None}
+    prepared: list[tuple[nn.Module, type]] = []
+    for group in groups:
+        carrier = group[0][0].carrier
+        known = injected_in(carrier) or Injected(base_class(carrier), (), None)
+        edit = known.edit + tuple(location.insertion for location, _ in group)
+        local = next((at.local for at, _ in group if at.local), known.local)
+        watched = sources.pop(id(carrier), None) is not None or known.watched
+        prepared.append((carrier, generate(known.base, edit, local, watched)))
+    for source in sources.values():
+        known = injected_in(source) or Injected(type(source), (), None)
+        prepared.append((source, generate(known.base, known.edit, known.local, True)))
+    return prepared
+
+
 def revert(model: nn.Module, names: Sequence[str]) -> None:
-    """Take blocks out by qualified name; holders without any left get their original class back."""
+    """Take blocks out by qualified name; carriers without any left get their original class back."""
     wanted = set(names)
     gone: dict[int, list[Insertion]] = {}
     in_use: set[int] = set()  # extents that blocks which stay look at
-    for name, holder, insertion in insertions(model):
+    for name, carrier, insertion in insertions(model):
         if name in wanted:
-            gone.setdefault(id(holder), []).append(insertion)
+            gone.setdefault(id(carrier), []).append(insertion)
         else:
-            in_use.add(id(getattr(holder, insertion.name).__dict__.get(EXTENT)))
+            in_use.add(id(getattr(carrier, insertion.name).__dict__.get(EXTENT)))
     prepared = []
     for module in model.modules():
         known = injected_in(module)
@@ -76,9 +96,9 @@ def revert(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _all_or_nothing(holders: list[nn.Module]) -> Iterator[None]:
+def _all_or_nothing(modules: list[nn.Module]) -> Iterator[None]:
     """Put classes, attributes and children of some modules back when the body raises."""
-    saved = [Contents(holder) for holder in holders]
+    saved = [Contents(module) for module in modules]
 
     def put_back() -> None:
         for contents in saved:
@@ -91,16 +111,16 @@ def _all_or_nothing(holders: list[nn.Module]) -> Iterator[None]:
             raise
 
 
-def _attach(holder: nn.Module, insertion: Insertion, block: nn.Module) -> None:
+def _attach(carrier: nn.Module, insertion: Insertion, block: nn.Module) -> None:
     if insertion.slot == "attribute":
-        del holder.__dict__[insertion.name]
-    nn.Module.add_module(holder, insertion.name, block)
+        del carrier.__dict__[insertion.name]
+    nn.Module.add_module(carrier, insertion.name, block)
 
 
-def _detach(holder: nn.Module, insertion: Insertion) -> None:
+def _detach(carrier: nn.Module, insertion: Insertion) -> None:
     if insertion.slot == "module":
-        holder._modules[insertion.name] = None
+        carrier._modules[insertion.name] = None
         return
-    del holder._modules[insertion.name]
+    del carrier._modules[insertion.name]
     if insertion.slot == "attribute":
-        holder.__dict__[insertion.name] = None
+        carrier.__dict__[insertion.name] = None

@@ -106,7 +106,7 @@ def guarded(reads: AttributeReads) -> Iterator[None]:
     Other threads may go on making modules; calling one, torch.fx's own patch would be in their way.
     """
 
-    def refuse(why: str, original: Callable) -> Callable:
+    def refuse(why: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def refused(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == reads.thread:
                 raise TraceRefused(why)
@@ -124,16 +124,16 @@ def guarded(reads: AttributeReads) -> Iterator[None]:
         (nn.Module, "__setattr__", "its forward writes an attribute"),
         (nn.Module, "__delattr__", "its forward writes an attribute"),
     ]
-    saved = [(holder, name, getattr(holder, name)) for holder, name, _ in refusals]
+    saved = [(place, name, getattr(place, name)) for place, name, _ in refusals]
 
     def put_back() -> None:
         with contextlib.suppress(AttributeError):
             del nn.Module.__getattribute__
-        for holder, name, value in saved:
-            setattr(holder, name, value)
+        for place, name, value in saved:
+            setattr(place, name, value)
 
     with undoing(put_back):
-        for (holder, name, why), (_, _, original) in zip(refusals, saved, strict=True):
-            setattr(holder, name, refuse(why, original))
+        for (place, name, why), (_, _, original) in zip(refusals, saved, strict=True):
+            setattr(place, name, refuse(why, original))
         nn.Module.__getattribute__ = lambda self, name: reads.get(self, name)  # type: ignore[method-assign, arg-type]
         yield

@@ -122,6 +122,7 @@ def note_extent(layer: nn.Module, out: Any) -> None:
 
 def _side_effects_count() -> bool:
     """Under jit.trace and strict export, which complain of a write, a block takes the measured grid."""
-    compiler: Any = torch.compiler
+    compiler: Any = torch.compiler  # both are partly untyped
+    jit: Any = torch.jit
     strict = compiler.is_dynamo_compiling() and getattr(compiler, "is_exporting", bool)()
-    return torch.jit.is_tracing() or strict
+    return bool(jit.is_tracing() or strict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ FROZEN = "_attninject_frozen"  # of a module: its parameters that `freeze` froze
 HELD = "_attninject_held"  # of a norm that `freeze` keeps in eval: had its statistics changed before?
 
 
-# --- what has changed since injection ----------------------------------------------------------
-
-_born: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter or batch norm → its state at injection
+_born: MutableMapping[Tensor | nn.Module, Any] = (
+    WeakIdKeyDictionary()
+)  # parameter or batch norm → its state at injection
 
 
 def remember(model: nn.Module) -> None:

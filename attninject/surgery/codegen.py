@@ -11,7 +11,7 @@ from torch import fx, nn
 from .block_call import note_extent, run_block
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import Insertion
-from .local_graph import MISSING, PRESENT, LocalGraph, Read
+from .local_graph import MISSING, PRESENT, AttributeRead, LocalGraph
 
 
 class ForwardWriter:
@@ -25,7 +25,7 @@ class ForwardWriter:
         watched: bool,
         remake: Callable[..., Any],
     ) -> None:
-        """`remake(holder, *args)`: what the forward calls when its graph no longer holds."""
+        """`remake(carrier, *args)`: what the forward calls when its graph no longer holds."""
         self.base, self.edit, self.local, self.watched = base, edit, local, watched
         self.around_result = watched or any(i.target is None and i.position == "after" for i in edit)
         self.names: dict[str, Any] = {
@@ -107,15 +107,15 @@ class ForwardWriter:
     def _slots(self) -> set[tuple[str, str]]:
         return {("", i.name) for i in self.edit if i.slot != "free"}
 
-    def _read_test(self, n: int, read: Read) -> str:
-        holder = _dotted(read.path)
+    def _read_test(self, n: int, read: AttributeRead) -> str:
+        module = _dotted(read.path)
         if read.value is MISSING:
-            return f"hasattr({holder}, {read.name!r})"
+            return f"hasattr({module}, {read.name!r})"
         if read.value is None or isinstance(read.value, bool):
-            return f"{holder}.{read.name} is not {read.value!r}"
+            return f"{module}.{read.name} is not {read.value!r}"
         self.names[f"_read_{n}"] = read.value
         plain = isinstance(read.value, (int, float, str, tuple, list, dict))
-        return f"{holder}.{read.name} {'!=' if plain else 'is not'} _read_{n}"
+        return f"{module}.{read.name} {'!=' if plain else 'is not'} _read_{n}"
 
     def _inner(self) -> tuple[str, list[str]]:
         """Text of the inner functions, and the lines that call them."""
@@ -138,7 +138,7 @@ class ForwardWriter:
         return code.src.strip().replace("def forward(", f"def {name}(", 1) + "\n\n"
 
 
-def _parameters(forward: Callable) -> list[inspect.Parameter]:
+def _parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(forward).parameters.values())[1:]
 
 

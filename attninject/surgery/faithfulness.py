@@ -18,8 +18,6 @@ from attninject.observe.recorder import Mode
 
 from .local_graph import Effect, LocalGraph
 
-# --- faithfulness ------------------------------------------------------------------------------
-
 
 def check(local: LocalGraph, owner: nn.Module, call: Call, record: Record, training: bool) -> LocalGraph:
     """Compare a graph with what the probe saw the owner's own forward do.

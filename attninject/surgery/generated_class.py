@@ -1,7 +1,7 @@
-"""A holder's generated class: made, cached, copied, pickled, and made anew when its graph no longer holds.
+"""A carrier's generated class: made, cached, copied, pickled, and made anew when its graph no longer holds.
 
-A holder (the module that a block becomes a child of) gets a generated subclass of its own class whose
-forward runs the block: within the holder's own graph (`graph`), or around its forward (`module`). Object,
+A carrier (the module that a block hangs on) gets a generated subclass of its own class whose
+forward runs the block: within the carrier's own graph (`graph`), or around its forward (`module`). Object,
 children, keys and methods stay. Generated classes hold no module and no tensor, so copies are independent;
 they are cached, and rebuilt on unpickling from the original class and the recorded edit.
 """
@@ -32,24 +32,25 @@ from .local_graph import Arguments, LocalGraph
 from .tracer import trace
 
 
-def set_class(holder: nn.Module, cls: type) -> None:
-    """Swap a holder's class: object, children and keys stay."""
-    holder.__class__ = cls  # type: ignore[assignment]
+def set_class(carrier: nn.Module, cls: type) -> None:
+    """Swap a carrier's class: object, children and keys stay."""
+    carrier.__class__ = cls
 
 
 # --- generating a class ------------------------------------------------------------------------
 
-_classes: dict[Any, type] = {}
+_classes: dict[Any, type[nn.Module]] = {}
+_compiler: Any = torch.compiler  # partly untyped
 _serial = itertools.count()
 
 
 def generate(
     base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, watched: bool = False
-) -> type:
+) -> type[nn.Module]:
     """The subclass of `base` whose forward runs the blocks of `edit`; cached.
 
     Args:
-        base: the holder's original class.
+        base: the carrier's original class.
         edit: all its insertions, in the order in which they apply.
         local: the graph of base's own forward; needed when an insertion has a target.
         watched: whether it writes the size of its result down, for blocks on tokens.
@@ -84,7 +85,7 @@ def generate(
     return cls
 
 
-def _subclass(base: type[nn.Module], attributes: dict[str, Any]) -> type:
+def _subclass(base: type[nn.Module], attributes: dict[str, Any]) -> type[nn.Module]:
     return types.new_class(base.__name__, (base,), {}, lambda body: body.update(attributes))
 
 
@@ -113,52 +114,56 @@ def _value_key(value: Any) -> str:
 # --- life of a generated class -----------------------------------------------------------------
 
 
-def remake(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`_remake`, kept out of compiled graphs; disabling only here spares everybody else torch._dynamo's import."""
-    return torch.compiler.disable(_remake)(holder, *args, **kwargs)
+    return _compiler.disable(_remake)(carrier, *args, **kwargs)
 
 
-def _remake(holder: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Trace the holder's forward anew, since something the graph depends on has changed, and run it.
+def _remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Trace the carrier's forward anew, since something the graph depends on has changed, and run it.
 
     Raises:
         CannotRewriteError: there is no faithful graph any more, or the site is not in it.
     """
-    known = injected_in(holder)
+    known = injected_in(carrier)
     assert known is not None
-    if extended_since(holder):
+    if extended_since(carrier):
         raise CannotRewriteError(
             f"{known.base.__qualname__} changed since blocks were injected into its forward, and its class was "
-            f"extended ({type(holder).__name__}), so the forward cannot be made anew; make the change before that"
+            f"extended ({type(carrier).__name__}), so the forward cannot be made anew; make the change before that"
         )
     try:
         arguments = Arguments.of(known.base.forward, args, kwargs)
-        local = trace(holder, known.base.forward, arguments, known.slots)
-        with as_original(holder):
-            record = run(holder, Inputs(args, kwargs), "meta", holder.training)
-            check(local, holder, record.calls[0], record, holder.training)
+        local = trace(carrier, known.base.forward, arguments, known.slots)
+        with as_original(carrier):
+            record = run(carrier, Inputs(args, kwargs), "meta", carrier.training)
+            check(local, carrier, record.calls[0], record, carrier.training)
     except TraceRefused as refused:
         raise CannotRewriteError(
             f"{known.base.__qualname__} changed since blocks were injected into its forward, and {refused}; "
             "eject the blocks, make the change, and inject again"
         ) from refused
-    set_class(holder, generate(known.base, known.edit, local, known.watched))
-    return holder.forward(*args, **kwargs)
+    set_class(carrier, generate(known.base, known.edit, local, known.watched))
+    return carrier.forward(*args, **kwargs)
 
 
-def _copy(holder: nn.Module, copy_state: Callable, memo: dict[int, Any] | None = None) -> nn.Module:
-    new = type(holder).__new__(type(holder))
+def _copy(
+    carrier: nn.Module, copy_state: Callable[[Any], Any], memo: dict[int, Any] | None = None
+) -> nn.Module:
+    original: Any = carrier
+    new: Any = type(carrier).__new__(type(carrier))
     if memo is not None:
-        memo[id(holder)] = new
-    new.__setstate__(copy_state(holder.__getstate__()))
-    return new
+        memo[id(carrier)] = new
+    new.__setstate__(copy_state(original.__getstate__()))
+    made: nn.Module = new
+    return made
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Pickle as the original class plus the edit: generated code is never written to a file."""
     known = injected_in(self)
     assert known is not None
-    reduced: Any = known.base.__reduce_ex__(self, protocol)  # type: ignore[call-arg, arg-type]
+    reduced: Any = known.base.__reduce_ex__(self, protocol)
     if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         raise TypeError(f"{known.base.__qualname__} has its own __reduce__; eject the blocks to pickle it")
     arguments = known.local.arguments if known.local else None
@@ -168,13 +173,14 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 def _rebuild(
     base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None, watched: bool
 ) -> nn.Module:
-    settled = arguments is None
-    cls: Any = generate(base, edit, None, watched) if settled else _pending(base, edit, arguments, watched)  # type: ignore[arg-type]
+    cls = _pending(base, edit, arguments, watched) if arguments else generate(base, edit, None, watched)
     return cls.__new__(cls)
 
 
-def _pending(base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments, watched: bool) -> type:
-    """A class for the moment between a holder's making and its state: settles once the children are there."""
+def _pending(
+    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments, watched: bool
+) -> type[nn.Module]:
+    """A class for the moment between a carrier's making and its state: settles once the children are there."""
     key = (base, edit, arguments, watched, "pending")
     if key in _classes:
         return _classes[key]
@@ -185,7 +191,8 @@ def _pending(base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Argu
         set_class(self, generate(base, edit, local, watched))
 
     def setstate(self: nn.Module, state: Any) -> None:
-        base.__setstate__(self, state)  # type: ignore[attr-defined]
+        original: Any = base
+        original.__setstate__(self, state)
         settle(self)
 
     known = Injected(base, edit, None, watched)
@@ -197,7 +204,7 @@ def _pending(base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Argu
 def _hiding(base: type[nn.Module], hidden: frozenset[str]) -> dict[str, Any]:
     """Container methods that leave the blocks out: length, iteration, slices."""
 
-    def shown(self: Any) -> OrderedDict:
+    def shown(self: Any) -> OrderedDict[str, nn.Module]:
         return OrderedDict((k, v) for k, v in self._modules.items() if k not in hidden)
 
     methods: dict[str, Any] = {"__len__": lambda self: len(self._modules) - len(hidden)}
@@ -210,10 +217,10 @@ def _hiding(base: type[nn.Module], hidden: frozenset[str]) -> dict[str, Any]:
         return methods
 
     def getitem(self: Any, index: Any) -> Any:
-        if not isinstance(index, slice):
-            return base.__getitem__(self, index)  # type: ignore[attr-defined, index]
-        chosen = OrderedDict(list(shown(self).items())[index])
         make: Any = base
+        if not isinstance(index, slice):
+            return make.__getitem__(self, index)
+        chosen = OrderedDict(list(shown(self).items())[index])
         return make(chosen) if issubclass(base, nn.Sequential) else make(list(chosen.values()))
 
     methods["__iter__"] = lambda self: iter(shown(self).values())

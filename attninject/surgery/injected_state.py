@@ -12,6 +12,7 @@ from torch import nn
 
 from attninject.layout import Layout
 from attninject.observe.snapshot import undoing
+from attninject.terms import Position, Slot
 
 from .local_graph import LocalGraph, Target
 
@@ -22,12 +23,12 @@ SITE = "_attninject_site"  # attribute of a block: the Site that it was planned 
 
 @dataclass(frozen=True)
 class Insertion:
-    """One block in one holder.
+    """One block on one carrier, the module whose child it becomes.
 
     Attributes:
-        name: of the block among the holder's children.
+        name: of the block among the carrier's children.
         position: `after` or `before`.
-        target: the node of the holder's own forward (`graph`); None: the holder's result or input (`module`).
+        target: the node of the carrier's own forward (`graph`); None: the carrier's result or input (`module`).
         operand: `before`: which operand, by position or name.
         output: `after`: which item of a tuple, list or dict; None: the result itself.
         layout: of the value.
@@ -37,12 +38,12 @@ class Insertion:
     """
 
     name: str
-    position: str
+    position: Position
     target: Target | None
     operand: int | str = 0
     output: int | str | None = None
     layout: Layout = Layout("NCHW")  # noqa: RUF009 (frozen)
-    slot: str = "free"
+    slot: Slot = "free"
     copy_given: bool = False
     copy_result: bool = False
 
@@ -60,16 +61,6 @@ class Injected:
     def slots(self) -> frozenset[str]:
         """Names that the original forward must see as None."""
         return frozenset(i.name for i in self.edit if i.slot != "free")
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """What `apply` does at one holder. `sources`: for each block on tokens the layer that makes their map."""
-
-    holder: nn.Module
-    blocks: tuple[tuple[Insertion, nn.Module], ...]
-    local: LocalGraph | None
-    sources: tuple[nn.Module | None, ...]
 
 
 def injected_in(module: nn.Module) -> Injected | None:
@@ -90,11 +81,11 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 def injected_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Qualified name → block, in the order of `named_modules`."""
-    return {name: getattr(holder, i.name) for name, holder, i in insertions(model)}
+    return {name: getattr(carrier, i.name) for name, carrier, i in insertions(model)}
 
 
 def insertions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Insertion]]:
-    """Qualified name of each block, its holder, and its insertion there, in the order of `named_modules`."""
+    """Qualified name of each block, its carrier, and its insertion there, in the order of `named_modules`."""
     for path, module in model.named_modules():
         if found := injected_in(module):
             for insertion in found.edit:
@@ -127,26 +118,26 @@ def bypassed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_original(model: nn.Module) -> Iterator[None]:
-    """Let every holder run the forward of its original class, its slots empty: what a probe is to see.
+    """Let every carrier run the forward of its original class, its slots empty: what a probe is to see.
 
     `bypassed` leaves the rewritten forward in place, whose operations may differ from the original's.
     """
-    holders = [(m, found) for m in model.modules() if (found := injected_in(m))]
-    saved = [Contents(m) for m, _ in holders]
+    carriers = [(m, found) for m in model.modules() if (found := injected_in(m))]
+    saved = [Contents(m) for m, _ in carriers]
 
     def put_back() -> None:
         for contents in saved:
             contents.restore()
 
     with undoing(put_back):
-        for holder, found in holders:
+        for carrier, found in carriers:
             for insertion in found.edit:
                 if insertion.slot == "module":
-                    holder._modules[insertion.name] = None
+                    carrier._modules[insertion.name] = None
                 elif insertion.slot == "attribute":
-                    del holder._modules[insertion.name]
-                    holder.__dict__[insertion.name] = None
-            holder.__dict__["forward"] = types.MethodType(found.base.forward, holder)
+                    del carrier._modules[insertion.name]
+                    carrier.__dict__[insertion.name] = None
+            carrier.__dict__["forward"] = types.MethodType(found.base.forward, carrier)
         yield
 
 

@@ -47,7 +47,7 @@ class Arguments:
         return tuple(a for a in self.items if a.constant)
 
     @staticmethod
-    def of(forward: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Arguments:
+    def of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """From one call's arguments (tensors, or the probe's `Ref`s).
 
         Raises:
@@ -74,7 +74,7 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Read:
+class AttributeRead:
     """An attribute that a trace read: of the owner (`path` "") or of a module below it."""
 
     path: str
@@ -118,15 +118,15 @@ class Target:
 class LocalGraph:
     """A module's own forward. `eval` and `train` are the same object unless the mode matters."""
 
-    forward: Callable
+    forward: Callable[..., Any]
     arguments: Arguments
     eval: fx.Graph
     train: fx.Graph
-    reads: tuple[Read, ...]
+    reads: tuple[AttributeRead, ...]
     effects: Mapping[fx.Node, Effect] = field(default_factory=dict)  # of eval
     train_effects: Mapping[fx.Node, Effect] = field(default_factory=dict)  # of train, if another graph
 
-    def fits(self, owner: nn.Module, forward: Callable, arguments: Arguments) -> bool:
+    def fits(self, owner: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> bool:
         """Whether a trace of `owner` would give this very graph: same code, arguments and attributes."""
         return (
             forward is self.forward

@@ -19,12 +19,9 @@ from attninject.errors import TraceRefused
 from attninject.observe.snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
 
 from .attribute_guard import AttributeReads, NoWrites, guarded
-from .local_graph import IN_PLACE, Arguments, LocalGraph, Read
+from .local_graph import IN_PLACE, Arguments, AttributeRead, LocalGraph
 
 _CHECKPOINT_FLAGS = frozenset({"grad_checkpointing", "use_checkpoint", "with_cp", "memory_efficient"})
-
-
-# --- tracing -----------------------------------------------------------------------------------
 
 
 class _Proxy(fx.Proxy):
@@ -33,7 +30,7 @@ class _Proxy(fx.Proxy):
     __hash__ = fx.Proxy.__hash__
 
 
-def _in_place(name: str) -> Callable:
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     fn = getattr(operator, name)
 
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:
@@ -59,7 +56,7 @@ class _TensorProxy(_Proxy):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else `self.count.add_(1)` would really count during the trace
 
-    def __init__(self, forward: Callable, arguments: Arguments, reads: AttributeReads) -> None:
+    def __init__(self, forward: Callable[..., Any], arguments: Arguments, reads: AttributeReads) -> None:
         super().__init__()
         self.forward, self.arguments, self.reads = forward, arguments, reads
         self.tensor_inputs = {a.name for a in arguments.inputs if a.tensor}
@@ -112,7 +109,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(
-    owner: nn.Module, forward: Callable, arguments: Arguments, hidden: frozenset[str] = frozenset()
+    owner: nn.Module, forward: Callable[..., Any], arguments: Arguments, hidden: frozenset[str] = frozenset()
 ) -> LocalGraph:
     """Trace `forward` (the owner's, before any injection) with all children as leaves.
 
@@ -145,8 +142,8 @@ def _text(graph: fx.Graph) -> str:
 
 
 def _trace_once(
-    owner: nn.Module, forward: Callable, arguments: Arguments, hidden: frozenset[str]
-) -> tuple[fx.Graph, tuple[Read, ...]]:
+    owner: nn.Module, forward: Callable[..., Any], arguments: Arguments, hidden: frozenset[str]
+) -> tuple[fx.Graph, tuple[AttributeRead, ...]]:
     reads = AttributeReads(owner, hidden)
     tracer = _Tracer(forward, arguments, reads)
     before, drawn = Snapshot(owner), generators()
@@ -175,7 +172,7 @@ def _trace_once(
             raise TraceRefused("it can checkpoint its children")
         if key not in paths:
             raise TraceRefused("it reads attributes of a module outside itself")
-        found.append(Read(paths[key], name, value))
+        found.append(AttributeRead(paths[key], name, value))
     if not all(r.holds(owner) for r in found):
         raise TraceRefused("it reads an attribute that is another at every look")
     return graph, tuple(found)

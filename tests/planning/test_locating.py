@@ -680,7 +680,7 @@ def test_scripted_and_quantized_models_are_refused() -> None:
 
 
 def test_a_holder_extended_by_others_is_refused_and_still_listed() -> None:
-    """A parametrization of a holder makes a class of its own; swapping that class would undo it."""
+    """A parametrization of a carrier makes a class of its own; swapping that class would undo it."""
 
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -157,7 +157,7 @@ def test_a_duplicate_follows_its_own_attributes() -> None:
 
 
 def test_a_shallow_copy_shares_what_a_shallow_copy_shares() -> None:
-    """copy.copy of a holder computes the same with the same tensors."""
+    """copy.copy of a carrier computes the same with the same tensors."""
     model, x = Around(Through(body)).eval(), images()
     ai.inject(model, **se(after="inner.a"), example_inputs=x)
     stir(model)

@@ -252,7 +252,7 @@ def verified(model: Net) -> Callable[[], Any]:
 
 
 def second(model: Net) -> Callable[[], Any]:
-    """Onto a model that has blocks, some in the same holders."""
+    """Onto a model that has blocks, some in the same carriers."""
     inject(model)
     rules = {"rules": [{"block": "se", "after": "**.bn", "args": {"reduction": 2}, "name": "more"}]}
     torch.manual_seed(8)
@@ -269,7 +269,7 @@ def ejection(model: Net) -> Callable[[], Any]:
 
 
 def part(model: Net) -> Callable[[], Any]:
-    """Out of a holder that keeps another block."""
+    """Out of a carrier that keeps another block."""
     inject(model)
     forget()
     return lambda: ai.eject(model, "body.0.se")
@@ -388,7 +388,7 @@ def test_an_interrupt_while_things_are_put_back_is_waited_out(monkeypatch: pytes
             raise Interrupt
         restore(contents)
 
-    def fails(holder: nn.Module, cls: type) -> None:
+    def fails(carrier: nn.Module, cls: type) -> None:
         raise Fault("no class today")
 
     monkeypatch.setattr(apply, "set_class", fails)

@@ -1,0 +1,41 @@
+"""From a plan to its blocks: made, and not yet put in."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from attninject.blocks import registry
+from attninject.observe.example_inputs import first_float
+from attninject.observe.snapshot import rng_kept
+from attninject.surgery.injected_state import SITE
+from attninject.surgery.location import Location
+
+from .plan import Plan
+from .planned_site import Site
+
+
+def built(plan: Plan, model: nn.Module) -> list[tuple[Location, nn.Module]]:
+    """A block for each site, with its location. Touches nothing; the generators' states are put back.
+
+    Args:
+        plan: of this model.
+        model: its first floating parameter says where blocks go whose carrier has none.
+    """
+    fallback = first_float(model)
+    with rng_kept():
+        return [
+            (location, _built(site, location, fallback))
+            for site, location in zip(plan.sites, plan.locations, strict=True)
+        ]
+
+
+def _built(site: Site, location: Location, fallback: Tensor) -> nn.Module:
+    """The block of a site, on the device and in the dtype and mode of where it goes."""
+    block = registry.create_block(
+        site.block, site.channels, init=site.init, dims=site.layout.dims, **site.args
+    )
+    like = first_float(location.carrier, fallback)
+    block.to(device=like.device if location.device.type == "meta" else location.device, dtype=like.dtype)
+    block.train(location.carrier.training)
+    block.__dict__[SITE] = site
+    return block

@@ -1,0 +1,57 @@
+"""Which layout a block sees at a site: the measured one or the rule's own, if the block's mathematics allows it."""
+
+from __future__ import annotations
+
+from attninject.anatomy.dataflow import Spot
+from attninject.blocks import registry
+from attninject.errors import LayoutError
+from attninject.layout import RANK, Layout
+from attninject.recipe.rules import Rule
+
+from .scene import Scene
+
+
+def layout_for(rule: Rule, scene: Scene, spot: Spot, label: str) -> Layout:
+    """The layout that the rule's block sees at a spot.
+
+    Raises:
+        LayoutError: none can be told, or the block does not work on it; the message says what to do.
+    """
+    name, shape = scene.name(spot), scene.record.shape(spot.value)
+    layout = scene.layout(spot)
+    if rule.layout:
+        layout = _overridden(layout, rule.layout, shape, f"{label}: layout {rule.layout}", name)
+    if layout is None:
+        raise LayoutError(f"{label}: the axes of {name}, {tuple(shape)}, {_unknown(scene, spot)}")
+    spec = registry.resolve(rule.block)
+    if spec.spatial and not layout.is_map:
+        held = f"{shape[1]} tokens" if layout.kind == "NLC" else f"{layout.kind} {tuple(shape)}"
+        lie = "that form no grid" if layout.ordered else "in windows or an order of the network's own"
+        raise LayoutError(
+            f"{label}: {name} holds {held} {lie}, and {spec.name} works on positions; take a block that works "
+            "on tokens too, see `attninject list blocks`"
+        )
+    if layout.dims in spec.dims:
+        return layout
+    if layout.kind in ("NLC", "NCL") and 1 in spec.dims and not spec.spatial:
+        return Layout(layout.kind, layout.prefix)  # positions in any order will do
+    raise LayoutError(
+        f"{label}: {spec.name} works on {' or '.join(f'{d}D' for d in spec.dims)} maps; "
+        f"{name} is {layout} {tuple(shape)}"
+    )
+
+
+def _overridden(measured: Layout | None, kind: str, shape: tuple[int, ...], asked: str, name: str) -> Layout:
+    """The layout that a rule asks for; the measured one where it is of this kind and says more."""
+    if RANK[kind] != len(shape):
+        raise LayoutError(f"{asked} has {RANK[kind]} axes; {name} has {shape}")
+    return measured if measured and measured.kind == kind and measured.ordered else Layout(kind)
+
+
+def _unknown(scene: Scene, spot: Spot) -> str:
+    """Why the axes of a spot could not be told, and what to do."""
+    found = scene.positions.find(spot.value)
+    why = found.why if found and found.why else "do not say which are batch, channels and positions"
+    known = len(scene.record.shape(spot.value)) in RANK.values()
+    fix = "say it with layout:" if known else "blocks need 3 to 5 axes, so name a site before"
+    return f"{why}; {fix}"
