@@ -140,8 +140,8 @@ def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
         parameter = parameters.get(key)
         if parameter is None or parameter.requires_grad:
             return True
-        holder = model.get_submodule(key.rpartition(".")[0])
-        frozen = holder.__dict__.get(change_history.FROZEN, {}).get(key.rpartition(".")[2], False)
+        module = model.get_submodule(key.rpartition(".")[0])
+        frozen = module.__dict__.get(change_history.FROZEN, {}).get(key.rpartition(".")[2], False)
         return bool(frozen) or change_history.changed_since_injection(parameter, unknown=False)
 
     return {key for key in state if key.startswith(blocks) or may_differ(key)}

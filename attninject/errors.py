@@ -111,7 +111,7 @@ class LayoutError(PlanError):
 
 
 class UnusableNameError(PlanError):
-    """The name of the new module is that of an attribute of its holder's class."""
+    """The name of the new module is that of an attribute of its carrier's class."""
 
 
 class InPlaceHazardError(PlanError):

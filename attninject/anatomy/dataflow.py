@@ -22,8 +22,8 @@ class Spot:
         value: the tensor there.
         output: `after` a call with a nested result: index or key of the tensor.
         operand: `before`: position or name of the operand.
-        target: name of the operation in its owner's graph, where a pattern gave it: a value alone does not say
-            it, since an operation may hand its operand on (a dropout in eval mode).
+        target: name of the operation in its owner's graph, once it is known: a value alone does not
+            say it, since an operation may hand its operand on (a dropout in eval mode).
     """
 
     event: Call | Op

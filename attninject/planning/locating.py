@@ -116,15 +116,9 @@ def _in_graph(scene: Scene, local: LocalGraph, owner: Call, spot: Spot, path: st
 
 
 def _insertion(spot: Spot, target: Target | None, operand: int | str, copies: Copies) -> Insertion:
-    return Insertion(
-        "",
-        spot.position,
-        target,
-        operand,
-        spot.output,
-        copy_given=copies.given,
-        copy_result=copies.result,
-    )
+    """The insertion at a spot, as far as it does not depend on the rule: `planner` completes it."""
+    given, result = copies.given, copies.result
+    return Insertion("", spot.position, target, operand, spot.output, copy_given=given, copy_result=result)
 
 
 # --- at a module -------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ from attninject.errors import NoMatchError, UnsupportedModelError
 from attninject.surgery.injected_state import extended_since
 from attninject.wording import nearest_hint
 
-# --- which models ------------------------------------------------------------------------------
-
 
 def refuse_unsupported(model: Any) -> None:
     """Refuse what is not open to surgery, with what to pass instead.

@@ -225,8 +225,8 @@ class Counts:
         self.handles: list[Any] = []
         for name, block in self.blocks.items():
             self._count(name, block)
-        for holder in dict.fromkeys(n.rpartition(".")[0] for n in self.blocks):
-            self._count(holder, model.get_submodule(holder))
+        for carrier in dict.fromkeys(n.rpartition(".")[0] for n in self.blocks):
+            self._count(carrier, model.get_submodule(carrier))
 
     def _count(self, name: str, module: nn.Module) -> None:
         def note(*_: Any) -> None:
@@ -243,16 +243,16 @@ class Counts:
             handle.remove()
 
     def check(self) -> None:
-        """As many calls of a block as of its holder, and one at least.
+        """As many calls of a block as of its carrier, and one at least.
 
         Raises:
             Broken: with the blocks whose counts are off.
         """
         off = []
         for name in self.blocks:
-            calls, holder = self.of[name], self.of[name.rpartition(".")[0]]
-            if calls == 0 or calls != holder:
-                off.append(f"{name} {calls} times for {holder} calls of its holder")
+            calls, carrier = self.of[name], self.of[name.rpartition(".")[0]]
+            if calls == 0 or calls != carrier:
+                off.append(f"{name} {calls} times for {carrier} calls of its carrier")
         if off:
             raise Broken(f"called: {_some(off)}")
 
