@@ -91,7 +91,7 @@ def inject(
     else:
         given = plan(model, recipe, root=root, example_inputs=example_inputs, strict=strict, **rule)
     before = outputs(model, given.inputs) if verify else None
-    blocks = building.built(given, model)
+    blocks = building.build(given, model)
     change_history.remember(model)
     with apply.apply(blocks):
         if verify and not equal(before, outputs(model, given.inputs)):

@@ -14,7 +14,7 @@ from .plan import Plan
 from .planned_site import Site
 
 
-def built(plan: Plan, model: nn.Module) -> list[tuple[Location, nn.Module]]:
+def build(plan: Plan, model: nn.Module) -> list[tuple[Location, nn.Module]]:
     """A block for each site, with its location. Touches nothing; the generators' states are put back.
 
     Args:
@@ -24,12 +24,12 @@ def built(plan: Plan, model: nn.Module) -> list[tuple[Location, nn.Module]]:
     fallback = first_float(model)
     with rng_kept():
         return [
-            (location, _built(site, location, fallback))
+            (location, _build(site, location, fallback))
             for site, location in zip(plan.sites, plan.locations, strict=True)
         ]
 
 
-def _built(site: Site, location: Location, fallback: Tensor) -> nn.Module:
+def _build(site: Site, location: Location, fallback: Tensor) -> nn.Module:
     """The block of a site, on the device and in the dtype and mode of where it goes."""
     block = registry.create_block(
         site.block, site.channels, init=site.init, dims=site.layout.dims, **site.args
