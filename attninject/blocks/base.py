@@ -241,7 +241,7 @@ def static_shape(x: Tensor) -> tuple[int, ...]:
     """x.shape as plain integers, also under torch.jit.trace, which fixes whatever they decide."""
     if tracing():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
             return tuple(int(n) for n in x.shape)
     return tuple(x.shape)
 

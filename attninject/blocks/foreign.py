@@ -47,11 +47,11 @@ class TimmSpec(BlockSpec):
 
 def _made(name: str, channels: int, args: Mapping[str, Any]) -> nn.Module:
     import timm
-    from timm.layers import get_attn  # type: ignore[attr-defined]
+    from timm.layers import get_attn
 
     entry = name.removeprefix(PREFIX)
     try:
-        made: nn.Module = get_attn(entry)(channels, **args)  # type: ignore[no-untyped-call]
+        made: nn.Module = get_attn(entry)(channels, **args)
     except Exception as error:  # whatever timm raises, an assertion without a word included
         given = "".join(f", {k}={v!r}" for k, v in args.items())
         raise BlockError(

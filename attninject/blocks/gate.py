@@ -70,7 +70,7 @@ class Gate(nn.Module):
 
 def tracing() -> bool:
     """Whether torch.jit.trace is recording."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return bool(torch.jit.is_tracing())
 
 
 def scale(x: Tensor, gate: Tensor) -> Tensor:
