@@ -249,7 +249,8 @@ def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     gradients move although both are right.
     """
     pairs = zip(ours, theirs, strict=True)
-    return max(((a - b).double().norm() / a.double().norm()).item() for a, b in pairs)
+    made: float = max(((a - b).double().norm() / a.double().norm()).item() for a, b in pairs)
+    return made
 
 
 # --- summary ------------------------------------------------------------------------------------

@@ -162,7 +162,8 @@ def _opened(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise RunError(f"{file} is no file of `attninject bench digits`; give another one") from error
     if not ours or record["settings"] != settings:
         raise RunError(f"{file} holds runs with other settings; give another file, or the settings of then")
-    return record
+    made: dict[str, Any] = record
+    return made
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:

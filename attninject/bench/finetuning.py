@@ -61,7 +61,7 @@ class Task:
         return self.recipe + ("" if self.freeze is None else f", frozen {self.freeze}")
 
 
-class Noise(Dataset):
+class Noise(Dataset[tuple[torch.Tensor, int]]):
     """As many random images as a batch takes."""
 
     classes = tuple(str(n) for n in range(CLASSES))
@@ -181,9 +181,10 @@ def _peak_in_child(task: Task) -> int:
         "print(json.dumps(b.growth(b.Task(**json.loads(sys.argv[1])))))"
     )
     command = [sys.executable, "-c", code, json.dumps(asdict(task))]
-    return json.loads(
+    made: int = json.loads(
         subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     )
+    return made
 
 
 def growth(task: Task) -> int:

@@ -107,7 +107,8 @@ class Unit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W), the same out."""
-        return x + self.bn(self.conv(x))
+        made: torch.Tensor = x + self.bn(self.conv(x))
+        return made
 
 
 class Chain(nn.Module):
@@ -119,7 +120,8 @@ class Chain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, 16, H, W), the same out."""
-        return self.units(x)
+        made: torch.Tensor = self.units(x)
+        return made
 
 
 def time_chain(count: int) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def by_hand() -> nn.Module:
     """torchvision's resnet50 with our SE block written into a Bottleneck of its own, before the add."""
     from torchvision.models.resnet import Bottleneck, ResNet
 
-    class SEBottleneck(Bottleneck):
+    class SEBottleneck(Bottleneck):  # type: ignore[misc]  # torchvision ships no types
         """torchvision's Bottleneck with `se` behind bn3."""
 
         def __init__(self, *args: Any, **kw: Any) -> None:
@@ -156,9 +158,11 @@ def by_hand() -> nn.Module:
             if self.downsample is not None:
                 identity = self.downsample(x)
             out += identity
-            return self.relu(out)
+            made: torch.Tensor = self.relu(out)
+            return made
 
-    return ResNet(SEBottleneck, [3, 4, 6, 3])
+    made: nn.Module = ResNet(SEBottleneck, [3, 4, 6, 3])
+    return made
 
 
 def injected() -> nn.Module:

@@ -50,7 +50,8 @@ def seconds(work: Work, device: str = "cpu", times: int = 1) -> float:
             work()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / times
+        made: float = start.elapsed_time(end) / 1e3 / times
+        return made
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     for _ in range(times):

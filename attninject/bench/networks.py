@@ -52,7 +52,8 @@ def _five_nonlocal() -> nn.Module:
     for stage, channels, numbers in ((model.layer2, 512, (1, 3)), (model.layer3, 1024, (1, 3, 5))):
         for number in numbers:
             stage[number].se = peers.SUBJECTS["nonlocal"].peers["timm"].build(channels)
-    return model
+    made: nn.Module = model
+    return made
 
 
 def _convnext_gc() -> nn.Module:
@@ -210,7 +211,8 @@ def distance(ours: nn.Module, theirs: nn.Module, side: int) -> float:
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         a, b = ours.eval()(x), theirs.eval()(x)
-    return ((a - b).abs().max() / a.abs().max()).item()
+    made: float = ((a - b).abs().max() / a.abs().max()).item()
+    return made
 
 
 def step(model: nn.Module, data: Data) -> Work:

@@ -69,7 +69,8 @@ class CBAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) → the same shape."""
-        return self.spatial(self.channel(x))
+        made: Tensor = self.spatial(self.channel(x))
+        return made
 
 
 class _ConvNormReLU(nn.Module):
@@ -124,7 +125,8 @@ class _ContextMLP(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, s: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.norm(self.fc1(s).flatten(1))[:, :, None, None]))
+        made: Tensor = self.fc2(F.relu(self.norm(self.fc1(s).flatten(1))[:, :, None, None]))
+        return made
 
 
 class GC(nn.Module):
@@ -139,7 +141,8 @@ class GC(nn.Module):
         """x: (B, C, H, W) → the same shape."""
         weights = torch.softmax(self.conv_attn(x).flatten(2), 2)  # (B, 1, N)
         context = x.flatten(2) @ weights.transpose(1, 2)  # (B, C, 1)
-        return x + self.mlp_add(context.unsqueeze(3))
+        made: Tensor = x + self.mlp_add(context.unsqueeze(3))
+        return made
 
 
 class Coordinate(nn.Module):
@@ -172,7 +175,8 @@ class SCSE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) → the same shape."""
-        return self.channel(x) + x * torch.sigmoid(self.spatial(x))
+        made: Tensor = self.channel(x) + x * torch.sigmoid(self.spatial(x))
+        return made
 
 
 class NonLocal(nn.Module):
@@ -204,7 +208,8 @@ class NonLocal(nn.Module):
         """x: (B, C, H, W) → the same shape."""
         theta, phi, g = (layer(x).flatten(2) for layer in (self.theta, self.phi, self.g))
         y = self.pairs(theta.transpose(1, 2), phi) @ g.transpose(1, 2)
-        return x + self.norm(self.out(y.transpose(1, 2).unflatten(2, x.shape[2:])))
+        made: Tensor = x + self.norm(self.out(y.transpose(1, 2).unflatten(2, x.shape[2:])))
+        return made
 
 
 class PAM(nn.Module):
@@ -222,7 +227,8 @@ class PAM(nn.Module):
         query, key, value = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
         attention = torch.softmax(query.transpose(1, 2) @ key, 2)
         y = value @ attention.transpose(1, 2)
-        return x + self.gamma * y.unflatten(2, x.shape[2:])
+        made: Tensor = x + self.gamma * y.unflatten(2, x.shape[2:])
+        return made
 
 
 class CAM(nn.Module):
@@ -237,7 +243,8 @@ class CAM(nn.Module):
         flat = x.flatten(2)
         energy = flat @ flat.transpose(1, 2)
         attention = torch.softmax(energy.amax(2, keepdim=True) - energy, 2)
-        return x + self.gamma * (attention @ flat).unflatten(2, x.shape[2:])
+        made: Tensor = x + self.gamma * (attention @ flat).unflatten(2, x.shape[2:])
+        return made
 
 
 # --- timm's and mmcv's modules ------------------------------------------------------------------
@@ -294,7 +301,8 @@ def _timm_nonlocal(channels: int) -> nn.Module:
 def _mmcv_gc(channels: int) -> nn.Module:
     from mmcv.cnn.bricks.context_block import ContextBlock
 
-    return ContextBlock(channels, ratio=1 / 16)
+    made: nn.Module = ContextBlock(channels, ratio=1 / 16)
+    return made
 
 
 def _mmcv_nonlocal(mode: str) -> Callable[[int], nn.Module]:
@@ -303,7 +311,8 @@ def _mmcv_nonlocal(mode: str) -> Callable[[int], nn.Module]:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return NonLocal2d(channels, use_scale=False, norm_cfg={"type": "BN"}, mode=mode)
+            made: nn.Module = NonLocal2d(channels, use_scale=False, norm_cfg={"type": "BN"}, mode=mode)
+            return made
 
     return build
 

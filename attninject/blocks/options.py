@@ -14,7 +14,6 @@ is accepted in one of these ways:
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import numbers
@@ -32,6 +31,8 @@ from typing import (
     get_type_hints,
     runtime_checkable,
 )
+
+from attninject import wording
 
 Init = Literal["identity", "paper", "blend"]
 """How a block starts: the model's function unchanged, as published, or x + α(f(x) − x) with α = 0."""
@@ -298,8 +299,7 @@ def _within(value: float, low: float | None, high: float | None) -> bool:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `words`, or nothing where none is close."""
-    by_lower = {w.lower(): w for w in words}
-    close = [by_lower[c] for c in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.55)]
+    close = wording.nearest(word, words)
     return "; did you mean " + " or ".join(map(repr, close)) + "?" if close else ""
 
 

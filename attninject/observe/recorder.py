@@ -38,7 +38,7 @@ def storage_of(tensor: Tensor) -> int:
         return id(tensor)
 
 
-class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+class Mode(TorchDispatchMode):
     """A dispatch mode that torch does not wrap for torch.compile: that would load all of torch._dynamo."""
 
     def __init__(self) -> None:
