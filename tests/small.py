@@ -28,6 +28,35 @@ class Around(nn.Module):
         return self.inner(self.stem(x))
 
 
+class Unit(nn.Module):
+    """A residual unit."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+class Net(nn.Module):
+    """Two residual units between a stem and a head."""
+
+    def __init__(self, width: int = 32, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.units = nn.Sequential(Unit(width), Unit(width))
+        self.head = nn.Linear(width, classes)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) → (B, width), what the head reads."""
+        return self.units(self.stem(x)).mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))
+
+
 class Through(nn.Module):
     """An owner with children `a` and `b` whose forward is given as a function of (self, x)."""
 
@@ -45,6 +74,11 @@ class Through(nn.Module):
 
     def forward(self, x):
         return self.body(self, x)
+
+
+def which(*parts: Any) -> Callable[[str], str]:
+    """`msg=` of torch.testing.assert_close: its text behind the name of the one of a loop's cases that failed."""
+    return lambda text: f"{' '.join(map(str, parts))}: {text}"
 
 
 def images(batch: int = 2, size: int = 16, channels: int = 3, seed: int = 0) -> torch.Tensor:

@@ -13,34 +13,11 @@ import torch
 import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import Net
 from torch import nn
 
 import attninject as ai
 from attninject import errors, models
-
-
-class Unit(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x + self.norm(self.conv(x)))
-
-
-class Net(nn.Module):
-    """Two residual units between a stem and a head."""
-
-    def __init__(self, width: int = 32, classes: int = 5) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.units = nn.Sequential(Unit(width), Unit(width))
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.units(self.stem(x)).mean((2, 3)))
-
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
+import small
 import torch
 import torchvision
 from nets import net
@@ -19,28 +20,15 @@ from attninject.training import GradualUnfreezing
 from attninject.training.heads import head_of
 
 
-class Unit(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x + self.norm(self.conv(x)))
-
-
-class Net(nn.Module):
-    """A stem, two residual units and a head; `anchor` is a parameter that never learns."""
+class Net(small.Net):
+    """Two residual units between a stem and a head; `anchor` is a parameter that never learns."""
 
     def __init__(self, width: int = 16, classes: int = 5) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.units = nn.Sequential(Unit(width), Unit(width))
+        super().__init__(width, classes)
         self.anchor = nn.Parameter(torch.ones(width), requires_grad=False)
-        self.head = nn.Linear(width, classes)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.units(self.stem(x)).mean((2, 3)) * self.anchor)
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return super().features(x) * self.anchor
 
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -262,7 +250,7 @@ def test_delta_after_gradual_unfreezing_and_freezing_again(tmp_path: Path) -> No
     ai.freeze(model)
     ai.save(model, tmp_path / "d.safetensors")
     keys = {k for k in keys_of(tmp_path / "d.safetensors") if "cbam" not in k and not k.startswith("head")}
-    assert keys == {f"units.1.{k}" for k in Unit(4).state_dict()}
+    assert keys == {f"units.1.{k}" for k in small.Unit(4).state_dict()}
 
 
 def test_a_copy_keeps_what_freeze_knew(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_loader_processes_change_no_bit(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = {here!r}, {tests!r}
 from tiny import DATA, net
 from attninject.training import finetune
 often = {{"save_every": 1, "log_every": 1}}
@@ -158,7 +158,7 @@ def test_sigkill_loses_no_more_than_the_time_since_the_last_checkpoint(tmp_path:
     """Killed while writing at every step, three times: the checkpoint is whole, the run gets further."""
     out, steps = tmp_path / "a", []
     for attempt in range(3):
-        text = SCRIPT.format(here=str(HERE), out=str(out), resume=attempt > 0)
+        text = SCRIPT.format(here=str(HERE), tests=str(HERE.parent), out=str(out), resume=attempt > 0)
         path = os.pathsep.join(filter(None, (str(HERE.parents[1]), os.environ.get("PYTHONPATH"))))
         process = subprocess.Popen(
             [sys.executable, "-c", text],

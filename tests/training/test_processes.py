@@ -30,7 +30,7 @@ EXACT = ("val_loss", "top1", "top5")
 
 def start(out: Path) -> None:
     """Run `together.py` on two processes without a GPU; how it ended goes into a file."""
-    path = [str(ROOT), str(ROOT / "tests" / "training"), os.environ.get("PYTHONPATH", "")]
+    path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),

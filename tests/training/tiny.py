@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import small
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -11,28 +12,15 @@ from torch.utils.data import Dataset
 import attninject as ai
 
 
-class Unit(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x + self.norm(self.conv(x)))
-
-
-class Net(nn.Module):
-    """A stem, two residual units, dropout and a head."""
+class Net(small.Net):
+    """Two residual units between a stem and a head behind dropout."""
 
     def __init__(self, width: int = 8, classes: int = 3, drop: float = 0.2) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.units = nn.Sequential(Unit(width), Unit(width))
+        super().__init__(width, classes)
         self.drop = nn.Dropout(drop)
-        self.head = nn.Linear(width, classes)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.drop(self.units(self.stem(x)).mean((2, 3))))
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(super().features(x))
 
 
 class Shades(Dataset):
