@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from block_cases import CASES, SIZES, build, label, noise, scrambled
+from small import which
 from test_block_memory import grad_fns
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +27,7 @@ from attninject.blocks.fast.function import FastFunction
 FAST = [c for c in CASES if getattr(registry.get(c[0]).cls, "fast_from", None) is not None]
 NAMES = sorted({name for name, _ in FAST})
 DEFAULTS = [(name, {}) for name in NAMES]
-LAYOUTS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}
+FORMATS = (torch.contiguous_format, torch.channels_last)
 NO_DOUBLE_BACKWARD = {"danet", "danet_pam", "nonlocal"}
 """Blocks whose plain form runs in torch's fused attention, which has neither that nor forward mode."""
 PAIRWISE = {"danet", "danet_pam", "danet_cam", "nonlocal"}
@@ -74,40 +76,42 @@ def step(block: nn.Module, x: Tensor, backend: str, g: Tensor | None = None) -> 
     return [y.detach(), x.grad, *(p.grad for p in block.parameters())]
 
 
-def assert_equal_steps(block: nn.Module, x: Tensor, **tolerance: float) -> None:
-    """Both backends give the same values and gradients."""
+def assert_equal_steps(block: nn.Module, x: Tensor, said: str = "both backends") -> None:
+    """Both backends give the same values and gradients; else `said` stands before what differs."""
     plain, fast = step(block, x, "plain"), step(block, x, "fast")
     for a, b in zip(fast, plain, strict=True):
-        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-9, "atol": 1e-9}))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=which(said))
 
 
 # --- the same numbers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("case", FAST, ids=label)
-def test_values_and_gradients_equal_the_definitions(case, kind):
+def test_values_and_gradients_equal_the_definitions(case):
     """In float64, with ties, zeros and constants, in both memory formats, for batch 1 and one position."""
     name, args = case
     block = scrambled(name, init="paper", **args).double()
-    for shape in ((3, 16, 7, 5), (1, 16, 4, 6)):
-        x = INPUTS[kind](*shape, dtype=torch.float64)
-        for layout in (torch.contiguous_format, torch.channels_last):
-            assert_equal_steps(copy.deepcopy(block), x.to(memory_format=layout))
-    assert_equal_steps(block.eval(), INPUTS[kind](1, 16, 1, 1, dtype=torch.float64))
+    for kind, inputs in INPUTS.items():
+        for shape in ((3, 16, 7, 5), (1, 16, 4, 6)):
+            x = inputs(*shape, dtype=torch.float64)
+            for layout in FORMATS:
+                said = f"{kind}, {shape}, {layout}"
+                assert_equal_steps(copy.deepcopy(block), x.to(memory_format=layout), said)
+        one = inputs(1, 16, 1, 1, dtype=torch.float64)
+        assert_equal_steps(copy.deepcopy(block).eval(), one, f"{kind}, one position")
 
 
-@pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_sequences_and_volumes_too(name, dims):
+def test_sequences_and_volumes_too(name):
     """One and three dimensions, in both layouts: a token sequence lies as a transposed (B, N, C)."""
-    block = scrambled(name, dims=dims).double()
-    x = noise(2, 16, *SIZES[dims], dtype=torch.float64)
-    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    for given in (x, last):
-        assert_equal_steps(block, given)
-        with dispatch.backend("fast"):
-            assert block(given).stride() == given.stride()
+    for dims in (1, 3):
+        block = scrambled(name, dims=dims).double()
+        x = noise(2, 16, *SIZES[dims], dtype=torch.float64)
+        last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        for given in (x, last):
+            assert_equal_steps(block, given, f"{dims} dimensions, strides {given.stride()}")
+            with dispatch.backend("fast"):
+                assert block(given).stride() == given.stride()
 
 
 @pytest.mark.parametrize("case", FAST, ids=label)
@@ -151,20 +155,21 @@ def test_odd_strides_take_the_plain_form(name):
         assert_equal_steps(copy.deepcopy(block), x)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_of_any_layout_come_in(name, layout):
+def test_gradients_of_any_layout_come_in(name):
     """An expanded, transposed or differently laid out gradient is read right and never written."""
     block = scrambled(name).double()
-    x = noise(2, 16, 5, 7, dtype=torch.float64).to(memory_format=layout)
     g = noise(2, 16, 7, 5, dtype=torch.float64).transpose(2, 3)
-    one = torch.ones((), dtype=torch.float64)
-    for given in (g, g.contiguous(), g.contiguous(memory_format=torch.channels_last), one.expand_as(x)):
-        before = given.clone()
-        plain, fast = (step(copy.deepcopy(block), x, backend, given) for backend in ("plain", "fast"))
-        assert torch.equal(given, before)
-        for a, b in zip(fast, plain, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    one = torch.ones((), dtype=torch.float64).expand_as(g)
+    for layout in FORMATS:
+        x = noise(2, 16, 5, 7, dtype=torch.float64).to(memory_format=layout)
+        for given in (g, g.contiguous(), g.contiguous(memory_format=torch.channels_last), one):
+            before = given.clone()
+            plain, fast = (step(copy.deepcopy(block), x, backend, given) for backend in ("plain", "fast"))
+            assert torch.equal(given, before)
+            for a, b in zip(fast, plain, strict=True):
+                said = which(layout, given.stride())
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=said)
 
 
 def bias_terms(block: nn.Module) -> dict[str, float]:
@@ -240,17 +245,17 @@ def test_autocast(name, low):
             assert errors[1] <= 2 * errors[0] + 8 * torch.finfo(low).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", FAST, ids=label)
-def test_identity_is_exact(case, dtype):
-    """Fresh, the fast form returns its input bit for bit, in train and in eval mode."""
+def test_identity_is_exact(case):
+    """Fresh, the fast form returns its input bit for bit in every dtype, in train and in eval mode."""
     name, args = case
-    block = build(name, **args).to(dtype)
-    for shape in ((1, 16, 1, 1), (2, 16, 7, 5)):
-        for layout in (torch.contiguous_format, torch.channels_last):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        block = build(name, **args).to(dtype)
+        for shape, layout in itertools.product(((1, 16, 1, 1), (2, 16, 7, 5)), FORMATS):
             x = noise(*shape, dtype=dtype).to(memory_format=layout)
             with dispatch.backend("fast"):
-                assert all(torch.equal(block.train(mode)(x), x) for mode in (True, False))
+                same = [torch.equal(block.train(mode)(x), x) for mode in (True, False)]
+            assert all(same), (dtype, shape, layout)
 
 
 # --- autograd ---------------------------------------------------------------------------------------
@@ -280,12 +285,12 @@ def options(name: str) -> Any:
     return registry.get(name).cls.options
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("case", [c for c in FAST if has_fast_form(c)], ids=label)
-def test_gradcheck(case, layout):
-    """Numerical derivatives agree, with respect to x and every parameter."""
-    block, inputs = check_inputs(*case, layout)
-    torch.autograd.gradcheck(functional(block), inputs, fast_mode=True)
+def test_gradcheck(case):
+    """Numerical derivatives agree in both memory formats, with respect to x and every parameter."""
+    for layout in FORMATS:
+        block, inputs = check_inputs(*case, layout)
+        torch.autograd.gradcheck(functional(block), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -319,26 +324,26 @@ def test_gradient_penalty_equals_the_plain_one(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("who", ["input", "parameters", "first", "last"])
-def test_only_some_tensors_want_a_gradient(name, who):
+def test_only_some_tensors_want_a_gradient(name):
     """Frozen inputs and frozen parameters get none, the others the same as ever."""
     block = scrambled(name).double()
     chosen = list(block.parameters())
-    wanted = {"input": [], "parameters": chosen, "first": chosen[:1], "last": chosen[-1:]}[who]
-    for p in chosen:
-        p.requires_grad_(any(p is w for w in wanted))
-    found = {}
-    for backend in ("plain", "fast"):
-        inner = copy.deepcopy(block)
-        x = noise(2, 16, 5, 4, dtype=torch.float64).requires_grad_(who == "input")
-        with dispatch.backend(backend):
-            y = inner(x)
-        y.backward(noise(2, 16, 5, 4, seed=3, dtype=torch.float64))
-        found[backend] = [x.grad, *(p.grad for p in inner.parameters())]
-    for a, b in zip(found["fast"], found["plain"], strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    wanted = {"input": [], "parameters": chosen, "first": chosen[:1], "last": chosen[-1:]}
+    for who, learning in wanted.items():
+        for p in chosen:
+            p.requires_grad_(any(p is w for w in learning))
+        found = {}
+        for backend in ("plain", "fast"):
+            inner = copy.deepcopy(block)
+            x = noise(2, 16, 5, 4, dtype=torch.float64).requires_grad_(who == "input")
+            with dispatch.backend(backend):
+                y = inner(x)
+            y.backward(noise(2, 16, 5, 4, seed=3, dtype=torch.float64))
+            found[backend] = [x.grad, *(p.grad for p in inner.parameters())]
+        for a, b in zip(found["fast"], found["plain"], strict=True):
+            assert (a is None) == (b is None), who
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=which(who))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -589,13 +594,17 @@ KEPT = {"se": 1.05, "eca": 1.05, "cbam": 1.1, "bam": 1.5, "gc": 1.1, "coord": 1.
 """Block → the most that one training forward keeps, in sizes of the map."""
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("shape", [(1, 256, 56, 56), (4, 1024, 14, 14)], ids=str)
 @pytest.mark.parametrize("name", KEPT)
-def test_bytes_kept_for_backward(name, shape, layout):
+def test_bytes_kept_for_backward(name):
     """What the forward keeps, the block's own parameters apart, with the default reduction."""
-    block = build(name, shape[1])
-    x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+    for shape, layout in itertools.product(((1, 256, 56, 56), (4, 1024, 14, 14)), FORMATS):
+        x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+        most = KEPT[name] * x.untyped_storage().nbytes()
+        assert kept_bytes(build(name, shape[1]), x) <= most, (shape, layout)
+
+
+def kept_bytes(block: nn.Module, x: Tensor) -> int:
+    """Bytes that a fast forward keeps for its backward, the block's own parameters apart."""
     own = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -608,7 +617,7 @@ def test_bytes_kept_for_backward(name, shape, layout):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = block(x)
     assert is_fast(y)
-    assert sum(kept.values()) <= KEPT[name] * x.untyped_storage().nbytes()
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
