@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from block_cases import CASES, DIMS, NAMES, SIZES, build, gathered, label, noise, scrambled
 from formula_parts import Weights, batch_norm, column, conv, descriptor, gate, linear, mlp
+from small import which
 from timm.layers import SEModule
 from timm.layers.cbam import CbamModule
 from torch import Tensor
@@ -93,16 +95,16 @@ def formula(block: torch.nn.Module, name: str, x: Tensor, args: dict[str, Any], 
     return FORMULAS[name](x, weights, args, identity, block.training)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("init", ["identity", "paper"])
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_block_equals_its_formula(case, init, train):
-    """In float64, with every weight and statistic random, block and formula agree to 1e-10."""
+def test_block_equals_its_formula(case):
+    """In float64, with every weight and statistic random, block and formula agree to 1e-10, in train and eval mode."""
     name, args = case
-    block = scrambled(name, init=init, **args).double().train(mode=train)
     x = noise(3, 16, 7, 6, dtype=torch.float64)
-    expected = formula(block, name, x, args, init == "identity")
-    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+    for init, train in itertools.product(("identity", "paper"), (True, False)):
+        block = scrambled(name, init=init, **args).double().train(mode=train)
+        expected = formula(block, name, x, args, init == "identity")
+        said = which(init, "train" if train else "eval")
+        torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10, msg=said)
 
 
 @pytest.mark.parametrize(("name", "dims"), DIMS)
@@ -167,27 +169,29 @@ APPLY: dict[str, Callable[[Any, Tensor, Mapping[str, Tensor]], Tensor]] = gather
 })  # fmt: skip
 
 
-@pytest.mark.parametrize("init", ["identity", "paper"])
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_attention_is_what_forward_applies(case, init):
+def test_attention_is_what_forward_applies(case):
     """Recomputing forward from `attention(x)` reproduces the output, and nothing stays on the block."""
     name, args = case
-    block = scrambled(name, init=init, **args).double().eval()
     x = noise(2, 16, 7, 6, dtype=torch.float64)
-    before = set(vars(block))
-    maps = block.attention(x)
-    assert set(vars(block)) == before
-    torch.testing.assert_close(APPLY[name](block, x, maps), block(x), rtol=1e-10, atol=1e-10)
+    for init in ("identity", "paper"):
+        block = scrambled(name, init=init, **args).double().eval()
+        before = set(vars(block))
+        maps = block.attention(x)
+        assert set(vars(block)) == before, init
+        again = APPLY[name](block, x, maps)
+        torch.testing.assert_close(again, block(x), rtol=1e-10, atol=1e-10, msg=which(init))
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("name", "dims"), DIMS)
-def test_attention_is_what_forward_applies_in_every_dimension(name, dims, train):
+def test_attention_is_what_forward_applies_in_every_dimension(name, dims):
     """The same on sequences, maps and volumes, in train mode too."""
-    block = scrambled(name, dims=dims, init="paper").double().train(train)
     x = noise(2, 16, *SIZES[dims], dtype=torch.float64)
-    maps = block.attention(x)
-    torch.testing.assert_close(APPLY[name](block, x, maps), block(x), rtol=1e-10, atol=1e-10)
+    for train in (True, False):
+        block = scrambled(name, dims=dims, init="paper").double().train(train)
+        again = APPLY[name](block, x, block.attention(x))
+        said = which("train" if train else "eval")
+        torch.testing.assert_close(again, block(x), rtol=1e-10, atol=1e-10, msg=said)
 
 
 def test_nonlocal_rows_sum_to_one():
