@@ -1,6 +1,6 @@
 """What the torch ecosystem does with a model still works: compile, export, ONNX, trace, DDP, …
 
-One net by graph, one by module, one of tokens.
+One net by graph, one by module, one of tokens; of full size in the slow tier.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ LARGE = {
     "densenet121": (lambda: torchvision.models.densenet121(weights=None), "stage_end"),
     "vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64), "residual_branch"),
 }
-NETS = [*SMALL, *LARGE]
+NETS = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 
 
 def injected(name: str) -> nn.Module:
@@ -181,7 +181,7 @@ def test_trains_under_ddp(name: str, group: None) -> None:
 # --- checkpointing -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vit", "vit_tiny"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("vit_tiny", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("early", [True, False])
 def test_timms_checkpointing_really_recomputes(name: str, early: bool) -> None:
     """Switched on before or after injection, each block runs twice per training step, and once without."""

@@ -21,12 +21,14 @@ MATRIX = (
     "timm/mobilenetv4_conv_small", "timm/efficientvit_b0", "timm/vit_tiny_patch16_224",
 )  # fmt: skip
 NO_RESIDUAL = {"torchvision/densenet121"}
+PLACES = ("stage_end", "residual_branch")
 CASES = [
-    (name, place)
-    for name in MATRIX
-    for place in ("stage_end", "residual_branch")
+    pytest.param(name, place, marks=[] if number % 2 == at or name in NO_RESIDUAL else [pytest.mark.slow])
+    for number, name in enumerate(MATRIX)
+    for at, place in enumerate(PLACES)
     if not (place == "residual_branch" and name in NO_RESIDUAL)
 ]
+"""Every net at one of the two places in turn; at the other one in the slow tier."""
 BLOCKS = ("se", "channel_attention", "spatial_attention", "cbam", "bam", "nonlocal")
 
 
@@ -128,8 +130,14 @@ def test_cbam_keeps_every_cheap_guarantee(name: str, place: str) -> None:
     check_cheap(name, block="cbam", place=place)
 
 
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/convnext_atto"])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        pytest.param(name, block, marks=[] if number % 2 == at else [pytest.mark.slow])
+        for number, block in enumerate(BLOCKS)
+        for at, name in enumerate(("torchvision/resnet18", "timm/convnext_atto"))
+    ],
+)
 def test_every_block_keeps_every_cheap_guarantee(name: str, block: str) -> None:
     """The guarantees do not depend on the block."""
     check_cheap(name, block=block, place="stage_end")
