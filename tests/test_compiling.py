@@ -161,6 +161,7 @@ def torchs_own_way() -> None:
         model(image().to(memory_format=torch.channels_last))
 
 
+@pytest.mark.slow  # says something of torch, not of us
 def test_torchs_own_way_runs_into_the_limit():
     """`block.compile()` does on the same net, so the tests above can fail.
 

@@ -127,9 +127,12 @@ def test_onnx_parity_of_every_option(case, init, tmp_path):
     torch.testing.assert_close(y, block(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=label(c), marks=[pytest.mark.slow] if c[1] else []) for c in CASES],
+)
 def test_jit_trace_without_a_warning_of_ours(case):
-    """torch.jit.trace in eval mode gives the eager numbers."""
+    """torch.jit.trace in eval mode gives the eager numbers; other options than the defaults: in the slow tier."""
     name, args = case
     block, x = scrambled(name, **args).eval(), noise(2, 16, 7, 5)
     with warnings.catch_warnings():
