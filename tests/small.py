@@ -165,6 +165,7 @@ def state(model: nn.Module) -> dict[str, Any]:
         torch.get_rng_state().numpy().tobytes(),
         random.getstate(),
         numpy.random.get_state()[1].tobytes(),
+        numpy.random.get_state()[2],  # how many of these are used up
     )
     classes = {name: value for name, value in nn.Module.__dict__.items() if callable(value)}
     return {"tensors": tensors, "grads": grads, "modules": modules, "rng": generators, "Module": classes}

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 
+import numpy
 import pytest
 import timm
 import torch
@@ -56,7 +57,7 @@ class Untidy(nn.Module):
         self.seen.append(x.shape)
         self.cache["deep"][0][str(x.device)] = x
         self.cache["last"] = x
-        self.names.add(random.random())
+        self.names |= {random.random(), numpy.random.random()}
         self.late = torch.rand(3)
         return self.norm(self.conv(x))
 
