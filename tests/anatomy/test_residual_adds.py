@@ -197,20 +197,21 @@ def test_an_encoded_position_is_told_by_its_class_where_nothing_else_does() -> N
 
 
 class Scale(nn.Module):
-    """A layer scale."""
+    """A layer scale, whose factors may lie flat, as timm's `LayerScale2d` keeps them."""
 
-    def __init__(self) -> None:
+    def __init__(self, flat: bool = False) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(4, 1, 1))
+        self.gamma = nn.Parameter(torch.ones(4) if flat else torch.ones(4, 1, 1))
 
     def forward(self, x):
-        return x * self.gamma
+        return x * (self.gamma.view(1, 4, 1, 1) if self.gamma.ndim == 1 else self.gamma)
 
 
 def test_layer_scale_and_dropout_stay_outside_the_branch() -> None:
     """The block sees the branch before it is scaled down to nothing."""
-    net = Net("x + d(s(f(x)))", f=layers(), s=Scale(), d=nn.Dropout(0.5))
-    assert places(net) == ["f"]
+    for scale in (Scale(), Scale(flat=True)):
+        net = Net("x + d(s(f(x)))", f=layers(), s=scale, d=nn.Dropout(0.5))
+        assert places(net) == ["f"]
 
 
 def test_windows_put_back_are_where_a_windowed_branch_ends() -> None:
