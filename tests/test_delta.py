@@ -501,6 +501,7 @@ def _set(record: dict[str, Any], path: str, value: Any) -> None:
         ("sites.0.rule.name", "forward", "forward"),
         ("sites.0.qualified", "head", ""),
         ("sites.0.qualified", "units.0.other", ""),
+        ("sites.0.layout", "NHWC", "was NHWC when it was saved and is NCHW in this model"),
     ],
 )
 def test_metadata_that_was_tampered_with_is_refused(path: str, value: Any, expected: str, file: Path) -> None:

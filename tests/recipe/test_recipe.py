@@ -397,6 +397,10 @@ rules:
             "min_channels: expected a number from 1, found the number 64.0",
         ),
         (
+            "block: se, after: a, min_channels: true",
+            "min_channels: expected a number from 1, found the boolean true",
+        ),
+        (
             "block: se, after: a, args: [1]",
             "2:33: rule 1, args: expected a mapping such as {reduction: 16}, found a ",
         ),
