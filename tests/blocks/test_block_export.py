@@ -10,7 +10,6 @@ import pytest
 import torch
 from block_cases import CASES, DIMS, NAMES, SIZES, SLOW_EXPORT, build, label, noise, scrambled
 from small import skip_onnx_of_norms
-from test_block_training import WITH_NORM
 
 FAST = ["se", "nonlocal"]
 
@@ -29,7 +28,7 @@ def _fresh_compiler():
         pytest.param(n, train, id=f"{n}-{mode}", marks=[pytest.mark.slow] if slow else [])
         for n in NAMES
         for train, mode in ((True, "train"), (False, "eval"))
-        for slow in [not train and (n in SLOW_EXPORT or n not in WITH_NORM)]
+        for slow in [not train and n in SLOW_EXPORT]
     ],
 )
 def test_compile_makes_one_graph(name, train):
