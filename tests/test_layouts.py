@@ -17,7 +17,7 @@ import attninject as ai
 from attninject import errors
 from attninject.blocks import registry
 from attninject.layout import Layout
-from attninject.surgery import block_call
+from attninject.surgery import layout_adapters
 
 C, H, W = 16, 4, 6
 NAMES = [n for n in registry.list_blocks() if registry.get(n).family not in ("registered", "timm")]
@@ -262,7 +262,7 @@ def test_copies_of_a_net_on_tokens_know_their_own_size() -> None:
     assert grids(model, [(32, 128)]) == [(2, 8)]
     ai.eject(model)
     assert type(model.patch_embed.proj) is nn.Conv2d
-    assert [k for k in state if k != block_call.EXTENT] == list(model.patch_embed.proj.__dict__)
+    assert [k for k in state if k != layout_adapters.EXTENT] == list(model.patch_embed.proj.__dict__)
 
 
 def test_a_compiled_or_exported_vit_tells_sizes_apart() -> None:
@@ -311,14 +311,14 @@ def test_a_grid_is_what_was_seen_else_measured_else_alike(
     count: int, grid: tuple, seen: tuple | None, expected: tuple
 ) -> None:
     """The order in which the grid of a number of tokens is looked for."""
-    assert block_call.fit_grid(count, grid, seen) == expected
+    assert layout_adapters.fit_grid(count, grid, seen) == expected
 
 
 @pytest.mark.parametrize(("count", "grid"), [(12, (4, 4)), (0, (4, 4)), (25, (2, 3, 4))])
 def test_tokens_that_fit_no_grid_are_an_error(count: int, grid: tuple) -> None:
     """Nothing is guessed."""
     with pytest.raises(errors.LayoutError, match=f"{count} tokens form no grid"):
-        block_call.fit_grid(count, grid)
+        layout_adapters.fit_grid(count, grid)
 
 
 # --- real architectures ------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from attninject import __version__
 from attninject.errors import AttnInjectError
 from attninject.wording import aligned
 
-from .parser import Parser, did_you_mean
+from .usage import Parser, did_you_mean
 
 VERBS = {  # verb: what it does; its file bears its name
     "list": "list blocks, recipes, places or models",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import add_output, path, positive, print_json, refuse_unwritable, say, silent, word
-from .parser import Parser
+from .usage import Parser
 
 DTYPES, FORMATS = ("float32", "bfloat16", "float16"), ("NCHW", "channels_last")
 WHAT = ("inject", "blocks", "models", "finetune", "digits")

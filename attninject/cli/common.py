@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attninject.errors import ProbeError, RecipeError
 
-from .parser import Parser, did_you_mean
+from .usage import Parser, did_you_mean
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .common import add_output, positive, print_json, say, seed, silent
-from .parser import Parser
+from .usage import Parser
 
 
 def add_arguments(parser: Parser) -> None:

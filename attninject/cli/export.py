@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .common import add_output, path, positive, print_json, refuse_unwritable, seed, whole, word
-from .parser import Parser
+from .usage import Parser
 
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}
 

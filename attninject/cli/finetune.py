@@ -2,6 +2,8 @@
 
 On several devices: accelerate launch -m attninject finetune FILE, or torchrun -m attninject finetune FILE; each
 process holds the model (DDP), or a piece of it (--sharding fsdp2, or Accelerate's config).
+
+The flags are made from `training/finetune_settings.py`: a new setting is a row there.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .common import add_output, path, print_json, say, scalar, silent
-from .parser import Parser, with_default
 from .rule_flags import add_fields, add_settings, flag, refuse_incomplete, rule_fields
+from .usage import Parser, with_default
 
 METAVARS = {
     "model": "MODEL",

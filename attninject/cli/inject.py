@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from .common import add_model, add_output, build_model, path, print_json, refuse_unwritable, seed
-from .parser import Parser
 from .rule_flags import add_recipe, plan_arguments
+from .usage import Parser
 
 
 def add_arguments(parser: Parser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .common import add_output, print_json, word
-from .parser import Parser
+from .usage import Parser
 
 KINDS = ("blocks", "recipes", "places", "models")
 

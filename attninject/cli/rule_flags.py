@@ -10,7 +10,7 @@ from attninject.recipe.fields import FIELDS
 from attninject.recipe.rules import Rule
 
 from .common import example_inputs, scalar, setting
-from .parser import Parser, with_default
+from .usage import Parser, with_default
 
 WHERE = ("after", "before", "place")
 _DEST = "rule."  # in front of a field's name in the namespace: `name` and `out` are words of verbs too

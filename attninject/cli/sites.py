@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .common import add_model, add_output, build_model, example_inputs, print_json
-from .parser import Parser
+from .usage import Parser
 
 
 def add_arguments(parser: Parser) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .common import above_zero, add_output, path, positive, print_json, word
-from .parser import Parser
+from .usage import Parser
 
 
 def add_arguments(parser: Parser) -> None:

@@ -1,5 +1,7 @@
 """The fields of a rule: one table, `FIELDS`, of how each is checked and shown; all faults of a recipe in one report.
 
+A new field has a row here, its default in `rules.Rule` and its type in `rules.RuleFields` (a test holds the three
+together); what it does to the sites is in `planning`: `picking` for a filter, `by_pattern` for what a pattern finds.
 A recipe may come from a stranger: nothing in it is imported, evaluated or fetched.
 """
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from attninject.observe.snapshot import undoing
 
-from .block_call import EXTENT, Extent
 from .generated_class import generate, set_class
 from .injected_state import Contents, Injected, Insertion, base_class, injected_in, insertions
+from .layout_adapters import EXTENT, Extent
 from .location import Location
 
 Placed = tuple[Location, nn.Module]  # a block, and where it goes

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from .block_call import note_extent, run_block
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import Insertion
+from .layout_adapters import note_extent, run_block
 from .local_graph import MISSING, PRESENT, AttributeRead, LocalGraph
 
 

@@ -13,8 +13,8 @@ from torch import fx, nn
 from attninject.errors import CannotRewriteError
 from attninject.layout import Layout
 
-from .block_call import run_block
 from .injected_state import Insertion
+from .layout_adapters import run_block
 from .local_graph import IN_PLACE, find
 
 

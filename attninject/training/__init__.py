@@ -10,7 +10,7 @@ A *job* is what a run is asked for, its *state* all that training changes.
 
 From the ground up, each importing only what stands before it:
 
-- settings: words · setting_tables · experiment
+- settings: words · finetune_settings · experiment
 - a model's parts: dotted_names · heads · selecting · freezing · groups · dead_gates
 - images: runs · data/
 - machine and nets: devices · sharding · nets

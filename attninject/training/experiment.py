@@ -1,6 +1,6 @@
 """The settings of a run: a file, a dict or flags become a frozen `Experiment`, or one report of all faults.
 
-What settings there are stands in `setting_tables`; the dataclasses here hold the defaults. No torch here: the
+What settings there are stands in `finetune_settings`; the dataclasses here hold the defaults. No torch here: the
 command line describes its flags from this module.
 """
 
@@ -16,7 +16,7 @@ from attninject.recipe.checks import Checker, checked_fields
 from attninject.recipe.report import Node, Report
 from attninject.recipe.yaml_text import from_python, read_file, read_yaml
 
-from .setting_tables import DATA, TOP, TRAIN, Table
+from .finetune_settings import DATA, TOP, TRAIN, Table
 
 __all__ = ["DATA", "TOP", "TRAIN", "Data", "Experiment", "Training", "read_experiment", "settings"]
 

@@ -79,13 +79,13 @@ def test_a_verb_loads_its_own_file_only() -> None:
         "import sys; from attninject.cli import main; main(['list', 'places']); print(*sys.modules, sep=chr(10))"
     ).split()
     of_cli = {name.removeprefix("attninject.cli.") for name in loaded if name.startswith("attninject.cli.")}
-    assert of_cli == {"listing", "common", "parser"}
+    assert of_cli == {"listing", "common", "usage"}
 
 
 def test_every_verb_has_a_file_of_its_own() -> None:
     """A verb is found by its name; only `list` cannot bear it, a module `list` would hide the builtin."""
     files = {file.stem for file in (ROOT / "attninject" / "cli").glob("*.py")}
-    shared = {"__init__", "parser", "common", "rule_flags"}
+    shared = {"__init__", "usage", "common", "rule_flags"}
     assert files - shared == {"listing" if verb == "list" else verb for verb in VERBS}
 
 
