@@ -31,6 +31,7 @@ _HOME = {
     "load": "delta",
     **dict.fromkeys(("freeze", "trainable", "unfreeze"), "training.freezing"),
     "param_groups": "training.groups",
+    "rank_sites": "evidence.rank",
 }  # fmt: skip
 
 __all__ = sorted([*_HOME, "__version__"])
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # `as`: names that type checkers take for public ones
     from attninject.delta import load as load
     from attninject.delta import save as save
     from attninject.errors import AttnInjectError as AttnInjectError
+    from attninject.evidence.rank import rank_sites as rank_sites
     from attninject.planning.plan import Plan as Plan
     from attninject.planning.planned_site import Site as Site
     from attninject.planning.sites import sites as sites
