@@ -271,7 +271,7 @@ def _by_vmap(
         found = torch.func.vmap(torch.func.grad(of_row), in_dims=(None, dims, 0))(held, args, delta)
     except Exception:  # vmap refuses what depends on data, and says so in many ways
         return None
-    return torch.cat([found[n].flatten(1) for n in zeros], 1)
+    return torch.cat([found[n].detach().flatten(1) for n in zeros], 1)
 
 
 def _by_loop(block: nn.Module, zeros: Mapping[str, Tensor], args: tuple[Any, ...], delta: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ def rank_sites(
     with rng_kept():
         torch.manual_seed(seed)
         source = _source(model, data, metric, images, batch_size)
+        torch.manual_seed(seed)  # a loader has drawn from the generator, a pair of tensors has not
         job = _Job(method, head, folds, ridge, mode, seed, batch_size)
         twin = _twin(model)
         plan = _plan(twin, recipe, source, root, example_inputs, strict, args, rule)
@@ -231,6 +232,8 @@ class _Measurement:
     ) -> None:
         self.twin, self.plan, self.source, self.job, self.usual = twin, plan, source, job, usual
         self.blocks = {s.name: api.injected(twin)[s.name] for s in plan.sites}
+        for p in (p for block in self.blocks.values() for p in block.parameters()):
+            p.requires_grad_(not p.detach().any())
         self.generator = torch.Generator().manual_seed(job.seed)
         self.notes: list[str] = list(plan.notes)
 
@@ -355,7 +358,7 @@ class _Measurement:
         rows = _rows(candidates, scores, tests, drops)
         order = [row.number for row in rows]
         if method == "score":
-            order = score_test.forward_selection(kernels, removal, signs, job.ridge)
+            order = score_test.forward_selection([c.influence for c in candidates], signs)
         at = {row.number: i for i, row in enumerate(rows)}
         return Ranking(
             tuple(rows), tuple(at[i] for i in order), self.plan.recipe, self.plan.model_name, method, n, job.seed,

@@ -78,19 +78,14 @@ def _batches(data: Any, batch_size: int) -> Iterable[Any]:
         if len(images) != len(labels):
             raise DataError(f"{len(images)} images but {len(labels)} labels")
         return zip(images.split(batch_size), torch.as_tensor(labels).split(batch_size), strict=True)
-    if isinstance(data, torch.utils.data.DataLoader):
-        return data
-    if (
-        hasattr(data, "__getitem__")
-        and hasattr(data, "__len__")
-        and not isinstance(data, list | tuple | Mapping)
-    ):
-        return torch.utils.data.DataLoader(data, batch_size, shuffle=True)
-    if isinstance(data, Tensor) or not hasattr(data, "__iter__"):
+    if isinstance(data, Tensor) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise DataError(
             f"data: expected batches of (images, labels), a data set, a loader or a pair of tensors, found "
             f"{type(data).__name__}: there are no labels"
         )
+    loader = isinstance(data, torch.utils.data.DataLoader | list | tuple | Mapping)
+    if not loader and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return torch.utils.data.DataLoader(data, batch_size, shuffle=True)
     return data
 
 

@@ -99,22 +99,29 @@ def expected_drop(kernel: Tensor, folds: Tensor, ridge: float = 1.0) -> float:
     return total / len(kernel)
 
 
-def forward_selection(
-    kernels: Sequence[Tensor], removal: Tensor, signs: Tensor, ridge: float = 1.0, most: int = 16
-) -> list[int]:
-    """An order of the sites in which each is the best given those before it, whose directions are projected out.
+def forward_selection(influences: Sequence[Tensor], signs: Tensor, most: int = 16) -> list[int]:
+    """An order of the sites in which each is the best given those before it.
 
-    It goes on while the best one left is below `LEVEL` by itself, at most `most` times; the rest follow by what
-    they still score. removal: (n, n), the head's R; signs: (r, n).
+    A damped Newton step of a chosen site takes from the images' pulls v what it can express, v ← (I − A) v; what the
+    others still score is that of v in place of ones, against the same null. It goes on while the best one left is
+    below `LEVEL` by itself, at most `most` times; the rest follow by what they still score. signs: (r, n).
     """
     chosen: list[int] = []
-    left = list(range(len(kernels)))
+    left = list(range(len(influences)))
+    v = torch.ones_like(signs[:1])
     while True:
-        influences = {i: influence(removal @ kernels[i] @ removal.T, ridge) for i in left}
-        scores = {i: float(z_scores(influences[i], torch.ones_like(signs[:1]))) for i in left}
+        scores = {i: _still(influences[i], v) for i in left}
         left.sort(key=lambda i: -scores[i])
-        if not left or len(chosen) == most or p_value(influences[left[0]], signs) >= LEVEL:
+        if not left or len(chosen) == most:
             return chosen + left
-        best = removal @ kernels[left[0]] @ removal.T
-        removal = projection(best / max(ridge_of(best, ridge), 1e-300)) @ removal
+        a = influences[left[0]]
+        if float((z_scores(a, signs) >= scores[left[0]]).double().mean()) >= LEVEL:
+            return chosen + left
+        v = v - v @ a
         chosen.append(left.pop(0))
+
+
+def _still(a: Tensor, v: Tensor) -> float:
+    """(vᵀ A v − tr A) / sd under the null of random signs; v: (1, n)."""
+    spread = float((a - torch.diag(a.diagonal())).square().sum().mul(2).sqrt())
+    return float((v @ a @ v.T).squeeze() - a.trace()) / spread if spread > 0 else 0.0

@@ -1,0 +1,104 @@
+"""The score test on kernels that can be counted by hand or by trying every sign."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from attninject.evidence import score_test
+
+
+def gram(n: int, p: int, seed: int = 0, common: float = 0.0) -> Tensor:
+    """K of n random gradients in p dimensions, with a common part."""
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(n, p, generator=generator, dtype=torch.float64) + common
+    return g @ g.T
+
+
+def every_sign(n: int) -> Tensor:
+    return torch.tensor(list(itertools.product((-1.0, 1.0), repeat=n)), dtype=torch.float64)
+
+
+def ones(n: int) -> Tensor:
+    return torch.ones(1, n, dtype=torch.float64)
+
+
+def test_moments_are_those_over_all_signs() -> None:
+    """Over all 2⁸ signs, z has mean 0 and variance 1 exactly, and LM has mean tr A."""
+    a = score_test.influence(gram(8, 3))
+    signs = every_sign(8)
+    z = score_test.z_scores(a, signs)
+    assert abs(float(z.mean())) < 1e-12
+    assert abs(float(z.square().mean()) - 1) < 1e-12
+    lm = ((signs @ a) * signs).sum(1)
+    assert abs(float(lm.mean() - a.trace())) < 1e-12
+
+
+def test_the_influence_solves_what_it_says() -> None:
+    """A (K + λ) = K with λ the mean eigenvalue, and a zero kernel gives zero."""
+    k = gram(6, 4)
+    a, lam = score_test.influence(k), score_test.ridge_of(k)
+    assert lam == pytest.approx(float(torch.linalg.eigvalsh(k).mean()))
+    torch.testing.assert_close(a @ (k + lam * torch.eye(6)), k)
+    assert not score_test.influence(torch.zeros(6, 6)).any()
+
+
+def test_a_site_that_all_images_pull_alike_is_significant() -> None:
+    """A common direction in the gradients gives a large z and the smallest p; noise does not."""
+    signs = torch.randint(2, (999, 64), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    pulled, noise = (score_test.influence(gram(64, 5, common=c)) for c in (0.8, 0.0))
+    assert score_test.p_value(pulled, signs.double()) == 1 / 1000
+    assert float(score_test.z_scores(pulled, ones(64))) > 5
+    assert score_test.p_value(noise, signs.double()) > 0.05
+
+
+def test_the_statistic_knows_no_units() -> None:
+    """Gradients a thousand times as large score the same."""
+    k = gram(16, 4, common=0.3)
+    first, second = (score_test.z_scores(score_test.influence(f * k), ones(16)) for f in (1.0, 1e6))
+    torch.testing.assert_close(first, second)
+
+
+def test_a_projection_takes_out_a_direction() -> None:
+    """M = (I + N)⁻¹; a strong N = c uuᵀ takes u out and leaves the rest."""
+    u = torch.zeros(4, dtype=torch.float64)
+    u[1] = 1
+    m = score_test.projection(1e9 * u[:, None] * u)
+    torch.testing.assert_close(m, torch.diag(1 - u), atol=1e-8, rtol=0)
+
+
+def test_drawing_an_image_twice_is_no_evidence() -> None:
+    """Images with nothing in common have z = 0 however often one of them counts."""
+    a = score_test.influence(torch.eye(5, dtype=torch.float64))
+    weights = torch.tensor([[5.0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.float64)
+    assert score_test.z_scores(a, weights).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "adjusted"),
+    [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5, 0.9], [1.0, 1.0]), ([0.02], [0.02])],
+)
+def test_holm_by_hand(given: list[float], adjusted: list[float]) -> None:
+    """The smallest times n, the next times n − 1, never falling, never above 1."""
+    assert score_test.holm(given) == pytest.approx(adjusted)
+
+
+def test_expected_drop_by_hand() -> None:
+    """One parameter, gradients 1, 1 | 1, 1: F = 1, λ = 1/4, so ḡ (F + λ)⁻¹ ḡ = 0.8; opposite halves give −0.8."""
+    folds = torch.tensor([0, 0, 1, 1])
+    for signs, wanted in (((1.0, 1, 1, 1), 0.8), ((1.0, 1, -1, -1), -0.8)):
+        g = torch.tensor(signs, dtype=torch.float64)[:, None]
+        assert score_test.expected_drop(g @ g.T, folds) == pytest.approx(wanted)
+
+
+def test_forward_selection_passes_over_a_copy_of_what_it_has() -> None:
+    """Of two strong sites that are the same and a weaker one of its own, the copy comes last."""
+    strong, other = (score_test.influence(gram(64, 3, seed=s, common=c)) for s, c in ((1, 0.6), (2, 0.4)))
+    signs = (torch.randint(2, (999, 64), generator=torch.Generator().manual_seed(0)) * 2.0 - 1).double()
+    single = [float(score_test.z_scores(a, ones(64))) for a in (strong, other)]
+    assert single[0] > single[1] > 1
+    assert score_test.forward_selection([strong, strong.clone(), other], signs) == [0, 2, 1]
+    assert score_test.forward_selection([other, strong], signs, most=0) == [1, 0]
