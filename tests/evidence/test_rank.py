@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import attninject as ai
 from attninject.errors import DataError, NoMatchError, NonFiniteError, PlanError
 from attninject.evidence import rank
+from attninject.evidence.measuring import kolmogorov
 from attninject.evidence.methods import METHODS
 from attninject.evidence.ranking import Ranking
 
@@ -141,12 +142,6 @@ def test_the_site_that_sees_the_product_comes_first() -> None:
     assert first.drop > 0.01
     assert first.rank_interval == (1, 1)
     assert r.verdict == "1 of 2 sites can be told from chance on these 256 images: after see"
-
-
-def kolmogorov(values: list[float]) -> float:
-    """The largest distance of the empirical distribution from the uniform one."""
-    n = len(values)
-    return max(max((i + 1) / n - v, v - i / n) for i, v in enumerate(sorted(values)))
 
 
 @pytest.mark.parametrize("head", ["fit", "keep"])
