@@ -80,7 +80,8 @@ def digits_on_photos(seed: int = 0, size: int = 64, train: int = 1000, test: int
     made = [_on_photos(strokes[i], labels[i], backs, size, n, generator) for i, backs, n in parts]
     return Task(
         "digits on photographs", made[0], made[1], tuple("0123456789"),
-        "scikit-learn's load_digits (UCI, Alpaydin and Kaynak 1998) on its load_sample_images (Flickr, danielbuechele and vultilion)",
+        "scikit-learn's load_digits (UCI, Alpaydin and Kaynak 1998) on its load_sample_images (Flickr, danielbuechele "
+        "and vultilion)",
         "CC BY 4.0 (digits), CC BY 2.0 (photographs)",
     )  # fmt: skip
 
@@ -153,7 +154,7 @@ def letters(
     return Task(
         "letters in unseen fonts", made[0], made[1], tuple(LETTERS),
         f"letters drawn in {sum(map(len, by_maker.values()))} installed fonts of {len(makers)} makers",
-        "each font's own (Debian's font packages: SIL OFL, GPL with font exception, Bitstream Vera); the drawings are not kept",
+        "each font's own (Debian's font packages: SIL OFL, GPL with font exception, Bitstream Vera); no drawing is kept",
     )  # fmt: skip
 
 
