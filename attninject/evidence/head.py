@@ -32,11 +32,13 @@ class Head:
     `weights`: per fold (W: (C, d), b: (C,)) of a fitted head; None where the model's own is kept.
     `removal`: R: (n, n), which takes from the images' gradients what the head could do by itself; None where it is
     not known how.
+    `freedom`: (n,), P_ii: how much of each image's own pull the projection leaves; see `score_test`.
     """
 
     layer: nn.Linear | None
     weights: list[tuple[Tensor, Tensor]] | None
     removal: Tensor | None
+    freedom: Tensor | None
     said: str
 
     def use(self, fold: int) -> None:
@@ -99,7 +101,8 @@ def settle(
 ) -> Head:
     """Decide whether the head is kept or fitted, and fit it.
 
-    Under `auto` it counts as new where its loss is not below that of guessing by the classes' shares.
+    Under `auto` it counts as new where it has less than half of what a fitted one gains over guessing by the classes'
+    shares, or nothing at all.
 
     Args:
         wanted: `fit`, `keep` or `auto`.
@@ -112,25 +115,27 @@ def settle(
     Raises:
         DataError: a label that the kept head has no output for.
     """
-    classes = int(labels.max()) + 1
     guess = _guessing(labels)
-    fits = classes <= logits.shape[1]
+    fits = int(labels.max()) < logits.shape[1]
     loss = float(F.cross_entropy(logits.double(), labels)) if fits else math.inf
-    new = wanted == "fit" or (wanted == "auto" and not loss < guess)
-    if new and features is not None and layer is not None:
-        return _fitted(layer, features.double(), labels, folds, loss, guess)
+    if features is not None and layer is not None and wanted != "keep":
+        fit = _fitted(features.double(), labels, folds)
+        if wanted == "fit" or not loss < (guess + min(fit.loss, guess)) / 2:
+            return _new(layer, fit, features.double(), labels, folds, loss, guess)
     if not fits:
-        raise DataError(f"there are labels up to {classes - 1}, but the model has {logits.shape[1]} outputs")
-    said = f"the model's own head was kept (loss {loss:.3f}; guessing by the classes' shares {guess:.3f})"
-    if new:
-        said += (
-            "; it looks new, but could not be fitted, since the model's output is not that of one Linear: train the "
-            "head first, or its gradients are noise"
+        raise DataError(
+            f"there are labels up to {int(labels.max())}, but the model has {logits.shape[1]} outputs"
         )
+    said = f"the model's own head was kept (loss {loss:.3f}; guessing by the classes' shares {guess:.3f})"
     if features is None:
-        return Head(layer, None, None, said)
-    delta = _residuals(logits.double().softmax(1), labels)
-    return Head(layer, None, _removal(features.double(), delta, torch.zeros_like(folds)), said)
+        if wanted == "fit" or not loss < guess:
+            said += (
+                "; it looks new, but could not be fitted, since the model's output is not that of one Linear: train "
+                "the head first, or its gradients are noise"
+            )
+        return Head(layer, None, None, None, said)
+    removal, freedom = _removal(features.double(), logits.double(), labels, torch.zeros_like(folds))
+    return Head(layer, None, removal, freedom, said)
 
 
 def _guessing(labels: Tensor) -> float:
@@ -138,36 +143,38 @@ def _guessing(labels: Tensor) -> float:
     return -float((shares * shares.clamp_min(1e-300).log()).sum())
 
 
-def _residuals(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """δ: (n, C), the gradient of each image's loss at its class scores: probabilities − one-hot labels."""
-    return probabilities - F.one_hot(labels, probabilities.shape[1])
+def _removal(
+    features: Tensor, logits: Tensor, labels: Tensor, folds: Tensor, penalty: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """R: (n, n), block by block of the folds: a damped Newton step of the head, R = P (I + P N P)⁻¹ P; and P_ii: (n,).
 
-
-def _kernel(features: Tensor, delta: Tensor, penalty: float | None = None) -> Tensor:
-    """N = (δδᵀ) ∘ (φφᵀ) / λ: (n, n), inner products of the gradients of a linear head's weight.
-
-    φ are the scaled features; λ = n α of the penalty, or the mean of the diagonal where no penalty is known.
+    N = (δδᵀ) ∘ (φφᵀ) / λ are the inner products of the images' gradients at the head's weight: δ: (n, C), class
+    probabilities less one-hot labels; φ the scaled features; λ = n α of the penalty, or the mean of the diagonal
+    where none is known. P takes out wholly what no penalty holds back: the bias (the columns of δ), and the size of
+    all weights at once (⟨δ_i, z_i⟩, z the class scores). Without the first, what all images' inputs have in common
+    would pass for evidence against every site, since a bias makes the δ_i sum to 0; without the second, a head that is
+    surer than it has reason to be would be evidence for every site that can damp its input.
     """
+    delta = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
     scaled = _scaled(features)[0]
-    weight = (delta @ delta.T) * (scaled @ scaled.T)
-    lam = weight.diagonal().mean().item() if penalty is None else len(delta) * penalty
-    return weight / max(lam, 1e-300)
-
-
-def _removal(features: Tensor, delta: Tensor, folds: Tensor, penalty: float | None = None) -> Tensor:
-    """R: (n, n), block by block of the folds: a damped Newton step of the head, R = P (I + P N P)⁻¹ P.
-
-    P projects off the columns of δ: the bias is not penalised. It fits the classes' shares, so that the δ_i sum to
-    0; without P, what all images' inputs have in common would pass for evidence against every site.
-    """
-    kernel, found = _kernel(features, delta, penalty), torch.zeros_like(features @ features.T)
+    kernel = (delta @ delta.T) * (scaled @ scaled.T)
+    lam = kernel.diagonal().mean().item() if penalty is None else len(delta) * penalty
+    kernel = kernel / max(lam, 1e-300)
+    free = torch.cat([delta, (delta * (logits - logits.mean(1, keepdim=True))).sum(1, keepdim=True)], 1)
+    found, freedom = torch.zeros_like(kernel), torch.zeros_like(kernel[0])
     for fold in folds.unique():
         own = (folds == fold).nonzero()
-        u, s, _ = torch.linalg.svd(delta[own[:, 0]], full_matrices=False)
-        u = u[:, s > 1e-9 * s.max().clamp_min(1e-300)]
-        off = torch.eye(len(own), dtype=delta.dtype, device=delta.device) - u @ u.T
+        off = _off(free[own[:, 0]])
         found[own, own.T] = off @ projection(off @ kernel[own, own.T] @ off) @ off
-    return found
+        freedom[own[:, 0]] = off.diagonal()
+    return found, freedom
+
+
+def _off(columns: Tensor) -> Tensor:
+    """The projection (n, n) off the span of some columns: (n, c)."""
+    u, s, _ = torch.linalg.svd(F.normalize(columns, dim=0), full_matrices=False)
+    u = u[:, s > 1e-6]
+    return torch.eye(len(u), dtype=u.dtype, device=u.device) - u @ u.T
 
 
 def _scaled(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,40 +187,50 @@ def _scaled(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # --- fitting -----------------------------------------------------------------------------------
 
 
-def _fitted(
-    layer: nn.Linear, features: Tensor, labels: Tensor, folds: Tensor, loss: float, guess: float
-) -> Head:
+@dataclass
+class _Fit:
+    """Heads of all folds for raw features, the penalty, and class scores (n, C) with their loss on images left out."""
+
+    weights: list[tuple[Tensor, Tensor]]
+    penalty: float
+    out: Tensor
+    loss: float
+
+
+def _fitted(features: Tensor, labels: Tensor, folds: Tensor) -> _Fit:
+    """A head per fold, fitted on the other folds; penalties from strong to weak while the loss left out falls."""
     scaled, mean, scale = _scaled(features)
     reduced, back = _rotated(scaled)
     numbers = folds.unique().tolist()
-    best: tuple[float, float, list[Tensor], Tensor] | None = None
-    heads = [
-        torch.zeros(int(labels.max()) + 1, reduced.shape[1] + 1, dtype=features.dtype, device=features.device)
-        for _ in numbers
-    ]
+    heads = [reduced.new_zeros(int(labels.max()) + 1, reduced.shape[1] + 1) for _ in numbers]
+    best: _Fit | None = None
     for penalty in PENALTIES:
         heads = [
             _softmax_regression(reduced, labels, folds != f, penalty, w)
             for f, w in zip(numbers, heads, strict=True)
         ]
         out = _out_of_fold(reduced, folds, numbers, heads)
-        held_out = float(F.cross_entropy(out, labels))
-        if best is not None and held_out > best[0]:
+        loss = float(F.cross_entropy(out, labels))
+        if best is not None and loss > best.loss:
             break
-        best = (held_out, penalty, heads, out)
+        best = _Fit([_unscaled(w, back, mean, scale) for w in heads], penalty, out, loss)
     assert best is not None
-    held_out, penalty, heads, out = best
-    weights = [_unscaled(w, back, mean, scale) for w in heads]
-    delta = _residuals(out.softmax(1), labels)
-    removal = _removal(features, delta, folds, penalty)
-    accuracy = float((out.argmax(1) == labels).double().mean())
-    first = f"its loss {loss:.3f} is not below" if loss < math.inf else "it has too few outputs;"
+    return best
+
+
+def _new(
+    layer: nn.Linear, fit: _Fit, features: Tensor, labels: Tensor, folds: Tensor, loss: float, guess: float
+) -> Head:
+    """The fitted head in place of the model's, and what is to be said of it."""
+    removal, freedom = _removal(features, fit.out, labels, folds, fit.penalty)
+    accuracy = float((fit.out.argmax(1) == labels).double().mean())
+    own = f"the model's own has loss {loss:.3f}" if loss < math.inf else "the model's own has too few outputs"
     said = (
-        f"the head was taken as new ({first} guessing by the classes' shares, {guess:.3f}) and fitted in "
-        f"{len(numbers)} folds, on other images than the gradients come from: penalty {penalty:g}, loss there "
-        f"{held_out:.3f}, accuracy {accuracy:.1%}"
+        f"a new head was fitted ({own}, guessing by the classes' shares {guess:.3f}) in {len(fit.weights)} folds, on "
+        f"other images than the gradients come from: penalty {fit.penalty:g}, loss there {fit.loss:.3f}, accuracy "
+        f"{accuracy:.1%}"
     )
-    return Head(layer, weights, removal, said)
+    return Head(layer, fit.weights, removal, freedom, said)
 
 
 def _rotated(features: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,8 @@
 """What ranking costs, and whether its p-values hold: `python -m attninject.evidence.measuring time|null`.
 
 `time`: seconds of `rank_sites` over those of one epoch of plain training on the same images, in turns, with the
-median of the ratios; of this process's own time on a CPU, which a busy machine does not change. `null`: p-values where labels know nothing of the images, which should be uniform.
+median of the ratios; of this process's own time on a CPU, which a busy machine does not change.
+`null`: p-values where labels know nothing of the images, which should be uniform.
 """
 
 from __future__ import annotations

@@ -24,12 +24,16 @@ from . import score_test
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A site with its kernel K: (n, n), and A = K̃(K̃ + λ)⁻¹ of the same without what the head could do by itself."""
+    """A site with its kernel K: (n, n), and A = K̃(K̃ + λ)⁻¹ of the same without what the head could do by itself.
+
+    `surplus`: see `score_test`.
+    """
 
     site: Site
     number: int
     kernel: Tensor
     influence: Tensor
+    surplus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def _constant(value: float, weights: Tensor) -> Tensor:
 
 def score(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
     """z = (LM − mean) / sd of the efficient score test under random signs of the images; see `score_test`."""
-    return score_test.z_scores(site.influence, weights)
+    return score_test.z_scores(site.influence, weights, site.surplus)
 
 
 def gradient_norm(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:

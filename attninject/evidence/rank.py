@@ -243,15 +243,15 @@ class _Measurement:
         if self.source.samples is None:
             of_blocks = self._of_batches(collector)
             kernels = [of_blocks[s.name] for s in self.plan.sites]
-            removal = torch.eye(len(kernels[0]), dtype=kernels[0].dtype, device=kernels[0].device)
+            removal, freedom = _untouched(kernels[0])
         else:
             of_blocks, head, order, groups = self._of_samples(collector, self.source.samples)
             kernels = [of_blocks[s.name] * (groups[:, None] == groups) for s in self.plan.sites]
-            removal = torch.eye(len(order), dtype=kernels[0].dtype, device=kernels[0].device)
-            if head.removal is not None:
-                removal = head.removal[order][:, order].to(removal)
+            removal, freedom = _untouched(kernels[0])
+            if head.removal is not None and head.freedom is not None:
+                removal, freedom = head.removal[order][:, order].to(removal), head.freedom[order].to(removal)
         self.notes += collector.notes
-        return self._scored(kernels, removal)
+        return self._scored(kernels, removal, freedom)
 
     # gradients
 
@@ -340,12 +340,14 @@ class _Measurement:
 
     # scores
 
-    def _scored(self, kernels: list[Tensor], removal: Tensor) -> Ranking:
+    def _scored(self, kernels: list[Tensor], removal: Tensor, freedom: Tensor) -> Ranking:
         job, n = self.job, len(removal)
         method = "score" if job.method == "auto" else job.method
         efficient = [removal @ k @ removal.T for k in kernels]
+        influences = [score_test.influence(k, job.ridge) for k in efficient]
+        surpluses = [score_test.surplus(a, freedom) for a in influences]
         candidates = [
-            Candidate(site, i, kernels[i], score_test.influence(efficient[i], job.ridge))
+            Candidate(site, i, kernels[i], influences[i], surpluses[i])
             for i, site in enumerate(self.plan.sites)
         ]
         setting = Setting(job.ridge, job.batch_size, job.seed, len(candidates), self.usual)
@@ -354,11 +356,11 @@ class _Measurement:
         halves = (torch.randperm(n, generator=self.generator) % 2).to(removal.device)
         scores = torch.stack([METHODS[method](c, setting, weights) for c in candidates])
         drops = [score_test.expected_drop(k, halves, job.ridge) for k in efficient]
-        tests = [score_test.p_value(c.influence, signs) for c in candidates]
+        tests = [score_test.p_value(c.influence, signs, c.surplus) for c in candidates]
         rows = _rows(candidates, scores, tests, drops)
         order = [row.number for row in rows]
         if method == "score":
-            order = score_test.forward_selection([c.influence for c in candidates], signs)
+            order = score_test.forward_selection(influences, signs, surpluses)
         at = {row.number: i for i, row in enumerate(rows)}
         return Ranking(
             tuple(rows), tuple(at[i] for i in order), self.plan.recipe, self.plan.model_name, method, n, job.seed,
@@ -372,6 +374,11 @@ class _Measurement:
 
     def _signs(self, n: int) -> Tensor:
         return torch.randint(2, (SIGNS, n), generator=self.generator) * 2.0 - 1
+
+
+def _untouched(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """R = I and P_ii = 1: nothing is taken from the images' pulls."""
+    return torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device), torch.ones_like(kernel[0])
 
 
 def _rows(
