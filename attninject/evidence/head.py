@@ -4,6 +4,10 @@ Behind a head with random weights the gradients are noise, and behind one that h
 are noise too. So a new head is fitted by cross-fitting: for each fold, on all images of the other folds, with an L2
 penalty that is chosen by the loss on the images left out. Such a head is linear in its input, so that the features
 of all images, one forward pass, are all that is needed.
+
+Only images of one fold are then compared with one another. A pair from two folds would not do: each of the two has
+been seen by the head that the other's gradient comes through, and with labels drawn at random such pairs agree more
+often than chance has it (with four folds 17 of 100 p-values were below 0.05).
 """
 
 from __future__ import annotations
