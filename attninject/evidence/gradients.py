@@ -264,7 +264,8 @@ def _by_vmap(
 
     def of_row(held: dict[str, Tensor], row: tuple[Any, ...], g: Tensor) -> Tensor:
         whole = tuple(a[None] if isinstance(a, Tensor) else a for a in row)
-        return (torch.func.functional_call(block, held, whole)[0] * g).sum()
+        y: Tensor = torch.func.functional_call(block, held, whole)
+        return (y[0] * g).sum()
 
     try:
         held = {n: p.detach() for n, p in zeros.items()}

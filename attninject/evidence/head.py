@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject.errors import AttnInjectError, DataError
-from attninject.training.freezing import head_of
+from attninject.training.heads import head_of
 
 from .score_test import projection
 
@@ -178,7 +178,8 @@ def _off(columns: Tensor) -> Tensor:
     """The projection (n, n) off the span of some columns: (n, c)."""
     u, s, _ = torch.linalg.svd(F.normalize(columns, dim=0), full_matrices=False)
     u = u[:, s > 1e-6]
-    return torch.eye(len(u), dtype=u.dtype, device=u.device) - u @ u.T
+    off: Tensor = torch.eye(len(u), dtype=u.dtype, device=u.device) - u @ u.T
+    return off
 
 
 def _scaled(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,11 +258,11 @@ def _softmax_regression(x: Tensor, labels: Tensor, used: Tensor, penalty: float,
         loss = (
             F.cross_entropy(inputs @ w[:, :-1].T + w[:, -1], targets) + penalty / 2 * w[:, :-1].square().sum()
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return w.detach()
 
 

@@ -68,7 +68,7 @@ def _epoch(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 32) -> None
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
 

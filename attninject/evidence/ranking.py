@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from attninject.errors import PlanError
+from attninject.notebook import html_table
 from attninject.planning.planned_site import Site
 from attninject.recipe.rules import Recipe, Rule
 from attninject.wording import aligned, human, listed
@@ -27,6 +27,7 @@ HEADER = (
     "p (Holm)",
     "loss drop",
 )
+_NUMBERS = {0, 3, 4, 5, 8, 9}
 
 
 @dataclass(frozen=True)
@@ -171,23 +172,15 @@ class Ranking:
         ]
 
     def __str__(self) -> str:
-        looked = f"{len(self.sites)} sites, {self.images} images, seed {self.seed}"
-        table = aligned([HEADER, *self.rows()], right={0, 3, 4, 5, 8, 9})
-        return "\n".join(
-            [
-                f"{self.recipe.name} on {self.model_name}: {looked}",
-                *("  " + line for line in table),
-                *self.words(),
-            ]
-        )
+        table = aligned([HEADER, *self.rows()], right=_NUMBERS)
+        return "\n".join([self._title(), *("  " + line for line in table), *self.words()])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(h)}</th>" for h in HEADER)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows()
-        )
-        below = "".join(f"<p>{html.escape(w)}</p>" for w in self.words())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
+        return html_table(HEADER, self.rows(), right=_NUMBERS, above=[self._title()], below=self.words())
+
+    def _title(self) -> str:
+        looked = f"{len(self.sites)} sites, {self.images} images, seed {self.seed}"
+        return f"{self.recipe.name} on {self.model_name}: {looked}"
 
 
 def exact_rule(site: Site, rule: Rule) -> Rule:

@@ -86,7 +86,8 @@ def _batches(data: Any, batch_size: int) -> Iterable[Any]:
     loader = isinstance(data, torch.utils.data.DataLoader | list | tuple | Mapping)
     if not loader and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return torch.utils.data.DataLoader(data, batch_size, shuffle=True)
-    return data
+    batches: Iterable[Any] = data
+    return batches
 
 
 def _is_pair(data: Any) -> bool:
