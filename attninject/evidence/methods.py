@@ -26,14 +26,14 @@ from . import score_test
 class Candidate:
     """A site with its kernel K: (n, n), and A = K̃(K̃ + λ)⁻¹ of the same without what the head could do by itself.
 
-    `surplus`: see `score_test`.
+    `short`: see `score_test.Shortened`.
     """
 
     site: Site
     number: int
     kernel: Tensor
     influence: Tensor
-    surplus: float = 0.0
+    short: score_test.Shortened = score_test.WHOLE
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _constant(value: float, weights: Tensor) -> Tensor:
 
 def score(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
     """z = (LM − mean) / sd of the efficient score test under random signs of the images; see `score_test`."""
-    return score_test.z_scores(site.influence, weights, site.surplus)
+    return score_test.z_scores(site.influence, weights, site.short)
 
 
 def gradient_norm(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:

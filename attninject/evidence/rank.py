@@ -345,10 +345,9 @@ class _Measurement:
         method = "score" if job.method == "auto" else job.method
         efficient = [removal @ k @ removal.T for k in kernels]
         influences = [score_test.influence(k, job.ridge) for k in efficient]
-        surpluses = [score_test.surplus(a, freedom) for a in influences]
+        short = [score_test.Shortened.of(a, freedom) for a in influences]
         candidates = [
-            Candidate(site, i, kernels[i], influences[i], surpluses[i])
-            for i, site in enumerate(self.plan.sites)
+            Candidate(site, i, kernels[i], influences[i], short[i]) for i, site in enumerate(self.plan.sites)
         ]
         setting = Setting(job.ridge, job.batch_size, job.seed, len(candidates), self.usual)
         weights = torch.cat([torch.ones(1, n), self._resamples(n)]).to(removal)
@@ -356,11 +355,11 @@ class _Measurement:
         halves = (torch.randperm(n, generator=self.generator) % 2).to(removal.device)
         scores = torch.stack([METHODS[method](c, setting, weights) for c in candidates])
         drops = [score_test.expected_drop(k, halves, job.ridge) for k in efficient]
-        tests = [score_test.p_value(c.influence, signs, c.surplus) for c in candidates]
+        tests = [score_test.p_value(c.influence, signs, c.short) for c in candidates]
         rows = _rows(candidates, scores, tests, drops)
         order = [row.number for row in rows]
         if method == "score":
-            order = score_test.forward_selection(influences, signs, surpluses)
+            order = score_test.forward_selection(influences, signs, short)
         at = {row.number: i for i, row in enumerate(rows)}
         return Ranking(
             tuple(rows), tuple(at[i] for i in order), self.plan.recipe, self.plan.model_name, method, n, job.seed,

@@ -8,9 +8,9 @@ If a block helps nobody, an image's pull is as likely as its opposite, so LM is 
 signs s. Its mean there is tr A, the effective number of dimensions: this is why a raw sum ranks sites by their
 number of parameters. Its variance is 2 Σ_{i≠j} A_ij². Both are exact; the tail is sampled. z = (LM − mean) / sd.
 
-What is projected out wholly (P in `head`) leaves residuals, which are shorter than the pulls they come from, by P_ii
-on image i as in any regression. So the mean that LM is held against is Σ_i A_ii / P_ii: `surplus` is the difference.
-(Without it, on 64 images per fold and 4 classes, 10 of 100 p-values fell below 0.05.)
+What is projected out wholly (P in `head`) leaves residuals, which are shorter than the pulls they come from, by √P_ii
+on image i as in any regression. So LM is held against the moments that unshortened pulls would give, Σ_i A_ii / P_ii
+and 2 Σ_{i≠j} A_ij² / (P_ii P_jj). (Without it, on 64 images per fold and 4 classes, 10 of 100 p-values fell below 0.05.)
 
 The score test is Rao's (1948), in its efficient form for nuisance parameters Neyman's C(α) (1959); sign flips of
 scores as in Hemerik, Goeman & Finos (2020, doi:10.1111/rssb.12369).
@@ -19,6 +19,7 @@ scores as in Hemerik, Goeman & Finos (2020, doi:10.1111/rssb.12369).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,27 +51,41 @@ def _inverse(matrix: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
-def surplus(a: Tensor, freedom: Tensor) -> float:
-    """Σ_i A_ii (1 / P_ii − 1): by how much residuals are too short; freedom: (n,), P_ii."""
-    return float((a.diagonal() * (1 / freedom.clamp_min(0.1) - 1)).sum())
+class Shortened(NamedTuple):
+    """What residuals lack: of the mean of LM under chance (a sum), and of its sd (a factor)."""
+
+    mean: float = 0.0
+    sd: float = 1.0
+
+    @classmethod
+    def of(cls, a: Tensor, freedom: Tensor) -> Shortened:
+        """Σ_i A_ii (1 / P_ii − 1), and √(Σ_{i≠j} A_ij² / (P_ii P_jj)) over that without P; freedom: (n,), P_ii."""
+        share = 1 / freedom.clamp_min(0.1)
+        squares = (a - torch.diag(a.diagonal())) ** 2
+        plain = float(squares.sum())
+        sd = (float(share @ squares @ share) / plain) ** 0.5 if plain > 0 else 1.0
+        return cls(float((a.diagonal() * (share - 1)).sum()), sd)
 
 
-def z_scores(a: Tensor, weights: Tensor, surplus: float = 0.0) -> Tensor:
-    """(LM − mean) / sd for each row of weights: (r, n) → (r,); `surplus` for what was seen, none for signs.
+WHOLE = Shortened()
+
+
+def z_scores(a: Tensor, weights: Tensor, short: Shortened = WHOLE) -> Tensor:
+    """(LM − mean) / sd for each row of weights: (r, n) → (r,); `short` for what was seen, none for signs.
 
     With weights of 1 or random signs it is the test's statistic. With how often each image was drawn it is that of
     a bootstrap sample in the metric of the full one; an image is never paired with its own copy, so that drawing it
     twice is no evidence.
     """
     off = a - torch.diag(a.diagonal())
-    spread = (2 * (((weights**2) @ off**2) * weights**2).sum(1)).sqrt()
-    z = (((weights @ off) * weights).sum(1) - surplus) / spread
+    spread = (2 * (((weights**2) @ off**2) * weights**2).sum(1)).sqrt() * short.sd
+    z = (((weights @ off) * weights).sum(1) - short.mean) / spread
     return torch.where(spread > 0, z, torch.zeros_like(z))
 
 
-def p_value(a: Tensor, signs: Tensor, surplus: float = 0.0) -> float:
+def p_value(a: Tensor, signs: Tensor, short: Shortened = WHOLE) -> float:
     """Share of the null, sampled with signs: (r, n), that is at least as large; the observed value counts too."""
-    observed = float(z_scores(a, torch.ones_like(signs[:1]), surplus))
+    observed = float(z_scores(a, torch.ones_like(signs[:1]), short))
     return (1 + int((z_scores(a, signs) >= observed).sum())) / (1 + len(signs))
 
 
@@ -108,7 +123,7 @@ def expected_drop(kernel: Tensor, folds: Tensor, ridge: float = 1.0) -> float:
 
 
 def forward_selection(
-    influences: Sequence[Tensor], signs: Tensor, surpluses: Sequence[float], most: int = 16
+    influences: Sequence[Tensor], signs: Tensor, short: Sequence[Shortened], most: int = 16
 ) -> list[int]:
     """An order of the sites in which each is the best given those before it.
 
@@ -120,7 +135,7 @@ def forward_selection(
     left = list(range(len(influences)))
     v = torch.ones_like(signs[:1])
     while True:
-        scores = {i: _still(influences[i], v, surpluses[i]) for i in left}
+        scores = {i: _still(influences[i], v, short[i]) for i in left}
         left.sort(key=lambda i: -scores[i])
         if not left or len(chosen) == most:
             return chosen + left
@@ -131,7 +146,7 @@ def forward_selection(
         chosen.append(left.pop(0))
 
 
-def _still(a: Tensor, v: Tensor, surplus: float) -> float:
+def _still(a: Tensor, v: Tensor, short: Shortened) -> float:
     """(vᵀ A v − mean) / sd under the null of random signs; v: (1, n)."""
-    spread = float((a - torch.diag(a.diagonal())).square().sum().mul(2).sqrt())
-    return (float((v @ a @ v.T).squeeze() - a.trace()) - surplus) / spread if spread > 0 else 0.0
+    spread = float((a - torch.diag(a.diagonal())).square().sum().mul(2).sqrt()) * short.sd
+    return (float((v @ a @ v.T).squeeze() - a.trace()) - short.mean) / spread if spread > 0 else 0.0

@@ -100,14 +100,20 @@ def test_forward_selection_passes_over_a_copy_of_what_it_has() -> None:
     signs = (torch.randint(2, (999, 64), generator=torch.Generator().manual_seed(0)) * 2.0 - 1).double()
     single = [float(score_test.z_scores(a, ones(64))) for a in (strong, other)]
     assert single[0] > single[1] > 1
-    assert score_test.forward_selection([strong, strong.clone(), other], signs, [0.0] * 3) == [0, 2, 1]
-    assert score_test.forward_selection([other, strong], signs, [0.0] * 2, most=0) == [1, 0]
+    assert score_test.forward_selection([strong, strong.clone(), other], signs, [score_test.WHOLE] * 3) == [
+        0,
+        2,
+        1,
+    ]
+    assert score_test.forward_selection([other, strong], signs, [score_test.WHOLE] * 2, most=0) == [1, 0]
 
 
 def test_residuals_are_held_against_what_they_were_before() -> None:
-    """Where half of each pull is left, the mean of LM under chance is twice tr A; where all is left, tr A."""
+    """Where half of each pull is left, the mean of LM under chance is twice tr A and its sd twice as large."""
     a = score_test.influence(gram(8, 3))
-    assert score_test.surplus(a, torch.full((8,), 0.5)) == pytest.approx(float(a.trace()))
-    assert score_test.surplus(a, torch.ones(8)) == 0
-    lower = score_test.z_scores(a, ones(8), score_test.surplus(a, torch.full((8,), 0.5)))
-    assert lower < score_test.z_scores(a, ones(8))
+    half = score_test.Shortened.of(a, torch.full((8,), 0.5, dtype=torch.float64))
+    assert half == pytest.approx((float(a.trace()), 2.0))
+    assert score_test.Shortened.of(a, torch.ones(8, dtype=torch.float64)) == pytest.approx((0.0, 1.0))
+    plain = float(score_test.z_scores(a, ones(8)))
+    sd = float((a - torch.diag(a.diagonal())).square().sum().mul(2).sqrt())
+    assert float(score_test.z_scores(a, ones(8), half)) == pytest.approx((plain - float(a.trace()) / sd) / 2)
