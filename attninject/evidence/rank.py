@@ -38,25 +38,11 @@ CALIBRATION = 4
 
 
 def rank_sites(
-    model: nn.Module,
-    recipe: Any = None,
-    data: Any = None,
-    *,
-    metric: str | Loss = "loss",
-    images: int = 512,
-    method: str = "auto",
-    batch_size: int = 32,
-    head: str = "auto",
-    folds: int = 2,
-    ridge: float = 1.0,
-    mode: str = "eval",
-    seed: int = 0,
-    root: str = "",
-    example_inputs: Any = None,
-    strict: bool = True,
-    args: Mapping[str, Any] | None = None,
-    **rule: Any,
-) -> Ranking:
+    model: nn.Module, recipe: Any = None, data: Any = None, *, metric: str | Loss = "loss", images: int = 512,
+    method: str = "auto", batch_size: int = 32, head: str = "auto", folds: int = 2, ridge: float = 1.0,
+    mode: str = "eval", seed: int = 0, root: str = "", example_inputs: Any = None, strict: bool = True,
+    args: Mapping[str, Any] | None = None, **rule: Any,
+) -> Ranking:  # fmt: skip
     """Rank the sites of a recipe by how much a block there would help, before any training. `print` the result.
 
     All candidates are injected at once into a copy; with identity gates it computes what the model computes, and
@@ -65,7 +51,7 @@ def rank_sites(
 
     Args:
         model: see `plan`.
-        recipe: see `plan`: all candidate sites; also a `Plan`, or none and the fields of one rule as keywords.
+        recipe: see `plan`: all candidate sites; also a `Plan`.
         data: batches (images, labels), a `DataLoader`, a `Dataset`, or a pair of tensors; with a loss of your own,
             batches of whatever it takes.
         metric: `loss` is the cross-entropy; else a callable `loss(model, batch)` that returns the images' losses
