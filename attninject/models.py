@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attninject import package_weights
 from attninject.errors import UnknownModelError
 from attninject.wording import listed, nearest
 
@@ -26,12 +27,14 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 def build(name: str, weights: str | None = "none", **kw: Any) -> nn.Module:
     """A model by its name, such as `torchvision/resnet50`; a bare name if only one library has it.
 
-    `weights` is `none`, `default`, a tag of that library, or a local file; a file must hold exactly
-    the model's keys. Further keywords (`num_classes=10`) go to the library's own builder. Nothing is
-    downloaded unless `weights` asks for it.
+    `weights` is `none`, `default`, `package` (see `package_weights`), a tag of that library, or a local file; a
+    file must hold exactly the model's keys. Further keywords (`num_classes=10`) go to the library's own builder.
+    Nothing is downloaded unless `weights` asks for it.
     """
     library, bare = _resolve(name)
     weights = weights or "none"
+    if weights == package_weights.WORD:
+        return package_weights.fill(_BUILDERS[library](bare, "none", kw), f"{library}/{bare}")
     if not _is_file(weights):
         return _BUILDERS[library](bare, weights, kw)
     tensors = _read(Path(weights))

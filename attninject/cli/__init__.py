@@ -23,6 +23,7 @@ VERBS = {  # verb: what it does; its file bears its name
     "sites": "show what can be targeted in a model",
     "plan": "show what a recipe would do to a model",
     "inject": "inject a recipe into a model and write a file",
+    "rank": "rank the sites of a recipe by what a block there would change on your images",
     "finetune": "fine-tune a model, with blocks or plain, and keep a small file",
     "export": "write a trained model as ONNX, torch.export or a state dict",
     "demo": "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two",

@@ -29,7 +29,7 @@ def add_model(parser: Parser) -> argparse._ArgumentGroup:
     """How MODEL is built; returns the group."""
     group = parser.add_argument_group("the model")
     group.add_argument("--weights", default="none", metavar="WEIGHTS",
-        help="none (random), default, a tag as IMAGENET1K_V2, or a local .pth/.safetensors file")  # fmt: skip
+        help="none (random), default, package (those of an installed package), a tag, or a local file")  # fmt: skip
     group.add_argument(
         "--num-classes", type=whole, metavar="N", help="size of the head, if not the model's default"
     )

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, TypeVar
 
+import yaml
+
 from attninject.blocks.options import Init as Init
 from attninject.recipe import yaml_text
 
@@ -175,6 +177,11 @@ class Recipe:
         """The recipe as in a YAML file, JSON-ready; `load_recipe` takes it back."""
         source = {} if self.source is None else {"source": self.source}
         return {"name": self.name, **source, "rules": [rule.to_dict() for rule in self.rules]}
+
+    def to_yaml(self) -> str:
+        """The recipe as the text of a YAML file; `load_recipe` takes it back."""
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+        return text
 
     def with_args(self, args: Mapping[str, Any]) -> Recipe:
         """The same recipe with these block arguments set in every rule; each block must know them."""

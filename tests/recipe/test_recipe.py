@@ -609,3 +609,10 @@ def test_any_keywords_are_harmless(fields):
     """Random keyword arguments make a rule or a report."""
     with contextlib.suppress(RecipeError):
         hash(rule_from_fields(**fields))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_as_text_reads_as_itself(name):
+    """`to_yaml` writes what `parse_recipe` takes back, for every shipped recipe."""
+    recipe = load_recipe(name)
+    assert parse_recipe(recipe.to_yaml()) == recipe
