@@ -26,6 +26,7 @@ _HOME = {
     "register_block": "blocks.registry",
     "AttnInjectError": "errors",
     "attention_maps": "attention",
+    "visualize": "evidence.pictures",
     "compile_blocks": "compiling",
     "save": "delta",
     "load": "delta",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # `as`: names that type checkers take for public ones
     from attninject.delta import load as load
     from attninject.delta import save as save
     from attninject.errors import AttnInjectError as AttnInjectError
+    from attninject.evidence.pictures import visualize as visualize
     from attninject.evidence.rank import rank_sites as rank_sites
     from attninject.planning.plan import Plan as Plan
     from attninject.planning.planned_site import Site as Site

@@ -34,10 +34,17 @@ def attention_maps(model: nn.Module, x: Any) -> Maps:
     blocks = api.injected(model)
     inner = support.unwrapped(model)
     inputs = Inputs.of(x)
-    with torch.no_grad(), rng_kept(), _in_eval(inner), _uncompiled(inner), _listening(blocks) as found:
+    with torch.no_grad(), in_eval_uncompiled(inner), _listening(blocks) as found:
         if blocks:
             inner(*inputs.args, **inputs.kwargs)
     return found
+
+
+@contextlib.contextmanager
+def in_eval_uncompiled(model: nn.Module) -> Iterator[None]:
+    """Modules in eval mode, run as they are written, for a while; then modes and random generators as before."""
+    with rng_kept(), _in_eval(model), _uncompiled(model):
+        yield
 
 
 @contextlib.contextmanager

@@ -178,3 +178,10 @@ class MissingPackageError(AttnInjectError, ImportError):
 
 class ExportError(AttnInjectError, RuntimeError):
     """A model cannot be exported, or what was exported computes something else."""
+
+
+# --- evidence ---------------------------------------------------------------------------------
+
+
+class PictureError(AttnInjectError, ValueError):
+    """A picture cannot be made: no image, a position outside it, no blocks, or a folder that cannot be written."""

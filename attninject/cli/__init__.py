@@ -26,6 +26,7 @@ VERBS = {  # verb: what it does; its file bears its name
     "rank": "rank the sites of a recipe by what a block there would change on your images",
     "finetune": "fine-tune a model, with blocks or plain, and keep a small file",
     "export": "write a trained model as ONNX, torch.export or a state dict",
+    "visualize": "draw what the blocks of a model do to an image, as PNG files and a page",
     "demo": "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two",
     "bench": "measure injection and blocks against their peers, in one process, as ratios",
     "zoo": "inject into every timm and torchvision model and check every guarantee",

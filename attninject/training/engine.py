@@ -117,5 +117,24 @@ def trained(folder: Any, file: str = runs.BEST) -> nn.Module:
     return delta.load(model, where / file).eval()
 
 
+def started(folder: Any) -> nn.Module:
+    """The model of a run as it was before its first step, blocks and all, in eval mode.
+
+    Raises:
+        RunError: the folder holds no such run.
+    """
+    where = Path(folder)
+    if not (where / runs.SETTINGS).is_file():
+        raise RunError(f"{where} holds no run of attninject finetune ({runs.SETTINGS})")
+    experiment = read_experiment(where / runs.SETTINGS)
+    classes = (where / runs.CLASSES).read_text(encoding="utf-8").split("\n")[:-1]
+    with rng_kept():
+        torch.manual_seed(experiment.train.seed)
+        model = build(experiment.model, experiment.weights, len(classes))
+        if experiment.recipe is not None:
+            api.inject(model, experiment.recipe)
+    return model.eval()
+
+
 def _print(text: str) -> None:
     print(text, flush=True)
