@@ -26,7 +26,7 @@ from . import pictures_cam, pictures_paint
 from .pictures_input import ImageLike, Position, Seen, eyes_of, look_at
 from .pictures_page import Chapter, Figure, Section, page
 from .pictures_record import Look, looks_of, spread, untouched, with_start
-from .pictures_views import Bars, Heat, Panel
+from .pictures_views import Heat, Panel
 
 PAGE = "index.html"
 RANGE = "attninject range"  # key of a heat map's PNG metadata: "LOW HIGH"
@@ -158,13 +158,8 @@ class _Album:
                 section.figures += self._panel(seen, f"{look.name}.{panel.name}", panel)
             sections.append(section)
         height, width = seen.x.shape[-2:]
-        self.chapters.append(
-            Chapter(
-                seen.name,
-                f"given to the model as {width}×{height}; the position marked is {x},{y} of the file",
-                sections,
-            )
-        )
+        about = f"given to the model as {width}×{height}; the position marked is {x},{y} of the file"
+        self.chapters.append(Chapter(seen.name, about, sections))
 
     def _panel(self, seen: Seen, name: str, panel: Panel) -> Iterator[Figure]:
         if isinstance(panel, Heat):

@@ -113,7 +113,7 @@ def _patches(inner: nn.Module, count: int) -> tuple[tuple[int, int] | None, int]
 def _attention_kept(inner: nn.Module, found: list[Tensor]) -> Iterator[None]:
     """Collects the rows of each attention layer, (B, N, N), mean over heads, in the order of the run."""
     handles: list[Any] = []
-    fused: list[nn.Module] = []
+    fused: list[Any] = []
 
     def keep(module: nn.Module, args: Any) -> None:
         if args[0].ndim == 4 and args[0].shape[-1] == args[0].shape[-2]:
@@ -137,6 +137,6 @@ def _attention_kept(inner: nn.Module, found: list[Tensor]) -> Iterator[None]:
             elif isinstance(drop := getattr(module, "attn_drop", None), nn.Module):
                 handles.append(drop.register_forward_pre_hook(keep))
                 if getattr(module, "fused_attn", False):
-                    module.fused_attn = False
                     fused.append(module)
+                    fused[-1].fused_attn = False
         yield

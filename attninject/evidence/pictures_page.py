@@ -28,7 +28,7 @@ figure.map img{image-rendering:pixelated}
 figcaption{font-size:.82rem;line-height:1.35;margin-top:.4rem}
 figcaption b{color:var(--ink);font-weight:600;font-variant-numeric:tabular-nums}
 .key{display:flex;gap:.6rem;align-items:center;font-size:.85rem;color:var(--soft);margin:.6rem 0}
-.key i{display:block;height:.8rem;width:min(14rem,40vw);border-radius:.2rem;background:linear-gradient(to right,COLOURS)}
+.key i{display:block;border:1px solid var(--line);height:.8rem;width:min(14rem,40vw);border-radius:.2rem;background:linear-gradient(to right,COLOURS)}
 nav{font-size:.9rem}nav a{color:inherit;margin-right:.8rem}
 @media(max-width:30rem){.row{grid-template-columns:repeat(2,1fr);gap:.5rem}figure{padding:.3rem}
 figcaption{font-size:.75rem}}
@@ -66,7 +66,7 @@ class Chapter:
 
 def page(title: str, about: Iterable[str], chapters: list[Chapter]) -> str:
     """The whole file."""
-    colours = ",".join("#%02x%02x%02x" % tuple(palette()[i]) for i in range(0, 256, 15))
+    colours = ",".join(f"#{bytes(palette()[i]).hex()}" for i in range(0, 256, 15))
     style = _STYLE.replace("COLOURS", colours).strip()
     links = "".join(f'<a href="#i{i}">{escape(c.title)}</a>' for i, c in enumerate(chapters))
     lines = "".join(f'<p class="soft">{escape(line)}</p>' for line in about)

@@ -121,12 +121,12 @@ class _Watcher:
             return
         after = y[0].detach().float().mean(0)
         both = torch.cat([before.flatten(), after.flatten()])
-        ends = {"low": float(both.min()), "high": float(both.max())}
+        low, high = float(both.min()), float(both.max())
         for name, text, values in (
             ("features.before", "the map before the block, mean over channels", before),
             ("features.after", "the map after the block, on the same scale", after),
         ):
-            panel = replace(scene.heat(name, text, values), over=False, **ends)
+            panel = replace(scene.heat(name, text, values), over=False, low=low, high=high)
             look.panels.append(_settled(panel))
 
 
