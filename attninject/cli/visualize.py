@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import add_model, add_output, build_model, path, positive, print_json, seed
-from .parser import Parser
 from .rule_flags import add_fields, add_settings, plan_arguments, rule_fields
+from .usage import Parser
 
 if TYPE_CHECKING:
     from torch import nn

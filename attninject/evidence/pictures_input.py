@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from attninject.errors import PictureError
@@ -184,7 +184,7 @@ def _opened(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
             return _eight_bits(ImageOps.exif_transpose(file))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, by format
         what = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        said = "it is none that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else what
+        said = "it is none that Pillow knows" if isinstance(error, UnidentifiedImageError) else what
         raise PictureError(f"{os.fspath(source)} cannot be read as an image: {said}") from error
 
 
@@ -195,8 +195,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith(("I", "F")):
         return image
     values: Any = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    most = values.max()
-    full = 65535.0 if image.mode.startswith("I") else max(most, 1e-12)
-    if image.mode in ("I", "F"):  # of no fixed range: the narrowest usual one that holds them
-        full = next((top for top in (255.0, 65535.0) if 1.0 < most <= top), full)
+    tops = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
+    most = values.max()  # modes without a range of their own: the narrowest usual one that holds them
+    full = next((top for top in tops if most <= top), most)
     return Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8))

@@ -28,7 +28,8 @@ figure.map img{image-rendering:pixelated}
 figcaption{font-size:.82rem;line-height:1.35;margin-top:.4rem}
 figcaption b{color:var(--ink);font-weight:600;font-variant-numeric:tabular-nums}
 .key{display:flex;gap:.6rem;align-items:center;font-size:.85rem;color:var(--soft);margin:.6rem 0}
-.key i{display:block;border:1px solid var(--line);height:.8rem;width:min(14rem,40vw);border-radius:.2rem;background:linear-gradient(to right,COLOURS)}
+.key i{display:block;border:1px solid var(--line);height:.8rem;width:min(14rem,40vw);border-radius:.2rem;
+background:linear-gradient(to right,COLOURS)}
 nav{font-size:.9rem}nav a{color:inherit;margin-right:.8rem}
 @media(max-width:30rem){.row{grid-template-columns:repeat(2,1fr);gap:.5rem}figure{padding:.3rem}
 figcaption{font-size:.75rem}}

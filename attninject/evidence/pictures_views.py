@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attninject.blocks.gate import Blend
 from attninject.layout import Layout
-from attninject.surgery.block_call import fit_grid
+from attninject.surgery.layout_adapters import fit_grid
 
 Grid = tuple[int, int]
 

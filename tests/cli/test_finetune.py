@@ -381,3 +381,42 @@ def test_a_run_is_exported_from_its_folder(run, images: Path, tmp_path: Path, ca
     assert json.loads(capsys.readouterr().out)["parity"][0]["difference"] == 0
     assert main(["export", str(tmp_path), "--to", "pt2"]) == 1
     assert "holds no run of attninject finetune" in capsys.readouterr().err
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def test_a_run_is_drawn_with_its_start(run, images: Path, tmp_path: Path, capsys) -> None:
+    """`visualize FOLDER` takes model, blocks and image size from the run, and shows where the gates began."""
+    assert run(str(experiment(images, tmp_path, epochs=1)))[0] == 0
+    capsys.readouterr()
+    out, image = tmp_path / "maps", str(images / "val" / "red" / "0.png")
+    assert main(["visualize", str(tmp_path / "a"), image, "-o", str(out), "--no-cam", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert files[0] == str(out / "index.html")
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "orange: before training" in page
+    assert "given to the model as 32×32" in page
+    assert f" of {tmp_path / 'a'}</h1>" in page
+    assert main(["visualize", str(tmp_path), image, "-o", str(out)]) == 1
+    assert "holds no run of attninject finetune" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["visualize", str(tmp_path / "a"), image, "-o", str(out), "--recipe", "se"])
+    assert stop.value.code == 2
+    assert "is a run, which has its blocks: leave the recipe and its flags out" in capsys.readouterr().err
+
+
+def test_start_of_a_run_is_its_first_epochs(run, images: Path, tmp_path: Path) -> None:
+    """The start is built anew as the run built it: weights before training, gates of 1."""
+    from attninject.training.engine import started, trained
+
+    assert run(str(experiment(images, tmp_path, epochs=1)))[0] == 0
+    start, end = started(tmp_path / "a"), trained(tmp_path / "a")
+    assert start.state_dict().keys() == end.state_dict().keys()
+    x = torch.zeros(1, 3, 32, 32)
+    assert all((gate == 1).all() for maps in ai.attention_maps(start, x).values() for gate in maps.values())
+    seed = read_experiment(tmp_path / "a" / "experiment.json").train.seed
+    torch.manual_seed(seed)
+    base = build(MODEL, "none", 3)
+    assert all(torch.equal(start.state_dict()[key], value) for key, value in base.state_dict().items())
+    assert any(not torch.equal(start.state_dict()[key], value) for key, value in end.state_dict().items())
