@@ -504,22 +504,22 @@ def test_command_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 
 REFUSED = {
-    "no blocks": (dict(model=Net()), "Net has no injected blocks; inject a recipe first"),
-    "no image": (dict(image=[]), "no image was given"),
-    "missing file": (dict(image="gone.png"), "gone.png cannot be read as an image: No such file"),
-    "no image file": (dict(image=__file__), "cannot be read as an image: it is none that Pillow knows"),
-    "outside": (dict(at=(60, 10)), "the position 60,10 lies outside image, an image of 60×40 pixels"),
+    "no blocks": ({"model": Net()}, "Net has no injected blocks; inject a recipe first"),
+    "no image": ({"image": []}, "no image was given"),
+    "missing file": ({"image": "gone.png"}, "gone.png cannot be read as an image: No such file"),
+    "no image file": ({"image": __file__}, "cannot be read as an image: it is none that Pillow knows"),
+    "outside": ({"at": (60, 10)}, "the position 60,10 lies outside image, an image of 60×40 pixels"),
     "outside the crop": (
-        dict(at=(2, 20)),
+        {"at": (2, 20)},
         "2,20 lies outside what the model sees of image: x 12 to 47, y 2 to 37",
     ),
     "many channels": (
-        dict(model=net(channels=4)),
+        {"model": net(channels=4)},
         "takes 4 channels: give a tensor (C, H, W) in place of image",
     ),
-    "a batch": (dict(image=torch.zeros(2, 3, 32, 32)), "found (2, 3, 32, 32)"),
-    "a file's place": (dict(out=__file__), "cannot be written: File exists"),
-    "below a file": (dict(out=f"{__file__}/maps"), "cannot be written: Not a directory"),
+    "a batch": ({"image": torch.zeros(2, 3, 32, 32)}, "found (2, 3, 32, 32)"),
+    "a file's place": ({"out": __file__}, "cannot be written: File exists"),
+    "below a file": ({"out": f"{__file__}/maps"}, "cannot be written: Not a directory"),
 }
 
 
