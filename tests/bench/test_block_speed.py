@@ -326,9 +326,9 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--only", "see"], "unknown row 'see'; did you mean 'se'?"),
+        (["--only", "see"], "unknown row 'see'; did you mean se?"),
         (["--formats", "NHWC"], "unknown name 'NHWC'"),
-        (["--dtypes", "float3"], "unknown name 'float3'; did you mean 'float32'?"),
+        (["--dtypes", "float3"], "unknown name 'float3'; did you mean float32?"),
         (["--maps", "3x3"], "'3x3' is no list of maps"),
         (["--maps", "8x0x3x3"], "is no list of maps"),
     ],

@@ -312,7 +312,7 @@ def test_a_row_that_answers_another_question_does_not_count(swept: Path) -> None
 
 def test_retry_examines_again_only_what_was_not_green(tmp_path: Path) -> None:
     """A newer green row takes a model off the list."""
-    old = {"model": "a", "asked": CHEAP.to_dict(), "status": "failed"}
+    old = {"model": "a", "family": "timm/a", "asked": CHEAP.to_dict(), "status": "failed"}
     coverage.append(tmp_path, old)
     coverage.append(tmp_path, {**old, "model": "b", "status": "green"})
     assert coverage.to_do(["a", "b"], CHEAP, tmp_path, retry=False) == []
