@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attninject import api
+from attninject import adapters, api
 from attninject.blocks import registry
 from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
 from attninject.files import digest, installed_versions, raw_bytes, replacing, seal_holds, sealed
@@ -49,15 +49,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
     trained between the injection and its freezing; every base buffer except those of norms that `freeze`
     holds in eval; the rules as resolved; a fingerprint of the base. `base` is the base model's name, for
     messages. The file appears whole or not at all.
+
+    Wrappers are looked through: DDP, torch.compile, an average of weights (`AveragedModel`, `ModelEmaV3`), which
+    is saved whole, and any module that only holds the model. Of a `PeftModel` a copy is saved with its adapters
+    merged: `load` gives what `merge_and_unload()` would.
     """
     from safetensors import SafetensorError
 
-    model = support.unwrapped(model)
+    model, changed = _plain(model)
     sites = _recorded(model)
     if not sites:
         raise DeltaError("the model has no injected blocks, so there is nothing to save: inject first")
     state = _tensors(model)
-    chosen = _chosen(model, state)
+    chosen = set(state) if changed is None else _chosen(model, state).union(changed)
     record = {
         "format": FORMAT,
         "versions": installed_versions(("attninject", "torch", "torchvision", "timm")),
@@ -66,14 +70,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
         "fingerprint": _fingerprint(state, chosen, _prefixes(sites)),
     }
     tensors = detached({key: state[key] for key in sorted(chosen)})
-    record["digests"] = {key: _digest_of_entry(key, t) for key, t in tensors.items()}
-    text = sealed(json.dumps(record, default=dict))  # frozen mappings among the arguments
     target = Path(path)
     try:
         with replacing(target) as temporary:
-            save_tensors(tensors, temporary, {METADATA_KEY: text})
+            save_tensors(tensors, temporary, metadata(record, tensors))
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{target} cannot be written: {error}") from error
+
+
+def metadata(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """A record as it stands in a file with these tensors: with a digest of each, and one of itself."""
+    digests = {key: _digest_of_entry(key, t) for key, t in tensors.items()}
+    text = json.dumps({**record, "digests": digests}, default=dict)  # frozen mappings among the arguments
+    return {METADATA_KEY: sealed(text)}
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -129,6 +138,40 @@ def load(
 
 
 # --- what goes into a file ----------------------------------------------------------------------
+
+
+def _plain(model: nn.Module) -> tuple[nn.Module, Collection[str] | None]:
+    """The model that the blocks were injected into, and keys of tensors that changed unseen; None: any may have."""
+    layers = list(support.wrapped(model))
+    inner, changed = layers[-1], frozenset[str]()
+    try:
+        merged = adapters.merged(inner)
+    except UnsupportedModelError as error:
+        raise DeltaError(str(error)) from error
+    if merged is not None:
+        inner, changed = merged.model, merged.changed
+    return _holder_of_sites(inner), None if any(map(support.averages, layers)) else changed
+
+
+def _holder_of_sites(model: nn.Module) -> nn.Module:
+    """The module that the sites' names begin at; another one if the model was put into it since.
+
+    Raises:
+        DeltaError: what is around the model has tensors of its own, which the file would not hold.
+    """
+    found = [(name, site.name) for name, site in injected_state.sites_of(model).items() if site is not None]
+    prefixes = {name.removesuffix(own) if name.endswith(f".{own}") else "" for name, own in found}
+    if len(prefixes) != 1 or prefixes == {""}:
+        return model
+    path = prefixes.pop()
+    others = [key for key in _tensors(model) if not key.startswith(path)]
+    if others:
+        name = path.rstrip(".")
+        raise DeltaError(
+            f"the blocks were injected into what is now {name} of {type(model).__name__}, which has tensors of its "
+            f"own ({listed(others)}): a delta holds one model, so save that one: ai.save(model.{name}, …)"
+        )
+    return model.get_submodule(path.rstrip("."))
 
 
 def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
