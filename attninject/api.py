@@ -144,7 +144,7 @@ class InjectedBlocks(dict[str, nn.Module]):
 
 
 def injected(model: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name → block; {} on a clean model. Looks through DDP and torch.compile wrappers."""
+    """Qualified name → block; {} on a clean model. Looks through DDP, torch.compile and averages."""
     return InjectedBlocks(injected_state.injected_blocks(unwrapped(model)))
 
 

@@ -3,15 +3,16 @@
 A delta is one safetensors file; nothing in it is ever imported, evaluated or fetched. Its metadata
 (JSON) holds the rules as they were resolved, site by site, and a fingerprint of the base model: the
 keys, shapes and dtypes of all its tensors, and a hash of the value of each tensor that is *not* in the
-file. `load` compares all of that before it touches the model.
+file. `load` compares all of that before it touches the model. A SHA-256 of each tensor in the file, with its
+name, dtype and shape, stands in the metadata, and one of the metadata itself: damage anywhere is seen.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from attninject import api
+from attninject import adapters, api
 from attninject.blocks import registry
 from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
-from attninject.files import installed_versions, replacing
+from attninject.files import digest, installed_versions, raw_bytes, replacing, seal_holds, sealed
 from attninject.planning import support
 from attninject.planning.plan import Plan
 from attninject.planning.planned_site import Site
@@ -48,15 +49,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
     trained between the injection and its freezing; every base buffer except those of norms that `freeze`
     holds in eval; the rules as resolved; a fingerprint of the base. `base` is the base model's name, for
     messages. The file appears whole or not at all.
+
+    Wrappers are looked through: DDP, torch.compile, an average of weights (`AveragedModel`, `ModelEmaV3`), which
+    is saved whole, and any module that only holds the model. Of a `PeftModel` a copy is saved with its adapters
+    merged: `load` gives what `merge_and_unload()` would.
     """
     from safetensors import SafetensorError
 
-    model = support.unwrapped(model)
+    model, changed = _plain(model)
     sites = _recorded(model)
     if not sites:
         raise DeltaError("the model has no injected blocks, so there is nothing to save: inject first")
     state = _tensors(model)
-    chosen = _chosen(model, state)
+    chosen = set(state) if changed is None else _chosen(model, state).union(changed)
     record = {
         "format": FORMAT,
         "versions": installed_versions(("attninject", "torch", "torchvision", "timm")),
@@ -64,14 +69,20 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
         "sites": sites,
         "fingerprint": _fingerprint(state, chosen, _prefixes(sites)),
     }
-    text = json.dumps(record, default=dict)  # frozen mappings among the arguments
     tensors = detached({key: state[key] for key in sorted(chosen)})
     target = Path(path)
     try:
         with replacing(target) as temporary:
-            save_tensors(tensors, temporary, {METADATA_KEY: text})
+            save_tensors(tensors, temporary, metadata(record, tensors))
     except (SafetensorError, OSError) as error:
         raise DeltaError(f"{target} cannot be written: {error}") from error
+
+
+def metadata(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """A record as it stands in a file with these tensors: with a digest of each, and one of itself."""
+    digests = {key: _digest_of_entry(key, t) for key, t in tensors.items()}
+    text = json.dumps({**record, "digests": digests}, default=dict)  # frozen mappings among the arguments
+    return {METADATA_KEY: sealed(text)}
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -108,10 +119,11 @@ def load(
     file_path = Path(path)
     with _opened(file_path) as file:
         record = _record(file, file_path)
-        signatures = {key: _slice_signature(file, key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        _check_digests(tensors, record, file_path)
+        signatures = {key: _slice_signature(file, key) for key in tensors}
         _check_base(base_model, record, signatures, file_path, strict_base)
         plan = _plan(base_model, record, signatures, file_path, example_inputs)
-        tensors = {key: file.get_tensor(key) for key in signatures}
     api.inject(base_model, plan)
     try:
         _check_blocks(base_model, record, signatures, file_path, strict_base)
@@ -126,6 +138,40 @@ def load(
 
 
 # --- what goes into a file ----------------------------------------------------------------------
+
+
+def _plain(model: nn.Module) -> tuple[nn.Module, Collection[str] | None]:
+    """The model that the blocks were injected into, and keys of tensors that changed unseen; None: any may have."""
+    layers = list(support.wrapped(model))
+    inner, changed = layers[-1], frozenset[str]()
+    try:
+        merged = adapters.merged(inner)
+    except UnsupportedModelError as error:
+        raise DeltaError(str(error)) from error
+    if merged is not None:
+        inner, changed = merged.model, merged.changed
+    return _holder_of_sites(inner), None if any(map(support.averages, layers)) else changed
+
+
+def _holder_of_sites(model: nn.Module) -> nn.Module:
+    """The module that the sites' names begin at; another one if the model was put into it since.
+
+    Raises:
+        DeltaError: what is around the model has tensors of its own, which the file would not hold.
+    """
+    found = [(name, site.name) for name, site in injected_state.sites_of(model).items() if site is not None]
+    prefixes = {name.removesuffix(own) if name.endswith(f".{own}") else "" for name, own in found}
+    if len(prefixes) != 1 or prefixes == {""}:
+        return model
+    path = prefixes.pop()
+    others = [key for key in _tensors(model) if not key.startswith(path)]
+    if others:
+        name = path.rstrip(".")
+        raise DeltaError(
+            f"the blocks were injected into what is now {name} of {type(model).__name__}, which has tensors of its "
+            f"own ({listed(others)}): a delta holds one model, so save that one: ai.save(model.{name}, …)"
+        )
+    return model.get_submodule(path.rstrip("."))
 
 
 def _chosen(model: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:
@@ -181,8 +227,12 @@ def _described(dtype: str, shape: Iterable[int]) -> str:
 
 def _digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes in logical order, whatever its strides."""
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+    return digest(raw_bytes(tensor))
+
+
+def _digest_of_entry(key: str, tensor: torch.Tensor) -> str:
+    """SHA-256 of all that a file says of a tensor: its name, dtype, shape and bytes."""
+    return digest(f"{key}\n{_signature(tensor)}\n", raw_bytes(tensor))
 
 
 def _fingerprint(
@@ -283,6 +333,9 @@ def _record(file: Any, path: Path) -> dict[str, Any]:
     try:
         if len(text) > MAX_METADATA_BYTES:
             raise ValueError(f"metadata over {MAX_METADATA_BYTES} bytes")
+        intact = seal_holds(text)
+        if intact is False:
+            raise ValueError("it is not what was saved")
         record: dict[str, Any] = json.loads(text)
         if record["format"] != FORMAT:
             raise DeltaError(
@@ -290,6 +343,8 @@ def _record(file: Any, path: Path) -> dict[str, Any]:
                 f"it was written by attninject {record.get('versions', {}).get('attninject', 'unknown')}"
             )
         _check_form(record)
+        if intact is None and "digests" in record:
+            raise ValueError("its own digest is gone")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, AttnInjectError):
             raise
@@ -301,15 +356,41 @@ def _record(file: Any, path: Path) -> dict[str, Any]:
 
 def _check_form(record: Mapping[str, Any]) -> None:
     fingerprint = record["fingerprint"]
-    for part in ("tensors", "values"):
-        if not all(isinstance(v, str) for v in fingerprint[part].values()):
-            raise ValueError(f"fingerprint.{part} holds something that is no text")
+    held = {f"fingerprint.{part}": fingerprint[part] for part in ("tensors", "values")}
+    for name, texts in {**held, "digests": record.get("digests", {})}.items():
+        if not all(isinstance(v, str) for v in texts.values()):
+            raise ValueError(f"{name} holds something that is no text")
     if not isinstance(record["sites"], list) or not record["sites"]:
         raise ValueError("no sites")
     for site in record["sites"]:
         texts = (site["qualified"], site["layout"], site["mechanism"])
         if not all(isinstance(text, str) for text in texts) or not isinstance(site["rule"], dict):
             raise ValueError("a site without a name or a rule")
+
+
+def _check_digests(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any], path: Path) -> None:
+    """Compare each tensor with its digest; a file from before there were any is let pass with a warning."""
+    expected = record.get("digests")
+    if expected is None:
+        warnings.warn(
+            f"{path} was written by an earlier attninject and holds no digests, so damage to its tensors would not "
+            f"be seen; to renew it, ai.load it and ai.save the model again",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    missing = [key for key in expected if key not in tensors]
+    surplus = [key for key in tensors if key not in expected]
+    other = [k for k, t in tensors.items() if k in expected and expected[k] != _digest_of_entry(k, t)]
+    said = []
+    if missing:
+        said.append(f"{listed(missing)} is not in it any more")
+    if surplus:
+        said.append(f"{listed(surplus)} was not in it when it was saved")
+    if other:
+        said.append(f"the values of {listed(other)} are not those that were saved")
+    if said:
+        raise DeltaError(f"{path} is damaged: {'; '.join(said)}; the model is unchanged")
 
 
 def _slice_signature(file: Any, key: str) -> str:

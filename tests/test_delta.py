@@ -17,7 +17,7 @@ from small import Net
 from torch import nn
 
 import attninject as ai
-from attninject import errors, models
+from attninject import delta, errors, models
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -62,12 +62,13 @@ def state_of(net: nn.Module) -> list[tuple[str, int, bytes]]:
 
 
 def edited(file: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> Path:
-    """The file with its tensors and record changed by hand."""
+    """The file with its tensors and record changed by hand, and sealed anew, as a forger would."""
     with safe_open(file, framework="pt") as opened:
         record = json.loads(opened.metadata()["attninject"])
     tensors = load_file(file)
     change(tensors, record)
-    save_file(tensors, file, metadata={"attninject": json.dumps(record)})
+    record.pop("sha256")
+    save_file(tensors, file, metadata=delta.metadata(record, tensors))
     return file
 
 

@@ -2,12 +2,10 @@
 
 torch's fused attention never forms the N×N matrix, neither forward nor backward, but only where queries, keys
 and values have equal head sizes and contiguous last dimensions; else it silently takes the quadratic path.
-The functions here see to both. Not linear: double backward, which the fused kernels do not have.
+The functions here see to both. Not linear: second derivatives and forward mode, which have the matrix.
 """
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 from attninject.errors import TooFewChannelsError
 
 from .base import Block, static_shape
-from .gate import at_least_float32
+from .fused import attention, softmax_rows
+from .precision import full_precision
 
 
 def rows(t: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def rows(t: Tensor) -> Tensor:
 
 def unrows(t: Tensor, like: Tensor) -> Tensor:
     """(B, N, d) → (B, d, *S), the positions of `like`: (B, C, *S)."""
-    return t.transpose(1, 2).reshape(like.shape[0], -1, *like.shape[2:])
+    return torch.unflatten(t.transpose(1, 2), 2, like.shape[2:])
 
 
 def split_heads(t: Tensor, heads: int) -> Tensor:
@@ -63,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
         q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
     elif missing < 0:
         v = F.pad(v, (0, -missing))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    y = attention(q, k, v, scale, mask)
     return y.narrow(3, 0, width) if missing < 0 else y
 
 
@@ -82,25 +81,7 @@ def bounded(t: Tensor, scale: float) -> Tensor:
 
 def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """softmax(scale · q kᵀ): q: (…, N, d), k: (…, M, d) → (…, N, M), float32 or wider. Quadratic memory."""
-    q, k = bounded(q, scale), bounded(k, scale)
-    with full_precision(q):
-        logits = scale * (at_least_float32(q) @ at_least_float32(k).transpose(-1, -2))
-        if mask is not None:
-            logits = logits.masked_fill(~mask, float("-inf"))
-        return torch.softmax(logits, -1)
-
-
-def full_precision(t: Tensor) -> AbstractContextManager[object]:
-    """Autocast switched off on t's device; nothing where it is off, which keeps exported graphs flat."""
-    kind = t.device.type
-    return torch.autocast(kind, enabled=False) if autocasting(kind) else nullcontext()
-
-
-def autocasting(kind: str) -> bool:
-    """Whether autocast is on for this type of device; never on those without it (meta)."""
-    # torch 2.6's compiler cannot trace the question whether there is one, but no such device comes to it
-    known = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
-    return known and torch.is_autocast_enabled(kind)
+    return softmax_rows(bounded(q, scale), bounded(k, scale), scale, mask)
 
 
 def saturated(t: Tensor, dtype: torch.dtype) -> Tensor:

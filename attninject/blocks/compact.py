@@ -7,10 +7,11 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from .attend import Additive, full_precision, rows, unrows, wide
+from .attend import Additive, rows, unrows, wide
 from .base import BATCH_NORM, CONV, Facts, hidden_width
 from .gate import at_least_float32, normalize, zero
 from .options import Init, Int, Reduction, given
+from .precision import full_precision
 
 
 class DoubleAttention(Additive):

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALL, untouched
 
-from .attend import Additive, attend, attention_rows, full_precision, rows, unrows
+from .attend import Additive, attend, attention_rows, rows, unrows
 from .base import CONV, Block, Facts, hidden_width
 from .fast import affinity as fast
 from .gate import at_least_float32
 from .options import Backend, Init, Int, Reduction, given
+from .precision import full_precision
 
 
 class Weighted(Additive):
@@ -48,7 +49,7 @@ class PositionAttention(Weighted):
     arXiv:1809.02983, eq. 1-2. B and C have the hidden width, D has C channels; all have a `bias`. Keys
     of B, C, D: `query`, `key`, `value`.
 
-    Memory is linear in the positions, in training too; not linear: `attention(x)` and double backward.
+    Memory is linear in the positions, in training too; not linear: `attention(x)` and second derivatives.
     Deviations: none from the paper, whose formula has no 1/√d, or the released code.
     """
 

@@ -269,7 +269,7 @@ class GC(Block):
         """x: (B, C, *S) of N positions → (B, N, 1) that sum to 1; None for the plain mean."""
         if self.conv_attn is None:
             return None
-        return torch.softmax(at_least_float32(self.conv_attn(x)).flatten(2), 2).to(x.dtype).mT
+        return torch.softmax(at_least_float32(self.conv_attn(x)).flatten(2), 2).to(x.dtype).transpose(1, 2)
 
     def context(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → s: (B, C, 1, …)."""

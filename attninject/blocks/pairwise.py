@@ -14,9 +14,7 @@ from attninject.blocks.fast.dispatch import SMALL, untouched
 from .attend import (
     attend,
     attention_rows,
-    autocasting,
     exporting,
-    full_precision,
     project,
     relu_of_sums,
     rows,
@@ -26,6 +24,7 @@ from .base import BATCH_NORM, CONV, Block, Facts, hidden_width, static_shape
 from .fast import affinity, pairs
 from .gate import at_least_float32, normalize, zero
 from .options import Backend, Init, Int, Reduction, given
+from .precision import autocasting, full_precision
 
 SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
 FEW = 1024
@@ -52,7 +51,7 @@ class NonLocal(Block):
     Memory is linear in the positions, in training too, in every mode: the Gaussian forms use torch's fused
     attention, the dot product is summed as θ (φᵀ g), the concatenation over sorted prefix sums in
     O(N log N). Where the positions are so few that their matrix is no larger than the embeddings, it is
-    formed, which is cheaper. Not linear: `attention(x)`, which returns the matrix; double backward of the
+    formed, which is cheaper. Not linear: `attention(x)`, which returns the matrix; second derivatives of the
     Gaussian forms; an exported concatenation form, since ONNX cannot search a sorted list.
 
     Deviations: with sub-sampling, "number of j" counts the pooled positions that are summed (the paper

@@ -13,7 +13,6 @@ from .attend import (
     attend,
     attention_rows,
     bounded,
-    full_precision,
     head_width,
     merge_heads,
     rows,
@@ -23,6 +22,7 @@ from .attend import (
 from .base import Facts, column, hidden_width, static_shape
 from .gate import at_least_float32, zero
 from .options import Init, Int, Reduction, given
+from .precision import full_precision
 
 
 class SelfAttention(Additive):
@@ -33,7 +33,7 @@ class SelfAttention(Additive):
 
     No output layer: the values' layer is the last one, and zero under `init="identity"`. No positional
     encoding: permuted positions give a permuted output. Memory is linear in the positions, in training too;
-    not linear: `attention(x)` and double backward.
+    not linear: `attention(x)` and second derivatives.
 
     Deviations: the paper normalises after the sum (LayerNorm), here nothing is normalised. SAGAN's
     self-attention (arXiv:1805.08318) is `reduction=8, scale=False` but for its output layer and γ.
@@ -90,7 +90,7 @@ class MultiHeadSelfAttention(Additive):
     `bias` of both layers.
 
     No positional encoding: permuted positions give a permuted output. Memory is linear in the positions, in
-    training too; not linear: `attention(x)` and double backward.
+    training too; not linear: `attention(x)` and second derivatives.
 
     Deviations: none but the LayerNorm around the residual, which is left out. `residual=False, init="paper"`
     is torch's `nn.MultiheadAttention` of one sequence with itself, keys `in_proj_weight`, `in_proj_bias`,
@@ -185,7 +185,7 @@ class GeneralizedAttention(Additive):
 
     Memory is linear in the positions for every subset, in training too: the sine of a difference is a sum of
     products of sines and cosines, so the positional terms are dot products of 2T numbers per axis as well and
-    join the content in one fused attention. Not linear: `attention(x)`, double backward. Logits are formed
+    join the content in one fused attention. Not linear: `attention(x)`, second derivatives. Logits are formed
     in float32, also under autocast.
 
     Deviations: deformable sampling, the paper's other mechanism, is out of scope. The released code has C / 4

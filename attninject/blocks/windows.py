@@ -130,7 +130,8 @@ class TwinsLSA(TwinsAttention):
         """x: (B, C, *S) → `rows`: (B, W, h, L, L), per window and head; 0 outside the map."""
         (q, k, _), inside = self.windows(x)
         weights = attention_rows(q, k, self.scale, inside)
-        return {"rows": torch.unflatten(weights, 0, (x.shape[0], -1)).to(x.dtype)}
+        windows = math.prod(-(-n // self.window_size) for n in static_shape(x)[2:])
+        return {"rows": torch.unflatten(weights, 0, (x.shape[0], windows)).to(x.dtype)}
 
 
 class TwinsGSA(TwinsAttention):
@@ -272,7 +273,7 @@ def assemble(t: Tensor, x: Tensor, side: int) -> Tensor:
     """Undo `partition`: (B · W, L, C) → (B, C, *S), the shape of x, the filling cut off."""
     size = static_shape(x)[2:]
     counts = [-(-n // side) for n in size]
-    t = t.reshape(-1, *counts, *[side] * len(size), t.shape[2])
+    t = t.reshape(x.shape[0], *counts, *[side] * len(size), t.shape[2])
     dims = len(size)
     order = [0, 2 * dims + 1, *(i for axis in range(dims) for i in (1 + axis, 1 + dims + axis))]
     t = t.permute(order)

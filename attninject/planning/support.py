@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from attninject.errors import NoMatchError, UnsupportedModelError
 from attninject.surgery.injected_state import extended_since
 from attninject.wording import nearest_hint
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def refuse_unsupported(model: Any) -> None:
@@ -22,8 +26,7 @@ def refuse_unsupported(model: Any) -> None:
         raise UnsupportedModelError(f"expected a torch.nn.Module, found {type(model).__name__}")
     if type(model).__name__ == "OptimizedModule" or model.__dict__.get("_compiled_call_impl") is not None:
         raise UnsupportedModelError("the model is compiled; inject first, then torch.compile it")
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, wrappers) or type(model).__name__ == "FullyShardedDataParallel":
+    if isinstance(model, _WRAPPERS) or averages(model) or type(model).__name__ == "FullyShardedDataParallel":
         raise UnsupportedModelError(
             f"the model is wrapped in {type(model).__name__}; inject into model.module first"
         )
@@ -65,12 +68,23 @@ def check_root(model: nn.Module, root: str) -> None:
         raise NoMatchError(f"root: no module is called {root!r}{nearest_hint(root, names[1:])}")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel and torch.compile wrappers."""
-    while True:
+def averages(model: nn.Module) -> bool:
+    """Whether the model keeps an average of another one's weights: torch's `AveragedModel`, timm's `ModelEmaV3`."""
+    of_timm = any(kind.__module__ == "timm.utils.model_ema" for kind in type(model).__mro__)
+    return isinstance(model, AveragedModel) or of_timm
+
+
+def wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and what is inside it, wrapper by wrapper, down to the one that computes."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield (model := inner)
         inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if inner is None and (isinstance(model, _WRAPPERS) or averages(model)):
             inner = model._modules.get("module")
-        if inner is None:
-            return model
-        model = inner
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel and torch.compile wrappers, and the copy inside one that averages."""
+    *_, inner = wrapped(model)
+    return inner

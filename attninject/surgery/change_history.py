@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -34,12 +35,27 @@ def remember(model: nn.Module) -> None:
 
 
 def _state_now(thing: Tensor | nn.Module) -> Any:
-    """What an optimizer's step, or a batch in train mode, changes; None: cannot tell."""
+    """What an optimizer's step, or a batch in train mode, changes; None: cannot tell.
+
+    Of a parameter the version counter, and a few numbers beside it: what is written through `.data`, as PEFT
+    writes merged adapters, is not counted.
+    """
     if isinstance(thing, Tensor):
-        return None if thing.is_inference() else thing._version
+        return None if thing.is_inference() else (thing._version, _sample(thing))
     # the running statistics have no use for this: their version counters stay still in train mode
     batches = thing._buffers.get("num_batches_tracked")
     return None if batches is None or batches.is_meta else batches.detach().clone()
+
+
+def _sample(parameter: Tensor) -> Tensor | None:
+    """The first number of each of the first few rows, copied to the CPU; None where that is not a plain read."""
+    plain = type(parameter) in (Tensor, nn.Parameter) and parameter.device.type in ("cpu", "cuda")
+    if not plain or not parameter.numel() or parameter.layout is not torch.strided:
+        return None
+    firsts = parameter.detach()
+    while firsts.ndim > 1:
+        firsts = firsts.select(-1, 0)
+    return (firsts[:8] if firsts.ndim else firsts).cpu().clone()
 
 
 def changed_since_injection(thing: Tensor | nn.Module, unknown: bool = True) -> bool:
@@ -47,7 +63,12 @@ def changed_since_injection(thing: Tensor | nn.Module, unknown: bool = True) -> 
     then, now = _born.get(thing), _state_now(thing)
     if then is None or now is None:
         return unknown
-    return bool((then != now.to(then.device)) if isinstance(now, Tensor) else then != now)
+    if isinstance(thing, nn.Module):
+        return bool(then != now.to(then.device))
+    (version, before), (version_now, sample) = then, now
+    if version != version_now or before is None or sample is None:
+        return bool(version != version_now)
+    return not torch.equal(before.to(sample.dtype), sample)
 
 
 def kept_by_freeze(model: nn.Module) -> set[str]:

@@ -22,13 +22,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor
 
 from attninject import __version__
 from attninject.delta import detached, save_tensors
 from attninject.errors import CheckpointError, DeltaError, RunError
-from attninject.files import replacing
+from attninject.files import raw_bytes, replacing
 
 FORMAT = 1
 KEY, SUM = "attninject_checkpoint", "attninject_checksum"
@@ -217,7 +216,7 @@ def let_go_in_child() -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
+    return zlib.crc32(raw_bytes(tensor))
 
 
 def _text_checksum(text: str) -> str:

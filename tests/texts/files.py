@@ -15,6 +15,7 @@ from small import images, se
 from torch import nn
 
 import attninject as ai
+from attninject import delta
 
 from .models import small
 from .registry import before, case, cases
@@ -38,17 +39,23 @@ def _load(change: Callable[[Path], Any], folder: Path) -> Any:
     return ai.load(small(), file, example_inputs=images())
 
 
-def _tampered(change: Change, folder: Path) -> Any:
-    """Load a file whose tensors or record were changed by hand."""
+def _tampered(change: Change, folder: Path, forged: bool = True) -> Any:
+    """Load a file whose tensors or record were changed by hand; `forged`: and its digests made anew."""
 
     def edit(file: Path) -> None:
         with safe_open(file, framework="pt") as opened:
             record = json.loads((opened.metadata() or {})["attninject"])
         tensors = load_file(file)
         change(tensors, record)
-        save_file(tensors, file, metadata={"attninject": json.dumps(record)})
+        seal = record.pop("sha256")
+        whole = delta.metadata(record, tensors) if forged else {delta.METADATA_KEY: _kept(seal, record)}
+        save_file(tensors, file, metadata=whole)
 
     return _load(edit, folder)
+
+
+def _kept(seal: str, record: dict[str, Any]) -> str:
+    return json.dumps({"sha256": seal, **record})
 
 
 def _rule(field: str, value: Any) -> Change:
@@ -78,9 +85,17 @@ TAMPERED: dict[str, Change] = {
     "a tensor too many": lambda tensors, record: tensors.update(backdoor=torch.zeros(1)),
     "another shape": lambda tensors, record: tensors.update({"stem.bias": torch.zeros(9)}),
 }
+FLIPPED: dict[str, Change] = {
+    "a value that flipped": lambda tensors, record: tensors["stem.bias"].neg_(),
+    "a name that flipped": lambda tensors, record: tensors.update({"stem.bhas": tensors.pop("stem.bias")}),
+    "metadata that flipped": lambda tensors, record: record.update(base="mine/smaml"),
+}
 cases("delta", [(name, functools.partial(_load, change)) for name, change in DAMAGED.items()])
 cases("delta", [(name, before("(", functools.partial(_load, change))) for name, change in FOREIGN.items()])
 cases("delta", [(name, functools.partial(_tampered, change)) for name, change in TAMPERED.items()])
+cases(
+    "delta", [(name, functools.partial(_tampered, change, forged=False)) for name, change in FLIPPED.items()]
+)
 
 
 @case("delta: another base")
@@ -104,6 +119,13 @@ def _(folder: Path) -> Any:
 def _(folder: Path) -> Any:
     model = ai.inject(small(), **se(after="inner.b"), example_inputs=images())
     return ai.load(model, saved(folder))
+
+
+@case("delta: of what holds more than the model")
+def _(folder: Path) -> Any:
+    model = ai.inject(small(), **se(after="inner.b"), example_inputs=images())
+    holder = nn.ModuleDict({"net": model, "more": nn.Linear(2, 2)})
+    return ai.save(holder, folder / "d.safetensors")
 
 
 @case("delta: nothing to save")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attninject.blocks.attend import full_precision
+from attninject.blocks.precision import full_precision
 
 from .function import FastFunction
 from .primitives import by_rows, columns, flat, laid_out_as

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.attend import full_precision
 from attninject.blocks.gate import Gate
+from attninject.blocks.precision import full_precision
 
 from .dispatch import untouched
 from .function import FastFunction, carrier

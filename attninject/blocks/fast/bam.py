@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.attend import full_precision
+from attninject.blocks.precision import full_precision
 
 from .function import FastFunction, carrier
 from .primitives import (

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attninject.blocks.attend import full_precision
+from attninject.blocks.precision import full_precision
 
 
 def carrier(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

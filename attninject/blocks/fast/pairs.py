@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.attend import full_precision
+from attninject.blocks.precision import full_precision
 
 from .function import FastFunction
 from .primitives import projected, projected_back

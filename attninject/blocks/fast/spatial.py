@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attninject.blocks.attend import full_precision
+from attninject.blocks.precision import full_precision
 
 from .channel import Scale
 from .function import FastFunction, carrier
