@@ -24,14 +24,22 @@ from attninject.surgery.local_graph import Arguments, LocalGraph, Target, find, 
 from attninject.surgery.tracer import trace
 from attninject.wording import listed
 
+from .sharing import Sharing
+
 
 class Scene:
     """A model as its recorded run showed it: names, calls, layouts, places, local graphs (made on demand)."""
 
     def __init__(
-        self, model: nn.Module, record: Record, root: str, rerun: Callable[[str], Record | None]
+        self,
+        model: nn.Module,
+        record: Record,
+        root: str,
+        rerun: Callable[[str], Record | None],
+        sharing: Sharing | None = None,
     ) -> None:
         """`rerun` records the model again: "larger" at an oblong input size, "training" in training mode."""
+        self.sharing = sharing or Sharing(model)
         self.model, self.record, self.root_path = model, record, root
         self.root = model.get_submodule(root)
         self._rerun = rerun
