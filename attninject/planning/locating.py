@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from attninject.anatomy.dataflow import Spot, output_key
 from attninject.errors import CannotRewriteError, TraceRefused
@@ -197,7 +198,9 @@ def _serves_others(scene: Scene, spot: Spot, moved: Spot) -> str:
     if len(calls) != len(scene.record.calls_of(call.module)):
         owners = [scene.path(c.parent.module) or "the model" for c in calls if c.parent]
         return f"{named}, which is called {len(calls)} times ({listed(_distinct(owners))}); {fix}"
-    shapes = [scene.record.shape(v) for c in calls for v in (c.outs if moved.position == "after" else c.ins)[:1]]
+    shapes = [
+        scene.record.shape(v) for c in calls for v in (c.outs if moved.position == "after" else c.ins)[:1]
+    ]
     layout = scene.layout(spot)
     if layout and moved.output is None and len({len(s) for s in shapes}) == 1:
         channels = {layout.channels(s) for s in shapes}
@@ -223,7 +226,9 @@ def refuse_partly_matched(scene: Scene, located: Sequence[tuple[Spot, Location]]
         if at.mechanism == "graph" or not isinstance(spot.event, Call):
             continue
         calls = scene.record.calls_of(spot.event.module)
-        left = [c.parent.module for c in calls if c.parent and id(c.parent.module) not in taken[id(at.carrier)]]
+        left = [
+            c.parent.module for c in calls if c.parent and id(c.parent.module) not in taken[id(at.carrier)]
+        ]
         if left:
             names = _distinct([scene.path(module) or "the model" for module in left])
             raise CannotRewriteError(
@@ -345,6 +350,27 @@ def _parameter(carrier: Call, spot: Spot, path: str) -> int | str:
         f"{path}: operand {operand!r} of {type(carrier.module).__name__} is no parameter of its forward by name; "
         "name the module that makes the value, with after"
     )
+
+
+# --- a layer and its batch norm, parted --------------------------------------------------------
+
+
+def parted(scene: Scene, spot: Spot, carrier: nn.Module) -> tuple[str, str] | None:
+    """The layer and the batch norm that a block would stand between, as an `Insertion` names them; None: none.
+
+    Such a pair is folded into one layer for inference, which would reach across the block.
+    """
+    owner = spot.owner
+    events = scene.users.get((id(owner), spot.value), ()) if owner else ()
+    makers = [e for e in events if spot.value in e.outs]
+    readers = [e for e in events if spot.value in e.ins]
+    if len(makers) != 1 or len(readers) != 1:
+        return None
+    layer, norm = (getattr(e, "module", None) for e in (makers[0], readers[0]))
+    if not isinstance(layer, (_ConvNd, nn.Linear)) or not isinstance(norm, _BatchNorm):
+        return None
+    names = {id(m): name for name, m in carrier.named_modules()}
+    return (names[id(layer)], names.get(id(norm), "")) if id(layer) in names else None
 
 
 # --- the layer behind tokens -------------------------------------------------------------------

@@ -26,7 +26,7 @@ from attninject.wording import listed
 
 from .cost import injected_parameters, macs_of, site_cost
 from .layout_check import layout_for
-from .locating import locate, refuse_partly_matched, token_source
+from .locating import locate, parted, refuse_partly_matched, token_source
 from .matching import match
 from .naming import Names
 from .plan import Plan, signature
@@ -168,6 +168,11 @@ class _Planner:
                 f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
                 "which bypass blocks: there a block changes nothing and learns nothing"
             )
+        if between := [site.name for site, at in rows.values() if at.insertion.splits]:
+            self.notes.append(
+                f"{label}: {listed(between)} would stand between a layer and its batch norm: folding the norm into the "
+                "layer (fuse) would reach across and is refused there; place it after the norm to fold later"
+            )
         return list(rows.values())
 
     def row(self, index: int, spot: Spot, location: Location, label: str) -> Row:
@@ -201,7 +206,10 @@ class _Planner:
             output=spot.output,
         )
         copied = location.insertion.copy_result or (location.written and _keeps_result(rule))
-        insertion = replace(location.insertion, name=name, layout=layout, slot=slot, copy_result=copied)
+        splits = parted(self.scene, spot, location.carrier)
+        insertion = replace(
+            location.insertion, name=name, layout=layout, slot=slot, copy_result=copied, splits=splits
+        )
         source = token_source(self.scene, spot, layout)
         return site, replace(
             location, insertion=insertion, device=value.device, time=spot.time, source=source

@@ -19,7 +19,7 @@ from attninject.errors import CannotRewriteError, NotCalledError, TraceRefused
 from attninject.layout import Layout
 from attninject.observe.record import Call, Op, Record, refs
 from attninject.surgery.faithfulness import check
-from attninject.surgery.injected_state import base_class, injected_blocks, injected_in
+from attninject.surgery.injected_state import OWN, base_class, injected_blocks, injected_in
 from attninject.surgery.local_graph import Arguments, LocalGraph, Target, find, targets
 from attninject.surgery.tracer import trace
 from attninject.wording import listed
@@ -117,7 +117,7 @@ class Scene:
         return found
 
     def _trace(self, owner: nn.Module) -> LocalGraph:
-        if "forward" in owner.__dict__:
+        if "forward" in owner.__dict__ or OWN in owner.__dict__:
             raise TraceRefused("the instance has a forward of its own")
         call = self.record.calls_of(owner)[0]
         known = injected_in(owner)

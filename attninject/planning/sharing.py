@@ -32,7 +32,7 @@ class Sharing:
     def _suspects(self, model: nn.Module) -> set[int]:
         """Ids of the modules with more references than the registries of the model, and the list here, explain."""
         alone = [nn.Identity()]
-        usual = [sys.getrefcount(module) for module in alone][0]
+        (usual,) = [sys.getrefcount(module) for module in alone]
         return {
             id(module)
             for module in list(model.modules())
