@@ -11,12 +11,12 @@ import functools
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+_CONTAINERS = frozenset({list, tuple, dict})
 _VIEWS = (nn.ModuleList, nn.ModuleDict)  # of modules, without a forward: no net of its own
 
 
@@ -67,8 +67,10 @@ class Sharing:
         """Id of a suspect -> who outside the model has it, of all that lives in the process."""
         found: dict[int, list[str]] = {}
         outside: dict[int, list[nn.Module]] = {}  # id of anything -> the modules outside that have it
-        for user in _users():
-            held = [id(value) for value in _held(user)]
+        model = self.model()
+        homes = {type(module).__module__ for module in model.modules()} if model is not None else set()
+        for user in _users(homes):
+            held = _held(user)
             if not isinstance(user, nn.Module):
                 for key in self.suspects.intersection(held):
                     found.setdefault(key, []).append(_described(user))
@@ -99,30 +101,38 @@ def _parents(model: nn.Module) -> dict[int, list[int]]:
     return found
 
 
-def _users() -> Iterator[Any]:
-    """Every live module, class and function."""
-    kinds: dict[type, bool] = {}
+def _users(homes: set[str]) -> list[Any]:
+    """Every live module, and the classes and functions that may hold one: of networks, or written beside one.
+
+    Args:
+        homes: the Python modules in which the model's classes were written.
+    """
+    modules: dict[type, bool] = {}
+    found: list[Any] = []
     for thing in gc.get_objects():
         kind = type(thing)
-        wanted = kinds.get(kind)
-        if wanted is None:
-            wanted = kinds[kind] = issubclass(kind, (nn.Module, type, FunctionType))
+        if kind is FunctionType:
+            wanted = bool(thing.__defaults__ or thing.__kwdefaults__)
+        elif issubclass(kind, type):
+            wanted = issubclass(thing, nn.Module) or thing.__module__ in homes
+        else:
+            known = modules.get(kind)
+            wanted = modules.setdefault(kind, issubclass(kind, nn.Module)) if known is None else known
         if wanted:
-            yield thing
+            found.append(thing)
+    return found
 
 
-def _held(user: Any) -> Iterator[Any]:
-    """What a module keeps, or a class, itself or in a list, tuple or dict; the default arguments of a function."""
+def _held(user: Any) -> list[int]:
+    """Ids of what a module or class keeps, itself or in a list, tuple or dict; a function's default arguments."""
     if isinstance(user, FunctionType):
-        yield from user.__defaults__ or ()
-        yield from (user.__kwdefaults__ or {}).values()
-        return
-    for value in list(user.__dict__.values()):
-        yield value
-        if type(value) in (list, tuple):
-            yield from value
-        elif type(value) is dict:
-            yield from list(value.values())
+        return [*map(id, user.__defaults__ or ()), *map(id, (user.__kwdefaults__ or {}).values())]
+    values = list(user.__dict__.values())
+    held = list(map(id, values))
+    for value in values:
+        if type(value) in _CONTAINERS and value:
+            held += map(id, list(value.values() if type(value) is dict else value))
+    return held
 
 
 def _described(user: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,7 @@ class Insertion:
     slot: Slot = "free"
     copy_given: bool = False
     copy_result: bool = False
-    splits: tuple[str, str] | None = None
+    splits: tuple[str, str] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
