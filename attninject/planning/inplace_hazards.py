@@ -145,6 +145,19 @@ def _runs(scene: Scene, spot: Spot, owner: Call) -> Iterator[tuple[Call, frozens
         yield run, frozenset({values[twin].storage})
 
 
+def alike_in_all_runs(scene: Scene, spot: Spot, owner: Call) -> bool:
+    """Whether the site's tensor has the same channels in every run of its owner; true where that cannot be told."""
+    runs = scene.record.calls_of(owner.module)
+    layout = scene.layout(spot) if len(runs) > 1 else None
+    mine = _values(owner)
+    if layout is None or spot.value not in mine:
+        return True
+    at = mine.index(spot.value)
+    shapes = [scene.record.shape(its[at]) for run in runs if len(its := _values(run)) == len(mine)]
+    ranked = [shape for shape in shapes if len(shape) == len(scene.record.shape(spot.value))]
+    return len({layout.channels(shape) for shape in ranked}) == 1
+
+
 def _values(call: Call) -> list[int]:
     return [*call.ins, *(v for event in call.events for v in (*event.ins, *event.outs))]
 

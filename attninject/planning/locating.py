@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from attninject.anatomy.dataflow import Spot, output_key
 from attninject.errors import CannotRewriteError, TraceRefused
@@ -15,6 +17,7 @@ from attninject.observe.record import Call, Op
 from attninject.surgery.injected_state import CONTAINERS, Insertion, base_class
 from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets
 from attninject.surgery.location import Location
+from attninject.wording import listed
 
 from . import inplace_hazards
 from .inplace_hazards import Copies
@@ -32,7 +35,7 @@ def locate(scene: Scene, spot: Spot, path: str) -> Location:
     """
     owner = spot.owner
     _check_bypass(owner, path)
-    reason = _not_rewritable(scene, owner)
+    reason = _not_rewritable(scene, owner) or _shared(scene, owner)
     if not reason:
         assert owner is not None
         try:
@@ -85,6 +88,17 @@ def _not_rewritable(scene: Scene, owner: Call | None) -> str:
     return ""
 
 
+def _shared(scene: Scene, owner: Call | None) -> str:
+    """Why an owner's forward is not ours to rewrite; empty if no net but this one runs it."""
+    assert owner is not None
+    others = scene.sharing.others(owner.module)
+    return f"{listed(others)} {_has(others)} the owner too" if others else ""
+
+
+def _has(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
 def _operation_in_root(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     owner = spot.owner
     assert owner is not None
@@ -110,6 +124,8 @@ def _in_graph(scene: Scene, local: LocalGraph, owner: Call, spot: Spot, path: st
     if local.train is not local.eval and target not in targets(local.train).values():
         raise TraceRefused("the call is not in its training graph")
     operand = inplace_hazards.graph_operand(node, spot)
+    if not inplace_hazards.alike_in_all_runs(scene, spot, owner):
+        raise TraceRefused("its runs in one forward differ in their channels")
     copies = inplace_hazards.in_graph(scene, local, spot, node, operand, path)
     insertion = _insertion(spot, target, operand, copies)
     return Location(insertion, owner.module, local, written=copies.written)
@@ -129,13 +145,9 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     assert isinstance(call, Call)
     count = call.parent.runs[id(call.module)] if call.parent else 1
     if count > 1:
-        owner = call.parent
-        assert owner is not None
-        if owner.module in (scene.model, scene.root) and not public_forwards(base_class(owner.module)):
-            try:
-                return _in_graph(scene, scene.graph(owner.module), owner, spot, path)
-            except TraceRefused as refused:
-                reason = str(refused)
+        location, reason = _in_root(scene, spot, path, reason)
+        if location is not None:
+            return location
         raise CannotRewriteError(
             f"{path}: it is called {count} times in one forward and its calls cannot be told apart ({reason})"
         )
@@ -149,9 +161,81 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     carrier = moved.event
     assert isinstance(carrier, Call)
     _check_carrier(scene, carrier, moved, path)
+    if why := _serves_others(scene, spot, moved):
+        location, reason = _in_root(scene, spot, path, reason)
+        if location is not None:
+            return location
+        raise CannotRewriteError(f"{path}: {why} ({reason})")
     operand = _parameter(carrier, moved, path) if moved.position == "before" else 0
     insertion = _insertion(moved, None, operand, copies)
     return Location(insertion, carrier.module, reason=reason, written=copies.written)
+
+
+def _in_root(scene: Scene, spot: Spot, path: str, reason: str) -> tuple[Location | None, str]:
+    """The site in the graph of a root, which is rewritten only where no module serves; else why not."""
+    owner = spot.owner
+    if owner is None or owner.module not in (scene.model, scene.root):
+        return None, reason
+    if public_forwards(base_class(owner.module)):
+        return None, reason
+    try:
+        return _in_graph(scene, scene.graph(owner.module), owner, spot, path), ""
+    except TraceRefused as refused:
+        return None, str(refused)
+
+
+def _serves_others(scene: Scene, spot: Spot, moved: Spot) -> str:
+    """Why a module that would carry a spot's block carries none, since it would run elsewhere too; empty if not."""
+    call, carrier = spot.event, moved.event
+    assert isinstance(call, Call)
+    assert isinstance(carrier, Call)
+    named = f"its block would hang on {scene.path(carrier.module)} ({base_class(carrier.module).__name__})"
+    around = scene.path(call.parent.module) if call.parent else ""
+    fix = f"name the module around it{f', {around}' if around else ''}, or give each its own"
+    if others := scene.sharing.others(carrier.module):
+        return f"{named}, which {listed(others)} {_has(others)} too, and would run there as well; {fix}"
+    calls = scene.record.calls_of(carrier.module)
+    if len(calls) != len(scene.record.calls_of(call.module)):
+        owners = [scene.path(c.parent.module) or "the model" for c in calls if c.parent]
+        return f"{named}, which is called {len(calls)} times ({listed(_distinct(owners))}); {fix}"
+    shapes = [
+        scene.record.shape(v) for c in calls for v in (c.outs if moved.position == "after" else c.ins)[:1]
+    ]
+    layout = scene.layout(spot)
+    if layout and moved.output is None and len({len(s) for s in shapes}) == 1:
+        channels = {layout.channels(s) for s in shapes}
+        if len(channels) > 1:
+            return f"{named}, which is called with {listed(sorted(map(str, channels)))} channels; {fix}"
+    return ""
+
+
+def _distinct(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def refuse_partly_matched(scene: Scene, located: Sequence[tuple[Spot, Location]]) -> None:
+    """Refuse a carrier that several owners call where a rule takes some of its sites and leaves others.
+
+    Raises:
+        CannotRewriteError: the block would run at the sites that were left, too.
+    """
+    taken: dict[int, set[int]] = {}  # id of a carrier -> the owners of the sites that it is to serve
+    for spot, at in located:
+        taken.setdefault(id(at.carrier), set()).add(id(spot.owner.module) if spot.owner else 0)
+    for spot, at in located:
+        if at.mechanism == "graph" or not isinstance(spot.event, Call):
+            continue
+        calls = scene.record.calls_of(spot.event.module)
+        left = [
+            c.parent.module for c in calls if c.parent and id(c.parent.module) not in taken[id(at.carrier)]
+        ]
+        if left:
+            names = _distinct([scene.path(module) or "the model" for module in left])
+            raise CannotRewriteError(
+                f"{scene.name(spot)}: its block would hang on {scene.path(at.carrier)}, which {listed(names)} "
+                f"{'calls' if len(names) == 1 else 'call'} too, where the rule puts none; take all of its sites, or "
+                "give each owner a module of its own"
+            )
 
 
 def _carrier(scene: Scene, spot: Spot) -> Spot:
@@ -165,6 +249,8 @@ def _carrier(scene: Scene, spot: Spot) -> Spot:
     child = children[-1] if spot.position == "after" else children[0]
     as_often = len(scene.record.calls_of(child.module)) == len(scene.record.calls_of(call.module))
     if not as_often or _bears_none(child.module) or "forward" in child.module.__dict__:
+        return spot
+    if scene.sharing.others(child.module):
         return spot
     if spot.position == "after" and child.outs == call.outs and spot.output is None:
         return _carrier(scene, Spot(child, "after", spot.value, output_key(child, spot.value)))
@@ -264,6 +350,27 @@ def _parameter(carrier: Call, spot: Spot, path: str) -> int | str:
         f"{path}: operand {operand!r} of {type(carrier.module).__name__} is no parameter of its forward by name; "
         "name the module that makes the value, with after"
     )
+
+
+# --- a layer and its batch norm, parted --------------------------------------------------------
+
+
+def parted(scene: Scene, spot: Spot, carrier: nn.Module) -> tuple[str, str] | None:
+    """The layer and the batch norm that a block would stand between, as an `Insertion` names them; None: none.
+
+    Such a pair is folded into one layer for inference, which would reach across the block.
+    """
+    owner = spot.owner
+    events = scene.users.get((id(owner), spot.value), ()) if owner else ()
+    makers = [e for e in events if spot.value in e.outs]
+    readers = [e for e in events if spot.value in e.ins]
+    if len(makers) != 1 or len(readers) != 1:
+        return None
+    layer, norm = (getattr(e, "module", None) for e in (makers[0], readers[0]))
+    if not isinstance(layer, (_ConvNd, nn.Linear)) or not isinstance(norm, _BatchNorm):
+        return None
+    names = {id(m): name for name, m in carrier.named_modules()}
+    return (names[id(layer)], names.get(id(norm), "")) if id(layer) in names else None
 
 
 # --- the layer behind tokens -------------------------------------------------------------------

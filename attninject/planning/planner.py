@@ -26,12 +26,13 @@ from attninject.wording import listed
 
 from .cost import injected_parameters, macs_of, site_cost
 from .layout_check import layout_for
-from .locating import locate, token_source
+from .locating import locate, parted, refuse_partly_matched, token_source
 from .matching import match
 from .naming import Names
 from .plan import Plan, signature
 from .planned_site import Site
 from .scene import Scene
+from .sharing import Sharing
 from .support import check_root, refuse_unsupported
 
 Row = tuple[Site, Location]  # what a plan shows of a site, and what carrying it out needs
@@ -90,9 +91,10 @@ class _Planner:
         self, model: nn.Module, recipe: Recipe, root: str, example_inputs: Any, strict: bool, partial: bool
     ) -> None:
         self.model, self.recipe, self.root, self.strict = model, recipe, root, strict
+        sharing = Sharing(model)
         with as_original(model):
             self.record, self.inputs = probe(model, example_inputs, partial=partial)
-        self.scene = Scene(model, self.record, root, self.rerun)
+        self.scene = Scene(model, self.record, root, self.rerun, sharing)
         self.names = Names()
         self.notes: list[str] = []
         if not self.record.hooks and (names := hooked(model)):
@@ -150,8 +152,9 @@ class _Planner:
         self.notes += notes
         rows: dict[Any, Row] = {}
         idle: list[str] = []
-        for spot in found:
-            location = locate(self.scene, spot, self.scene.name(spot))
+        located = [(spot, locate(self.scene, spot, self.scene.name(spot))) for spot in found]
+        refuse_partly_matched(self.scene, located)
+        for spot, location in located:
             at = location.insertion
             key = (id(location.carrier), at.position, at.target, at.operand, at.output)
             if key in rows:
@@ -164,6 +167,11 @@ class _Planner:
             self.notes.append(
                 f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
                 "which bypass blocks: there a block changes nothing and learns nothing"
+            )
+        if between := [site.name for site, at in rows.values() if at.insertion.splits]:
+            self.notes.append(
+                f"{label}: {listed(between)} would stand between a layer and its batch norm: folding the norm into the "
+                "layer (fuse) would reach across and is refused there; place it after the norm to fold later"
             )
         return list(rows.values())
 
@@ -198,7 +206,10 @@ class _Planner:
             output=spot.output,
         )
         copied = location.insertion.copy_result or (location.written and _keeps_result(rule))
-        insertion = replace(location.insertion, name=name, layout=layout, slot=slot, copy_result=copied)
+        splits = parted(self.scene, spot, location.carrier)
+        insertion = replace(
+            location.insertion, name=name, layout=layout, slot=slot, copy_result=copied, splits=splits
+        )
         source = token_source(self.scene, spot, layout)
         return site, replace(
             location, insertion=insertion, device=value.device, time=spot.time, source=source

@@ -19,19 +19,27 @@ from attninject.errors import CannotRewriteError, NotCalledError, TraceRefused
 from attninject.layout import Layout
 from attninject.observe.record import Call, Op, Record, refs
 from attninject.surgery.faithfulness import check
-from attninject.surgery.injected_state import base_class, injected_blocks, injected_in
+from attninject.surgery.injected_state import OWN, base_class, injected_blocks, injected_in
 from attninject.surgery.local_graph import Arguments, LocalGraph, Target, find, targets
 from attninject.surgery.tracer import trace
 from attninject.wording import listed
+
+from .sharing import Sharing
 
 
 class Scene:
     """A model as its recorded run showed it: names, calls, layouts, places, local graphs (made on demand)."""
 
     def __init__(
-        self, model: nn.Module, record: Record, root: str, rerun: Callable[[str], Record | None]
+        self,
+        model: nn.Module,
+        record: Record,
+        root: str,
+        rerun: Callable[[str], Record | None],
+        sharing: Sharing | None = None,
     ) -> None:
         """`rerun` records the model again: "larger" at an oblong input size, "training" in training mode."""
+        self.sharing = sharing or Sharing(model)
         self.model, self.record, self.root_path = model, record, root
         self.root = model.get_submodule(root)
         self._rerun = rerun
@@ -109,7 +117,7 @@ class Scene:
         return found
 
     def _trace(self, owner: nn.Module) -> LocalGraph:
-        if "forward" in owner.__dict__:
+        if "forward" in owner.__dict__ or OWN in owner.__dict__:
             raise TraceRefused("the instance has a forward of its own")
         call = self.record.calls_of(owner)[0]
         known = injected_in(owner)

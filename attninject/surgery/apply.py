@@ -10,9 +10,10 @@ from torch import nn
 from attninject.observe.snapshot import undoing
 
 from .generated_class import generate, set_class
-from .injected_state import Contents, Injected, Insertion, base_class, injected_in, insertions
+from .injected_state import OWN, Contents, Injected, Insertion, base_class, injected_in, insertions
 from .layout_adapters import EXTENT, Extent
 from .location import Location
+from .own_forward import own_signature, refuse_wrapped
 
 Placed = tuple[Location, nn.Module]  # a block, and where it goes
 
@@ -58,10 +59,10 @@ def _prepared(groups: list[list[Placed]]) -> list[tuple[nn.Module, type]]:
         edit = known.edit + tuple(location.insertion for location, _ in group)
         local = next((at.local for at, _ in group if at.local), known.local)
         watched = sources.pop(id(carrier), None) is not None or known.watched
-        prepared.append((carrier, generate(known.base, edit, local, watched)))
+        prepared.append((carrier, generate(known.base, edit, local, watched, own_signature(carrier))))
     for source in sources.values():
         known = injected_in(source) or Injected(type(source), (), None)
-        prepared.append((source, generate(known.base, known.edit, known.local, True)))
+        prepared.append((source, generate(known.base, known.edit, known.local, True, own_signature(source))))
     return prepared
 
 
@@ -83,8 +84,9 @@ def revert(model: nn.Module, names: Sequence[str]) -> None:
         left = tuple(i for i in known.edit if i not in gone.get(id(module), ()))
         watched = known.watched and id(module.__dict__.get(EXTENT)) in in_use
         if len(left) < len(known.edit) or watched is not known.watched:
-            local = known.local if any(i.target for i in left) else None
-            cls = generate(known.base, left, local, watched) if left or watched else known.base
+            refuse_wrapped(module)
+            local, own = known.local if any(i.target for i in left) else None, own_signature(module)
+            cls = generate(known.base, left, local, watched, own) if left or watched else known.base
             prepared.append((module, gone.get(id(module), []), cls, watched))
     with _all_or_nothing([module for module, *_ in prepared]):
         for module, blocks, cls, watched in prepared:
@@ -93,6 +95,8 @@ def revert(model: nn.Module, names: Sequence[str]) -> None:
             if not watched:
                 module.__dict__.pop(EXTENT, None)
             set_class(module, cls)
+            if injected_in(module) is None and OWN in module.__dict__:
+                module.__dict__["forward"] = module.__dict__.pop(OWN)
 
 
 @contextlib.contextmanager

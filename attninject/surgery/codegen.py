@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from .graph_edit import edit_graph, layout_arguments, with_item
-from .injected_state import Insertion
+from .injected_state import OWN, Insertion
 from .layout_adapters import note_extent, run_block
 from .local_graph import MISSING, PRESENT, AttributeRead, LocalGraph
 
@@ -24,8 +24,13 @@ class ForwardWriter:
         local: LocalGraph | None,
         watched: bool,
         remake: Callable[..., Any],
+        own: inspect.Signature | None = None,
     ) -> None:
-        """`remake(carrier, *args)`: what the forward calls when its graph no longer holds."""
+        """`remake(carrier, *args)`: what the forward calls when its graph no longer holds.
+
+        `own`: of the forward that the instance has as an attribute, around which the blocks then work.
+        """
+        self.own = own is not None
         self.base, self.edit, self.local, self.watched = base, edit, local, watched
         self.around_result = watched or any(i.target is None and i.position == "after" for i in edit)
         self.names: dict[str, Any] = {
@@ -35,7 +40,7 @@ class ForwardWriter:
             "with_item": with_item,
             "note_extent": note_extent,
         }
-        self.parameters = _parameters(base.forward)
+        self.parameters = list(own.parameters.values()) if own else _parameters(base.forward)
 
     def source(self) -> str:
         """The text of `forward`, and before it its inner functions."""
@@ -119,6 +124,8 @@ class ForwardWriter:
 
     def _inner(self) -> tuple[str, list[str]]:
         """Text of the inner functions, and the lines that call them."""
+        if self.own:
+            return "", [f"    return self.{OWN}({self._arguments().removeprefix('self').removeprefix(', ')})"]
         if self.local is None:
             return "", [f"    return _base({self._arguments()})"]
         given = ", ".join(["self", *(a.name for a in self.local.arguments.inputs)])

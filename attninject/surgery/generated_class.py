@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import inspect
 import itertools
 import linecache
 import types
@@ -25,9 +26,10 @@ from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.observe.example_inputs import Inputs
 from attninject.observe.probe import run
 
+from . import own_forward
 from .codegen import ForwardWriter
 from .faithfulness import check
-from .injected_state import CONTAINERS, Injected, Insertion, as_original, extended_since, injected_in
+from .injected_state import CONTAINERS, OWN, Injected, Insertion, as_original, extended_since, injected_in
 from .local_graph import Arguments, LocalGraph
 from .tracer import trace
 
@@ -45,7 +47,11 @@ _serial = itertools.count()
 
 
 def generate(
-    base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, watched: bool = False
+    base: type[nn.Module],
+    edit: tuple[Insertion, ...],
+    local: LocalGraph | None,
+    watched: bool = False,
+    own: inspect.Signature | None = None,
 ) -> type[nn.Module]:
     """The subclass of `base` whose forward runs the blocks of `edit`; cached.
 
@@ -54,15 +60,16 @@ def generate(
         edit: all its insertions, in the order in which they apply.
         local: the graph of base's own forward; needed when an insertion has a target.
         watched: whether it writes the size of its result down, for blocks on tokens.
+        own: of the forward that was assigned to the carrier, see `own_forward`; None where there is none.
 
     Raises:
         CannotRewriteError: a target is not in the graph.
     """
     local = local if any(i.target for i in edit) else None
-    key = (base, edit, None if local is None else _local_key(local), watched)
+    key = (base, edit, None if local is None else _local_key(local), watched, own and _own_key(own))
     if key in _classes:
         return _classes[key]
-    writer = ForwardWriter(base, edit, local, watched, remake)
+    writer = ForwardWriter(base, edit, local, watched, remake, own)
     source, names = writer.source(), writer.names
     filename = f"<attninject {base.__module__}.{base.__qualname__} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
@@ -75,6 +82,7 @@ def generate(
         "forward": names["forward"],
         "__reduce_ex__": _reduce,
         "__copy__": lambda self: _copy(self, lambda state: state),
+        **own_forward.guards(base, edit, _regenerate),
     }
     if not hasattr(base, "__deepcopy__"):
         attributes["__deepcopy__"] = lambda self, memo: _copy(self, lambda s: copy.deepcopy(s, memo), memo)
@@ -105,6 +113,11 @@ def _graph_key(graph: fx.Graph) -> Any:
     return _graph_keys[graph]
 
 
+def _own_key(own: inspect.Signature) -> Any:
+    """Equal for forwards that are called alike, with the very same defaults."""
+    return tuple((p.name, p.kind, _value_key(p.default)) for p in own.parameters.values())
+
+
 def _value_key(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float, str, tuple, list, dict)):
         return f"{type(value).__name__} {value!r}"
@@ -112,6 +125,14 @@ def _value_key(value: Any) -> str:
 
 
 # --- life of a generated class -----------------------------------------------------------------
+
+
+def _regenerate(carrier: nn.Module) -> None:
+    """Swap a carrier's class for the one that suits the forward that it has now."""
+    known = injected_in(carrier)
+    assert known is not None
+    own = own_forward.own_signature(carrier)
+    set_class(carrier, generate(known.base, known.edit, known.local, known.watched, own))
 
 
 def remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -167,18 +188,24 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         raise TypeError(f"{known.base.__qualname__} has its own __reduce__; eject the blocks to pickle it")
     arguments = known.local.arguments if known.local else None
-    return (_rebuild, (known.base, known.edit, arguments, known.watched), *reduced[2:])
+    own = (True,) if OWN in self.__dict__ else ()
+    return (_rebuild, (known.base, known.edit, arguments, known.watched, *own), *reduced[2:])
 
 
 def _rebuild(
-    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None, watched: bool
+    base: type[nn.Module],
+    edit: tuple[Insertion, ...],
+    arguments: Arguments | None,
+    watched: bool,
+    own: bool = False,
 ) -> nn.Module:
-    cls = _pending(base, edit, arguments, watched) if arguments else generate(base, edit, None, watched)
+    pending = arguments is not None or own
+    cls = _pending(base, edit, arguments, watched) if pending else generate(base, edit, None, watched)
     return cls.__new__(cls)
 
 
 def _pending(
-    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments, watched: bool
+    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None, watched: bool
 ) -> type[nn.Module]:
     """A class for the moment between a carrier's making and its state: settles once the children are there."""
     key = (base, edit, arguments, watched, "pending")
@@ -187,8 +214,9 @@ def _pending(
 
     def settle(self: nn.Module) -> None:
         slots = frozenset(i.name for i in edit if i.slot != "free")
-        local = trace(self, base.forward, arguments, slots)
-        set_class(self, generate(base, edit, local, watched))
+        local = trace(self, base.forward, arguments, slots) if arguments else None
+        own = own_forward.own_signature(self)
+        set_class(self, generate(base, edit, local, watched, own))
 
     def setstate(self: nn.Module, state: Any) -> None:
         original: Any = base

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from attninject.terms import Position, Slot
 from .local_graph import LocalGraph, Target
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+OWN = "_attninject_forward"  # attribute of a carrier: the forward that was assigned to it since injection
 FLAG = "_attninject_disabled"  # attribute of a block while it is passed through
 SITE = "_attninject_site"  # attribute of a block: the Site that it was planned for
 
@@ -35,6 +36,8 @@ class Insertion:
         slot: what the name held: `free` nothing, `attribute` None, `module` a child registered as None.
         copy_given: give the block a copy, since the value is written to in place later.
         copy_result: copy what it gives, since a view of that is read after an in-place operation.
+        splits: the layer and the batch norm that it stands between, by path below the carrier ("": the carrier); a
+            norm further out has none. None: it parts no such pair.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Insertion:
     slot: Slot = "free"
     copy_given: bool = False
     copy_result: bool = False
+    splits: tuple[str, str] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class Injected:
     edit: tuple[Insertion, ...]
     local: LocalGraph | None
     watched: bool = False
+
+    @property
+    def in_graph(self) -> tuple[Insertion, ...]:
+        """The insertions that stand within the forward of the original class."""
+        return tuple(i for i in self.edit if i.target is not None)
 
     @property
     def slots(self) -> frozenset[str]:
@@ -137,7 +146,8 @@ def as_original(model: nn.Module) -> Iterator[None]:
                 elif insertion.slot == "attribute":
                     del carrier._modules[insertion.name]
                     carrier.__dict__[insertion.name] = None
-            carrier.__dict__["forward"] = types.MethodType(found.base.forward, carrier)
+            original = types.MethodType(found.base.forward, carrier)
+            carrier.__dict__["forward"] = carrier.__dict__.get(OWN, original)
         yield
 
 
