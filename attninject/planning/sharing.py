@@ -107,20 +107,24 @@ def _users(homes: set[str]) -> list[Any]:
     Args:
         homes: the Python modules in which the model's classes were written.
     """
-    modules: dict[type, bool] = {}
+    kinds: dict[type, type] = {FunctionType: FunctionType}
     found: list[Any] = []
     for thing in gc.get_objects():
-        kind = type(thing)
+        kind = kinds.get(type(thing)) or kinds.setdefault(type(thing), _kind(type(thing)))
+        if kind is object:
+            continue
         if kind is FunctionType:
-            wanted = bool(thing.__defaults__ or thing.__kwdefaults__)
-        elif issubclass(kind, type):
-            wanted = issubclass(thing, nn.Module) or thing.__module__ in homes
+            wanted = thing.__defaults__ or thing.__kwdefaults__
         else:
-            known = modules.get(kind)
-            wanted = modules.setdefault(kind, issubclass(kind, nn.Module)) if known is None else known
+            wanted = kind is nn.Module or issubclass(thing, nn.Module) or thing.__module__ in homes
         if wanted:
             found.append(thing)
     return found
+
+
+def _kind(cls: type) -> type:
+    """What instances of a class are here: modules, classes, or nothing that matters."""
+    return next((kind for kind in (nn.Module, type) if issubclass(cls, kind)), object)
 
 
 def _held(user: Any) -> list[int]:
