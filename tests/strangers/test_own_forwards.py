@@ -80,6 +80,7 @@ def test_a_copy_of_a_fused_net_is_independent_and_complete(duplicate: Callable) 
         before = model(x)
         twin = duplicate(model)
         assert torch.equal(twin(x), before)
+        assert calls_of(twin, x) == {"0.se": 1, "1.se": 1}
         for p in model.parameters():
             p.zero_()
         assert torch.equal(twin(x), before)
@@ -119,6 +120,8 @@ def test_a_fused_net_is_compiled_exported_and_traced_with_its_blocks() -> None:
     model, x = fuse(injected(after="*")), images()
     with torch.no_grad():
         expected = model(x)
+        with ai.disabled(model):
+            assert not torch.allclose(model(x), expected, atol=1e-2)
         assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
         for strict in (False, True):
             assert torch.equal(torch.export.export(model, (x,), strict=strict).module()(x), expected)

@@ -297,6 +297,26 @@ class Layered(nn.Module):
         return x + self.a(x)
 
 
+class Shares(nn.Module):
+    """One activation for all nets of the class, and a forward for inference."""
+
+    act0 = nn.SiLU()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), self.act0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+    def forward_fuse(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.conv(x))
+
+
+def _shares() -> nn.Module:
+    return nn.Sequential(Shares()).eval()
+
+
 def _with(body: Callable, **children: nn.Module) -> Callable[[], nn.Module]:
     return lambda: Around(Through(body, **children)).eval()
 
@@ -311,6 +331,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "a hazard before": (_with(_overwritten, keep=nn.Identity()), {"before": "inner.keep"}),
     "an operation without a graph": (_branches, {"before": "inner::add"}),
     "a norm that carries nothing": (_with(_halves, norm=nn.BatchNorm2d(8)), {"after": "inner.norm"}),
+    "a shared activation": (_shares, {"after": "0.bn"}),
     "a forward of its own": (_fixed, {"after": "inner"}),
     "a parametrized carrier": (_parametrized, {"after": "0"}),
     "inside torch's fast path": (_encoder, {"after": "inner.2.linear1"}),
@@ -327,6 +348,23 @@ cases("rule", [(f"refused, {k}", functools.partial(_own, *given)) for k, given i
 @case("plan: of another model")
 def _(folder: Path) -> Any:
     return ai.inject(small(), ai.plan(small(), **se(after="inner.a"), example_inputs=images()))
+
+
+@case("plan: a layer and its norm parted")
+def _(folder: Path) -> Any:
+    return ai.plan(_shares(), **se(after="0.conv"), example_inputs=images())
+
+
+@case("plan: folded across a block")
+def _(folder: Path) -> Any:
+    model = ai.inject(_shares(), **se(after="0.conv"), example_inputs=images())
+    return torch.nn.utils.fusion.fuse_conv_bn_eval(model[0].conv, model[0].bn)
+
+
+@case("plan: a forward that would lose its block")
+def _(folder: Path) -> Any:
+    model = ai.inject(small(), **se(after="inner.a"), example_inputs=images())
+    model.inner.forward = nn.functional.silu
 
 
 @case("plan: stale")
