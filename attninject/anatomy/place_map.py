@@ -12,7 +12,7 @@ from attninject.observe.record import Call, Record
 from attninject.surgery.injected_state import base_class
 from attninject.surgery.local_graph import public_forwards
 
-from .dataflow import Flow, Spot, output_key
+from .dataflow import Flow, Spot, operand_of, output_key
 from .repeated_units import Units, contains, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
 
@@ -175,8 +175,8 @@ class PlaceMap:
         return after_call(call, call.outs[0])
 
     def before(self, call: Call) -> Spot:
-        """The spot at a call's first input."""
-        return Spot(call, "before", call.ins[0])
+        """The spot at a call's first input; where that is an item of a list, its operand is the list."""
+        return Spot(call, "before", call.ins[0], operand=operand_of(call, call.ins[0]))
 
     def branch_ends(self) -> list[Spot]:
         """The branch's last value before each residual add that has one."""
