@@ -191,7 +191,9 @@ class PlaceMap:
     def _laid_out(self, spot: Spot) -> Spot:
         """The spot, or where a module around it puts its image blocks back into a map."""
         frame, value = spot.owner, spot.value
-        cut = self.resolution(spot) is None and len(self.record.shape(value)) > 3
+        shape, given = self.record.shape(value), self.record.input_values[:1]
+        folded = bool(given) and shape[0] != self.record.shape(given[0])[0]  # windows in the batch
+        cut = self.resolution(spot) is None and (len(shape) > 3 or (len(shape) == 3 and folded))
         while cut and frame is not None and frame is not self.root:
             maps = [o for o in frame.outs if self.flow.depends(o, value) and resolution(self.record, o)]
             if maps:
@@ -314,6 +316,12 @@ class PlaceMap:
         for call in self.record.calls:
             if is_leaf(call) and self.within(call) and call.start > spot.time and call.outs:
                 yield call
+
+    def ends_a_way(self, end: Spot) -> bool:
+        """Whether a stage end is the last of its way down, where there are several to one resolution."""
+        last = self.stages[-1]
+        same = self.resolution(end) == self.resolution(last)
+        return same and not self.flow.depends(last.value, end.value)
 
     def read_by_head(self) -> list[Spot]:
         """After the modules that made the maps which a detector's head reads; none where there is no such head."""

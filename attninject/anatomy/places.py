@@ -50,8 +50,8 @@ def spots(net: PlaceMap, name: str) -> list[Spot]:
 
 @register_place("before_downsample")
 def _before_downsample(net: PlaceMap) -> list[Spot]:
-    """Every stage end but the last."""
-    return net.stages[:-1]
+    """Every stage end but the last, of each way down."""
+    return [end for end in net.stages[:-1] if not net.ends_a_way(end)]
 
 
 @register_place("block_end")

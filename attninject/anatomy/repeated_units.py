@@ -133,12 +133,16 @@ class Units:
         roles = {self.role(b) for b in blocks}
         classes = {base_class(b.module) for b in blocks} - set(CONTAINERS)
         chosen = {id(b) for b in blocks}
+        outer = {id(p): p for o in owners for p in self.parents(o)}.values()
+        inside = ((p, [o for o in owners if contains(p, o)]) for p in outer)
+        nested = {id(p) for p, inner in inside if self._goes_down_and_up(p, inner)}
         return [
             c
             for c in self.calls
             if (id(c) in chosen or base_class(c.module) in classes)
             and self.role(c) in roles
-            and (base_class(c.module) not in parts or self.role(c) in around)
+            and id(c) not in nested
+            and (base_class(c.module) not in parts or self.role(c) in around or (nested and id(c) in chosen))
         ]
 
     def _block(self, owner: Call, owners: list[Call]) -> Call:

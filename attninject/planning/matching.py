@@ -15,6 +15,7 @@ from attninject.errors import (
     NoTensorError,
     TraceRefused,
 )
+from attninject.layout import RANK
 from attninject.observe.record import Call, Op, Ref
 from attninject.recipe.rules import Rule
 from attninject.wording import listed
@@ -54,7 +55,7 @@ def _by_place(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[Sp
         raise NoSuchPlaceError(f"{label}: {error}") from error
     first = {(id(s.event), s.position, s.value): s for s in (_in_first_run(scene, s) for s in spots)}
     reached = _with_tensors(scene, list(first.values()), label, notes)
-    return [_named(scene, s) for s in _with_positions(scene, reached, label, notes)]
+    return [_named(scene, s) for s in _with_positions(rule, scene, reached, label, notes)]
 
 
 def _with_tensors(scene: Scene, spots: list[Spot], label: str, notes: list[str]) -> list[Spot]:
@@ -109,14 +110,30 @@ def _if_reached(scene: Scene, spot: Spot) -> Spot | None:
         return None if beside is None or isinstance(beside.module, _NormBase) else beside
 
 
-def _with_positions(scene: Scene, spots: list[Spot], label: str, notes: list[str]) -> list[Spot]:
-    """Without those at vectors (batch, channels), as in a residual head behind the pooling, unless all are."""
-    vectors = [s for s in spots if len(scene.record.shape(s.value)) == 2]
-    if not vectors or len(vectors) == len(spots):
+def _with_positions(rule: Rule, scene: Scene, spots: list[Spot], label: str, notes: list[str]) -> list[Spot]:
+    """Without those that are no map or tokens, as in a head behind the pooling, unless all are.
+
+    Vectors (batch, channels) have no positions; of other tensors the axes cannot be told, unless the rule says them.
+    """
+    unfit = {id(s): why for s in spots if (why := _unfit(rule, scene, s))}
+    if not unfit or len(unfit) == len(spots):
         return spots
-    names = list(dict.fromkeys(scene.path(s.module) or "the root" for s in vectors))
-    notes.append(f"{label}: left aside, since vectors have no positions: {listed(names, 4)}")
-    return [s for s in spots if s not in vectors]
+    for why in dict.fromkeys(unfit.values()):
+        left = (s.module for s in spots if unfit.get(id(s)) == why)
+        names = list(dict.fromkeys(scene.path(m) or "the root" for m in left))
+        notes.append(f"{label}: left aside, since {why}: {listed(names, 4)}")
+    return [s for s in spots if id(s) not in unfit]
+
+
+def _unfit(rule: Rule, scene: Scene, spot: Spot) -> str:
+    """Why no block can be put at a value, whatever the block; empty where one can."""
+    value = scene.record.values[spot.value]
+    if len(value.shape) == 2:
+        return "vectors have no positions"
+    if not value.dtype.is_floating_point:
+        return "they hold no floating-point numbers"
+    told = RANK.get(rule.layout or "") == len(value.shape) or scene.layout(spot) is not None
+    return "" if told else "their axes are not those of a map"
 
 
 def _in_first_run(scene: Scene, spot: Spot) -> Spot:
