@@ -44,7 +44,8 @@ class PlaceMap:
     def units(self) -> list[Call]:
         """The repeated units of the trunk, and of a decoder, in order; a detector's head is none."""
         found = self._finder.find()
-        if not self.adds and going_up(self.flow, *self._sized(self._activations()), self._whole):
+        leaves = (c for c in self.record.calls if c.outs and is_leaf(c) and self.within(c))
+        if not self.adds and going_up(self.flow, *self._sized(map(self.after, leaves)), self._whole):
             found = self._finder.of_main_class() or found
         return [u for u in found if not is_head(self.flow, u, found)]
 
@@ -96,9 +97,8 @@ class PlaceMap:
                 at = self.resolution(spot)
                 if at is not None:
                     rows.setdefault(at, []).append(spot)
-        parts = [
-            part for row in towers(self.flow, rows.values()) for part in divided_by_dilation(self.flow, row)
-        ]
+        ways = towers(self.flow, rows.values())
+        parts = [part for row in ways for part in divided_by_dilation(self.flow, row, self.adds)]
         if len(parts) == 1 and len(row := parts[0]) >= 3:
             return [row[round(len(row) * k / 3) - 1] for k in (1, 2, 3)]
         ends = sorted((part[-1] for part in parts), key=lambda s: s.time)
