@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from attninject.observe.record import Call, Op, Record, Ref
+from attninject.observe.record import Call, Op, Record, Ref, refs
 from attninject.surgery.local_graph import Target
 from attninject.terms import Position
 
@@ -57,6 +58,13 @@ def output_key(event: Call | Op, value: int) -> int | str | None:
         return None
     items = event.out.items() if isinstance(event.out, dict) else enumerate(event.out)
     return next((k for k, item in items if isinstance(item, Ref) and item.value == value), None)
+
+
+def operand_of(call: Call, value: int) -> int | str:
+    """Position or name of the argument that is the value, or, where none is, that holds it in a list or the like."""
+    given: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    held = [k for k, item in given.items() if value in (r.value for r in refs(item))]
+    return next((k for k in held if isinstance(given[k], Ref)), held[0])
 
 
 # --- kinds of operations -----------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -12,7 +13,8 @@ from attninject.observe.record import Call, Record
 from attninject.surgery.injected_state import base_class
 from attninject.surgery.local_graph import public_forwards
 
-from .dataflow import Flow, Spot, output_key
+from .dataflow import Flow, Spot, operand_of, output_key
+from .encoder import divided_by_dilation, going_up, head, is_head, positions, towers, without_bridge
 from .repeated_units import Units, contains, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
 
@@ -40,8 +42,44 @@ class PlaceMap:
 
     @functools.cached_property
     def units(self) -> list[Call]:
-        """The repeated units of the trunk, in order."""
-        return Units(self.flow, self.root, self.adds).find()
+        """The repeated units of the trunk, and of a decoder, in order; a detector's head is none."""
+        found = self._finder.find()
+        leaves = (c for c in self.record.calls if c.outs and is_leaf(c) and self.within(c))
+        if not self.adds and going_up(self.flow, *self._sized(map(self.after, leaves)), self._whole):
+            found = self._finder.of_main_class() or found
+        return [u for u in found if not is_head(self.flow, u, found)]
+
+    @functools.cached_property
+    def _finder(self) -> Units:
+        return Units(self.flow, self.root, self.adds)
+
+    @functools.cached_property
+    def _whole(self) -> int:
+        """How many positions the input has."""
+        given = self.record.input_values[:1]
+        return math.prod(self.record.shape(given[0])[2:]) if given else 0
+
+    def _sized(self, spots: Iterable[Spot]) -> tuple[list[int], list[int]]:
+        """The values at some spots, and how many positions each has."""
+        spots = list(spots)
+        return [s.value for s in spots], [positions(self.resolution(s)) for s in spots]
+
+    @functools.cached_property
+    def _up(self) -> set[int] | None:
+        """Results of the units that belong to a decoder or a neck; None where what goes up is none."""
+        units = [u for u in self.units if u.outs]
+        if any(len({self.resolution(s) for s in self._streams(u)}) > 1 for u in units):
+            return None
+        way = units if self.adds else sorted([*units, *self._layers(units)], key=lambda c: c.end)
+        return going_up(self.flow, *self._sized(map(self.after, way)), self._whole)
+
+    @functools.cached_property
+    def encoder(self) -> list[Call]:
+        """The units on the way down from the image; all of them in a net that does not go up again."""
+        found = [u for u in self.units if u.outs and u.outs[0] not in (self._up or ())]
+        values, sizes = self._sized(map(self.after, found))
+        at = [v for v, size in zip(values, sizes, strict=True) if size == min(filter(None, sizes), default=0)]
+        return without_bridge(found, sizes, self._finder.role) if at and self._climb(at[-1]) else found
 
     def resolution(self, spot: Spot) -> tuple[int, ...] | None:
         """Spatial extents at a spot after a call, or None where it has none."""
@@ -49,17 +87,95 @@ class PlaceMap:
 
     @functools.cached_property
     def stages(self) -> list[Spot]:
-        """After the last unit at each resolution; in a net of one resolution, after each third of its units."""
+        """After the last unit at each resolution on the way down; in a net of one resolution, after each third.
+
+        A stride that was traded for dilation ends a stage too, and each of several ways down has its own.
+        """
         rows: dict[tuple[int, ...], list[Spot]] = {}
-        for unit in self.units:
+        for unit in self.encoder:
             for spot in map(self._laid_out, self._streams(unit)):
                 at = self.resolution(spot)
                 if at is not None:
                     rows.setdefault(at, []).append(spot)
-        if len(rows) == 1 and len(row := next(iter(rows.values()))) >= 3:
+        ways = towers(self.flow, rows.values())
+        parts = [part for row in ways for part in divided_by_dilation(self.flow, row, self.adds)]
+        if len(parts) == 1 and len(row := parts[0]) >= 3:
             return [row[round(len(row) * k / 3) - 1] for k in (1, 2, 3)]
-        ends = sorted((row[-1] for row in rows.values()), key=lambda s: s.time)
-        return [self._joined(s) for s in ends] or self._activations()
+        ends = sorted((part[-1] for part in parts), key=lambda s: s.time)
+        return [self._joined(s) for s in ends] or self._plain()
+
+    def _plain(self) -> list[Spot]:
+        """Nets whose way down has no units: the last activation before each drop of the resolution."""
+        ends = self._activations()
+        up = going_up(self.flow, *self._sized(ends), self._whole)
+        if not up:
+            return ends
+        first = min(s.time for s in ends if s.value in up)
+        return [*{self.resolution(s): s for s in ends if s.time < first}.values()]
+
+    @functools.cached_property
+    def decoder(self) -> list[Spot]:
+        """The last value at each resolution that the net goes up to again, before its last layer and its head."""
+        if self._up is None or not self.stages:
+            return []
+        low = min(self.stages, key=lambda s: (positions(self.resolution(s)), -s.time))
+        return sorted(self._climb(low.value), key=lambda s: s.time)
+
+    def _climb(self, low: int) -> list[Spot]:
+        """After the last call at each resolution above that of a value on which it depends, if a layer reads it later."""
+        flow, ends, units = self.flow, {}, {id(u) for u in self.units}
+        lowest, start = positions(resolution(self.record, low)), flow.time[flow.number[low]]
+        whole = [u for u in self.units if u.outs]
+        parts = [c for c in (*whole, *self._layers(whole)) if c.start > start]
+        for call in sorted(parts, key=lambda c: (id(c) in units, c.end)):  # units before others
+            spot = self.after(call)
+            at = self.resolution(spot)
+            read = flow.bit(spot.value) & self._read_by_layers and flow.depends(spot.value, low)
+            does = sum(flow.bit(o) for op in call.ops() for o in op.outs if o in flow.number)
+            if positions(at) > lowest and read and does & (flow.weighted | flow.active):
+                ends[at] = spot
+        return [self._around(s, [*ends.values()], start) for s in ends.values()]
+
+    def _layers(self, units: list[Call]) -> Iterator[Call]:
+        """The layers that run outside these units and the head."""
+        closed = [*units, *([self.head] if self.head else ())]
+        for call in self.record.calls:
+            if (
+                call.outs
+                and self.within(call)
+                and is_leaf(call)
+                and not any(contains(c, call) for c in closed)
+            ):
+                yield call
+
+    @functools.cached_property
+    def _read_by_layers(self) -> int:
+        """The values that a convolution or a linear layer depends on."""
+        past = 0
+        for value in self.flow.members(self.flow.weighted):
+            past |= self.flow.past(value) & ~self.flow.bit(value)
+        return past
+
+    def _around(self, end: Spot, others: list[Spot], start: int) -> Spot:
+        """The spot, or the end of a module around it that gives one map of this resolution and holds no other end.
+
+        Nor may it have begun before a time, or be the last that a layer reads.
+        """
+        frame, at = end.owner, self.resolution(end)
+        while frame is not None and self.within(frame) and frame.start > start and len(frame.outs) == 1:
+            holds = any(frame.start < s.time < frame.end for s in others if self.resolution(s) != at)
+            out = self.after(frame)
+            if holds or self.resolution(out) != at or not self.flow.bit(out.value) & self._read_by_layers:
+                break
+            end = out if self.flow.depends(out.value, end.value) else end
+            frame = frame.parent
+        return end
+
+    @functools.cached_property
+    def head(self) -> Call | None:
+        """What reads maps of several resolutions, with no layer behind it: a detector's head."""
+        inner = (c for c in self.record.calls if contains(self.root, c) and self.within(c))
+        return head(self.flow, inner, self.units)
 
     def _streams(self, unit: Call) -> list[Spot]:
         """After a unit: its first result, and further ones that go on from an input (parallel resolutions)."""
@@ -75,7 +191,9 @@ class PlaceMap:
     def _laid_out(self, spot: Spot) -> Spot:
         """The spot, or where a module around it puts its image blocks back into a map."""
         frame, value = spot.owner, spot.value
-        cut = self.resolution(spot) is None and len(self.record.shape(value)) > 3
+        shape, given = self.record.shape(value), self.record.input_values[:1]
+        folded = bool(given) and shape[0] != self.record.shape(given[0])[0]  # windows in the batch
+        cut = self.resolution(spot) is None and (len(shape) > 3 or (len(shape) == 3 and folded))
         while cut and frame is not None and frame is not self.root:
             maps = [o for o in frame.outs if self.flow.depends(o, value) and resolution(self.record, o)]
             if maps:
@@ -125,10 +243,17 @@ class PlaceMap:
                 groups.append((at, [], False))
             bits = sum(self.flow.bit(o) for op in call.ops() for o in op.outs if o in self.flow.number)
             same = bool(call.ins) and self.record.shape(call.ins[0]) == self.record.shape(call.outs[0])
-            if same and bits & self.flow.active and not bits & self.flow.taught:
+            if same and bits & self.flow.active and not bits & self.flow.layered:
                 groups[-1][1].append(after_call(call, call.outs[0]))
             groups[-1] = (at, groups[-1][1], groups[-1][2] or bool(bits & self.flow.weighted))
-        return [self._summed(spots[-1]) for _, spots, heavy in groups if spots and heavy]
+        return [self._summed(self._unshared(spots[-1])) for _, spots, heavy in groups if spots and heavy]
+
+    def _unshared(self, end: Spot) -> Spot:
+        """The spot, or after the caller of an activation that several modules share, if that gives the same value."""
+        callers = {id(c.parent.module) for c in self.record.calls_of(end.module) if c.parent}
+        owner = end.owner
+        alone = owner is None or len(callers) == 1 or owner.outs != (end.value,) or not self.within(owner)
+        return end if owner is None or alone else self.after(owner)
 
     def _summed(self, end: Spot) -> Spot:
         """The spot, or behind the residual sum in the root's own forward whose branch it ends."""
@@ -175,8 +300,8 @@ class PlaceMap:
         return after_call(call, call.outs[0])
 
     def before(self, call: Call) -> Spot:
-        """The spot at a call's first input."""
-        return Spot(call, "before", call.ins[0])
+        """The spot at a call's first input; where that is an item of a list, its operand is the list."""
+        return Spot(call, "before", call.ins[0], operand=operand_of(call, call.ins[0]))
 
     def branch_ends(self) -> list[Spot]:
         """The branch's last value before each residual add that has one."""
@@ -191,6 +316,19 @@ class PlaceMap:
         for call in self.record.calls:
             if is_leaf(call) and self.within(call) and call.start > spot.time and call.outs:
                 yield call
+
+    def ends_a_way(self, end: Spot) -> bool:
+        """Whether a stage end is the last of its way down, where there are several to one resolution."""
+        last = self.stages[-1]
+        same = self.resolution(end) == self.resolution(last)
+        return same and not self.flow.depends(last.value, end.value)
+
+    def read_by_head(self) -> list[Spot]:
+        """After the modules that made the maps which a detector's head reads; none where there is no such head."""
+        head = self.head
+        maps = [i for i in dict.fromkeys(head.ins) if positions(resolution(self.record, i))] if head else []
+        made = [self.made_by(head, i) for i in maps] if head else []
+        return sorted((s for s in made if s), key=lambda s: s.time)
 
     def made_by(self, call: Call, value: int) -> Spot | None:
         """The spot after the module that made a value which enters a call; None where an operation made it."""

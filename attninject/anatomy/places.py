@@ -50,8 +50,8 @@ def spots(net: PlaceMap, name: str) -> list[Spot]:
 
 @register_place("before_downsample")
 def _before_downsample(net: PlaceMap) -> list[Spot]:
-    """Every stage end but the last."""
-    return net.stages[:-1]
+    """Every stage end but the last, of each way down."""
+    return [end for end in net.stages[:-1] if not net.ends_a_way(end)]
 
 
 @register_place("block_end")
@@ -66,11 +66,24 @@ def _block_start(net: PlaceMap) -> list[Spot]:
     return [net.before(unit) for unit in net.units if unit.ins]
 
 
+@register_place("decoder_end")
+def _decoder_end(net: PlaceMap) -> list[Spot]:
+    """The last value at each resolution that a net goes up to again behind its stages."""
+    return list(net.decoder)
+
+
 @register_place("head_input")
 def _head_input(net: PlaceMap) -> list[Spot]:
-    """The last value at the last stage's resolution, before it is pooled or a token is taken from it."""
+    """The maps that a detector's head reads; what a decoder gives; else the last value at the last stage's resolution.
+
+    That is before it is pooled or a token is taken from it.
+    """
     if not net.stages:
         return []
+    if read := net.read_by_head():
+        return read
+    if net.decoder:
+        return net.decoder[-1:]
     last = net.stages[-1]
     at = net.resolution(last)
     for call in net.layers_behind(last):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -132,12 +133,16 @@ class Units:
         roles = {self.role(b) for b in blocks}
         classes = {base_class(b.module) for b in blocks} - set(CONTAINERS)
         chosen = {id(b) for b in blocks}
+        outer = {id(p): p for o in owners for p in self.parents(o)}.values()
+        inside = ((p, [o for o in owners if contains(p, o)]) for p in outer)
+        nested = {id(p) for p, inner in inside if self._goes_down_and_up(p, inner)}
         return [
             c
             for c in self.calls
             if (id(c) in chosen or base_class(c.module) in classes)
             and self.role(c) in roles
-            and (base_class(c.module) not in parts or self.role(c) in around)
+            and id(c) not in nested
+            and (base_class(c.module) not in parts or self.role(c) in around or (nested and id(c) in chosen))
         ]
 
     def _block(self, owner: Call, owners: list[Call]) -> Call:
@@ -149,10 +154,19 @@ class Units:
                 best = around
                 continue
             inner = [o for o in owners if contains(around, o)]
+            if self._goes_down_and_up(around, inner):
+                break
             among_units = any(base_class(c.module) in classes for c in self.beside(around))
             if among_units or (self._recurs(around) and self._is_more(around, inner)):
                 best = around
         return best
+
+    def _goes_down_and_up(self, call: Call, inner: list[Call]) -> bool:
+        """Whether a module gives a map of its input's resolution, with residual parts at a lower one: a whole U-Net."""
+        at = self.resolution(call)
+        given = {resolution(self.record, i) for i in call.ins}
+        lower = (r for c in inner if (r := self.resolution(c)) and max(r) > 1)
+        return bool(at) and given == {at} and any(math.prod(r) < math.prod(at or ()) for r in lower)
 
     def _recurs(self, call: Call) -> bool:
         """Whether the same class runs again beside it and keeps the shape."""
@@ -218,6 +232,15 @@ class Units:
         first = min(alike, key=lambda c: c.start)
         more = self._with_siblings(alike)  # those before the first, at other resolutions, are the stem
         return [c for c in more if c.start >= first.start or self.resolution(c) == self.resolution(first)]
+
+    def of_main_class(self) -> list[Call]:
+        """Modules of the one class that has most of the net's layers: an encoder's and a decoder's have other roles."""
+        groups: dict[type, list[Call]] = {}
+        for call in self.calls:
+            if base_class(call.module) not in CONTAINERS and self.weights(call) > 1:
+                groups.setdefault(base_class(call.module), []).append(call)
+        rows = [row for group in groups.values() if len(row := outermost(group)) > 1]
+        return max(rows, key=lambda row: (sum(map(self.weights, row)), len(row)), default=[])
 
     def _with_siblings(self, found: list[Call]) -> list[Call]:
         """With modules of the same role that are more than a pointwise or a strided convolution."""

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch.nn.modules.batchnorm import _NormBase
+
 from attninject.anatomy import places
-from attninject.anatomy.dataflow import Spot
-from attninject.errors import AllExcludedError, CannotRewriteError, NoSuchPlaceError, TraceRefused
+from attninject.anatomy.dataflow import Spot, kind, operand_of
+from attninject.errors import (
+    AllExcludedError,
+    CannotRewriteError,
+    NoSuchPlaceError,
+    NoTensorError,
+    TraceRefused,
+)
+from attninject.layout import RANK
 from attninject.observe.record import Call, Op, Ref
 from attninject.recipe.rules import Rule
 from attninject.wording import listed
@@ -45,17 +54,86 @@ def _by_place(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[Sp
     except NoSuchPlaceError as error:
         raise NoSuchPlaceError(f"{label}: {error}") from error
     first = {(id(s.event), s.position, s.value): s for s in (_in_first_run(scene, s) for s in spots)}
-    return [_named(scene, s) for s in _with_positions(scene, list(first.values()), label, notes)]
+    reached = _with_tensors(scene, list(first.values()), label, notes)
+    return [_named(scene, s) for s in _with_positions(rule, scene, reached, label, notes)]
 
 
-def _with_positions(scene: Scene, spots: list[Spot], label: str, notes: list[str]) -> list[Spot]:
-    """Without those at vectors (batch, channels), as in a residual head behind the pooling, unless all are."""
-    vectors = [s for s in spots if len(scene.record.shape(s.value)) == 2]
-    if not vectors or len(vectors) == len(spots):
+def _with_tensors(scene: Scene, spots: list[Spot], label: str, notes: list[str]) -> list[Spot]:
+    """With the spots before a call that takes its tensors in a list moved to where it makes one of them.
+
+    Raises:
+        NoTensorError: that is nowhere within reach.
+    """
+    reached = [s if _is_tensor(s) else _first_inside(scene, s) for s in spots]
+    missed = [s for s, r in zip(spots, reached, strict=True) if r is None]
+    if not missed:
+        return [r for r in reached if r is not None]
+    names = list(dict.fromkeys(scene.path(s.module) for s in missed))
+    why = f"several tensors enter in a list, not one: {listed(names, 4)}"
+    if len(missed) == len(spots):
+        raise NoTensorError(f"{label}: {why}; take place block_end, or name the modules inside with before")
+    notes.append(f"{label}: left aside, since {why}")
+    return [r for r in reached if r is not None]
+
+
+def _is_tensor(spot: Spot) -> bool:
+    """Whether the spot's value is an argument of its call, and no item of one; everywhere else it is a tensor."""
+    if spot.position == "after" or isinstance(spot.event, Op):
+        return True
+    args, operand = spot.event.args, spot.operand
+    given = args[operand] if isinstance(operand, int) else spot.event.kwargs[operand]
+    return isinstance(given, Ref)
+
+
+def _first_inside(scene: Scene, spot: Spot) -> Spot | None:
+    """Where a call makes one tensor of its list: after their concatenation, else before the item's lone reader."""
+    call = spot.event
+    assert isinstance(call, Call)
+    given = {*call.ins}
+    for event in call.events:
+        if isinstance(event, Op) and kind(event) == "cat" and given == {*event.ins}:
+            return _if_reached(scene, Spot(event, "after", event.outs[0]))
+    readers = [e for e in scene.users[id(call), spot.value] if spot.value in e.ins]
+    if len(readers) == 1 and isinstance(reader := readers[0], Call):
+        inner = Spot(reader, "before", spot.value, operand=operand_of(reader, spot.value))
+        return inner if _is_tensor(inner) else _first_inside(scene, inner)
+    return None
+
+
+def _if_reached(scene: Scene, spot: Spot) -> Spot | None:
+    """The spot after an operation, or before the one module that reads its result; None where neither takes a block."""
+    assert isinstance(spot.event, Op)
+    try:
+        return replace(spot, target=operation_of(scene.graph(spot.event.call.module), spot))
+    except TraceRefused:
+        beside = _before_its_reader(scene, spot)
+        return None if beside is None or isinstance(beside.module, _NormBase) else beside
+
+
+def _with_positions(rule: Rule, scene: Scene, spots: list[Spot], label: str, notes: list[str]) -> list[Spot]:
+    """Without those that are no map or tokens, as in a head behind the pooling, unless all are.
+
+    Vectors (batch, channels) have no positions; of other tensors the axes cannot be told, unless the rule says them.
+    """
+    unfit = {id(s): why for s in spots if (why := _unfit(rule, scene, s))}
+    if not unfit or len(unfit) == len(spots):
         return spots
-    names = list(dict.fromkeys(scene.path(s.module) or "the root" for s in vectors))
-    notes.append(f"{label}: left aside, since vectors have no positions: {listed(names, 4)}")
-    return [s for s in spots if s not in vectors]
+    for why in dict.fromkeys(unfit.values()):
+        left = (s.module for s in spots if unfit.get(id(s)) == why)
+        names = list(dict.fromkeys(scene.path(m) or "the root" for m in left))
+        notes.append(f"{label}: left aside, since {why}: {listed(names, 4)}")
+    return [s for s in spots if id(s) not in unfit]
+
+
+def _unfit(rule: Rule, scene: Scene, spot: Spot) -> str:
+    """Why no block can be put at a value, whatever the block; empty where one can."""
+    value = scene.record.values[spot.value]
+    if len(value.shape) == 2:
+        return "vectors have no positions"
+    if not value.dtype.is_floating_point:
+        return "they hold no floating-point numbers"
+    told = RANK.get(rule.layout or "") == len(value.shape) or scene.layout(spot) is not None
+    return "" if told else "their axes are not those of a map"
 
 
 def _in_first_run(scene: Scene, spot: Spot) -> Spot:
@@ -81,7 +159,7 @@ def _what(event: Call | Op) -> object:
 def _named(scene: Scene, spot: Spot) -> Spot:
     """The spot with the name of its operation; where the owner's forward has no graph, before what reads the value."""
     event = spot.event
-    if isinstance(event, Call):
+    if isinstance(event, Call) or spot.target is not None:
         return spot
     owner = event.call.module
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -130,9 +131,8 @@ class _Replay(Mode):
         event = self.expect(Call, str(node.target))
         if event.module is not self.modules.get(str(node.target)):
             raise TraceRefused(f"its graph calls {node.target} where its forward calls another module")
-        given: list[int | None] = []
-        map_tensors((args, kwargs), lambda t: given.append(self.current.get(id(t))))
-        if tuple(given) != event.ins:
+        given = map_tensors((args, kwargs), lambda t: Ref(self.current.get(id(t), -1)))
+        if _nested(given) != _nested((event.args, event.kwargs)):
             raise TraceRefused(f"its graph gives {node.target} other inputs than its forward does")
         self.seen = list(event.ops())
         written = (o for op in self.seen if op.writes for o in op.outs)
@@ -162,3 +162,12 @@ class _Replay(Mode):
             raise TraceRefused("its graph returns other values than its forward")
         if self.call.exotic:
             raise TraceRefused(f"its forward returns a {self.call.exotic}, which a graph would not")
+
+
+def _nested(tree: Any) -> Any:
+    """The values in recorded arguments, each as deep in lists as it is there: a list of one is not its item."""
+    if isinstance(tree, Ref):
+        return tree.value
+    items = tree.values() if isinstance(tree, Mapping) else tree
+    found = [_nested(item) for item in items] if isinstance(tree, (Mapping, tuple, list)) else []
+    return [item for item in found if item != []]

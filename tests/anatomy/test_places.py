@@ -19,7 +19,7 @@ from torch import nn
 import attninject as ai
 from attninject.anatomy.place_map import PlaceMap
 from attninject.anatomy.places import spots
-from attninject.errors import NoSuchPlaceError
+from attninject.errors import NoSuchPlaceError, NoTensorError
 from attninject.observe.probe import Inputs, probe, run
 from attninject.observe.record import Record
 from attninject.planning.locating import locate
@@ -262,6 +262,63 @@ def test_vit_attention_output_is_chosen_from_its_tuple() -> None:
     """torchvision's attention returns (x, weights); the block takes the first."""
     site = ai.plan(model_of("vit_b_16"), **_rule("residual_branch")).sites[0]
     assert (site.path, str(site.layout)) == ("encoder.layers.encoder_layer_0.self_attention", "NLC 1+14×14")
+
+
+# --- units that take a list --------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """A dense layer that takes the list of all maps so far; it joins them, or reads the last one alone."""
+
+    def __init__(self, taken: int, joins: bool) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(taken if joins else 4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1)
+        )
+        self.joins = joins
+
+    def forward(self, maps):
+        if self.joins:
+            return self.conv(torch.cat(maps, 1))
+        if not isinstance(maps, list):  # true of what stands for a list while a graph is traced
+            maps = [maps]
+        return self.conv(maps[0])
+
+
+class DenseNet(nn.Module):
+    """Three dense layers behind a stem."""
+
+    def __init__(self, joins: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 2, 1)
+        self.layers = nn.ModuleList(Dense(4 + 4 * i, joins) for i in range(3))
+
+    def forward(self, x):
+        maps = [self.stem(x)]
+        for layer in self.layers:
+            maps = [layer(maps), *maps]
+        return torch.cat(maps, 1)
+
+
+@pytest.mark.parametrize(("joins", "names"), [(True, ["{}::cat"] * 3), (False, ["{}.conv"] * 3)])
+def test_a_unit_that_takes_a_list_begins_where_it_makes_one_tensor_of_it(
+    joins: bool, names: list[str]
+) -> None:
+    """Behind the concatenation of all, or before the one module that reads the first; the function stays."""
+    model = DenseNet(joins).eval()
+    found = ai.plan(model, block="se", place="block_start", args={"reduction": 2})
+    assert [s.path for s in found.sites] == [n.format(f"layers.{i}") for i, n in enumerate(names)]
+    assert [s.channels for s in found.sites] == ([4, 8, 12] if joins else [4, 4, 4])
+    ai.inject(model, found, verify=True)
+
+
+def test_units_whose_list_no_block_reaches_are_refused_at_plan_time() -> None:
+    """A densenet joins its list before a batch norm in a forward that may checkpoint: there is no tensor to name."""
+    model = torchvision.models.DenseNet(4, (2, 2), 8, num_classes=2).eval()
+    with pytest.raises(
+        NoTensorError, match=r"enter in a list, not one: features\.denseblock1\.denselayer1, "
+    ):
+        ai.plan(model, block="se", place="block_start")
 
 
 # --- golden lists ------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Where a net goes down to its lowest resolution, where it goes up again, and what reads the maps that it made.
+
+An encoder's units depend on nothing that has fewer positions than they have; a decoder's, or a neck's, do. Parallel
+streams that exchange what they know depend on each other too: there the lowest resolution itself comes after a higher
+one that has gone up, and nothing is a decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from attninject.observe.record import Call
+from attninject.surgery.injected_state import base_class
+
+from .dataflow import Flow, Spot, kind
+from .repeated_units import contains, resolution
+from .residual_adds import ResidualAdd
+
+
+def positions(at: tuple[int, ...] | None) -> int:
+    """How many positions a resolution has; 0 for what is no map: a vector, or one that was pooled to one position."""
+    return math.prod(at) if at and max(at) > 1 else 0
+
+
+def going_up(flow: Flow, values: Sequence[int], sizes: Sequence[int], whole: int) -> set[int] | None:
+    """Those of these values that lie behind one of fewer positions: a decoder's, or a neck's.
+
+    Args:
+        flow: the net's dataflow.
+        values: results of its units, or other steps of its way, in order.
+        sizes: their numbers of positions; 0 for what is no map.
+        whole: the number of positions of the input.
+
+    Returns:
+        The values; None where some do, but the way leads only up (a generator), or the lowest resolution is behind
+        one of them or beside the higher ones (parallel streams).
+    """
+    found: set[int] = set()
+    for n, (value, size) in enumerate(zip(values, sizes, strict=True)):
+        before = zip(values[:n], sizes[:n], strict=True)
+        lower = (v for v, s in before if v in found or 0 < s < size)
+        if any(flow.depends(value, v) for v in lower):
+            found.add(value)
+    down = [(v, s) for v, s in zip(values, sizes, strict=True) if s and v not in found]
+    return found if not found or _is_way_down(flow, down, min(filter(None, sizes)), whole) else None
+
+
+def _is_way_down(flow: Flow, down: Sequence[tuple[int, int]], lowest: int, whole: int) -> bool:
+    """Whether these values, with their numbers of positions, lead from the image to the lowest resolution."""
+    most = max((s for _, s in down), default=0)
+    starts = [v for v, s in down if s == most]
+    alone = (v for v, s in down if s < most and not any(flow.depends(v, w) for w in starts))
+    return lowest < whole and any(s == lowest for _, s in down) and not any(alone)
+
+
+def without_bridge(units: list[Call], sizes: list[int], role: Callable[[Call], str]) -> list[Call]:
+    """Without what stands alone at the bottom between encoder and decoder: no other unit has its class or its role."""
+    units = list(units)
+    while len(units) > 2 and sizes[len(units) - 1] == sizes[len(units) - 2]:
+        last = units[-1]
+        alike = (base_class(u.module) is base_class(last.module) or role(u) == role(last) for u in units[:-1])
+        if any(alike):
+            break
+        units.pop()
+    return units
+
+
+def towers(flow: Flow, rows: Iterable[list[Spot]]) -> list[list[Spot]]:
+    """The rows of units at each resolution, divided where several ways lead down that share nothing (two inputs).
+
+    A way that runs once more, for the second image of a pair, is the same way.
+    """
+    rows = list(rows)
+    every = sum(flow.bit(s.value) for row in rows for s in row)
+    divided = [_apart(flow, row, every) for row in rows]
+    if sum(len(parts) > 1 for parts in divided) < 2:
+        return rows
+    return [part for parts in divided for part in parts]
+
+
+def _apart(flow: Flow, row: list[Spot], every: int) -> list[list[Spot]]:
+    """One row, a part for each way."""
+    ends = [s for s in row if not any(t is not s and flow.depends(t.value, s.value) for t in row)]
+    pasts = [flow.past(s.value) & every for s in ends]
+    shared = any(a & b for n, a in enumerate(pasts) for b in pasts[:n])
+    if shared or len({id(s.module) for s in ends}) < len(ends):
+        return [row]
+    return [[s for s in row if flow.depends(end.value, s.value)] for end in ends]
+
+
+# --- strides that were traded for dilation -----------------------------------------------------
+
+
+def divided_by_dilation(flow: Flow, row: list[Spot], adds: list[ResidualAdd]) -> list[list[Spot]]:
+    """The units of one resolution, divided where a stride was traded for dilation.
+
+    From there on all have a larger dilation than those before. The stage begins with a unit that changes the number
+    of channels, or projects its shortcut: with the first dilated one, or with the one before, which would have the
+    stride itself and has the old dilation.
+    """
+    units = [s.event for s in row]
+    if not all(isinstance(u, Call) and u.ins for u in units):
+        return [row]
+    calls = [u for u in units if isinstance(u, Call)]
+    dilations: list[int] = []
+    for call in calls:
+        dilations.append(_dilation(flow, call) or (dilations[-1] if dilations else 1))
+    if sorted(dilations) != dilations:
+        return [row]  # a pattern within a stage
+    shape = flow.record.shape
+    owned = (a for a in adds if a.owner.ins)
+    projects = {id(a.owner) for a in owned if flow.weights(flow.only(a.shortcut, a.owner.ins[0]))}
+    wider = [shape(c.ins[0]) != shape(c.outs[0]) or id(c) in projects for c in calls]
+    begins = [0]
+    for n in range(1, len(calls)):
+        if dilations[n] == dilations[n - 1]:
+            continue
+        if wider[n - 1] and n - 1 > begins[-1]:
+            begins.append(n - 1)
+        elif wider[n] or shape(calls[n].ins[0]) != shape(calls[n - 1].outs[0]):
+            begins.append(n)
+    return [row[a:b] for a, b in zip(begins, [*begins[1:], len(row)], strict=True)]
+
+
+def _dilation(flow: Flow, call: Call) -> int:
+    """The largest dilation of a call's convolutions over neighbours; 0 where it has none."""
+    found = [0]
+    for op in call.ops():
+        if kind(op) in ("convolution", "_convolution") and max(flow.record.shape(op.ins[1])[2:]) > 1:
+            found += op.given[0][5]
+    return max(found)
+
+
+# --- what reads the maps -----------------------------------------------------------------------
+
+
+def head(flow: Flow, calls: Iterable[Call], units: list[Call]) -> Call | None:
+    """The outermost call that reads maps of several resolutions, with no layer behind it: a detector's head.
+
+    One that gives one map of a resolution that it takes is a decoder; one that holds units is a part of the trunk.
+    A run may have stopped inside it: what it gives then depends on values.
+    """
+    for call in calls:
+        sizes = {positions(resolution(flow.record, i)) for i in dict.fromkeys(call.ins)} - {0}
+        if len(sizes) < 2 or any(call is u or contains(call, u) for u in units):
+            continue
+        one_map = len(call.outs) == 1 and positions(resolution(flow.record, call.outs[0])) in sizes
+        if not one_map and not _goes_on(flow, call):
+            return call
+    return None
+
+
+def _goes_on(flow: Flow, call: Call) -> bool:
+    """Whether a layer outside a call works on its result."""
+    behind = (v for v in flow.members(flow.weighted) if flow.time[flow.number[v]] > call.end)
+    return any(flow.depends(v, o) for v in behind for o in call.outs)
+
+
+def is_head(flow: Flow, unit: Call, units: list[Call]) -> bool:
+    """Whether what looks like a unit is the head: see `head`."""
+    return head(flow, [unit], [u for u in units if u is not unit]) is unit
