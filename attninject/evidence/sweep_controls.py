@@ -28,7 +28,9 @@ def bottlenecks(plan: Plan) -> Recipe:
     """At each site of a plan a 1×1 residual bottleneck with as nearly the block's parameters as a width can have."""
     rules = []
     for site in plan.sites:
-        rule = replace(_exact(site, plan.recipe.rules[site.rule]), block=BOTTLENECK, init="identity", name=None)
+        rule = replace(
+            _exact(site, plan.recipe.rules[site.rule]), block=BOTTLENECK, init="identity", name=None
+        )
         hidden = hidden_for(site.parameters, site.channels)
         rules.append(replace(rule, args=FrozenDict({"hidden": hidden})))
     return Recipe(f"{plan.recipe.name}_bottleneck", tuple(rules))

@@ -157,9 +157,7 @@ def _points(sweep: Sweep) -> Iterator[dict[str, Any]]:
         yield dict(zip(grid, values, strict=True))
 
 
-def _of_point(
-    model: nn.Module, point: Mapping[str, Any], sweep: Sweep, notes: list[str]
-) -> Iterator[Arm]:
+def _of_point(model: nn.Module, point: Mapping[str, Any], sweep: Sweep, notes: list[str]) -> Iterator[Arm]:
     """Plain fine-tuning, the arm, and its controls."""
     shared = {key: value for key, value in point.items() if key not in OF_BLOCKS}
     plain = Arm(" ".join([PLAIN, *_said(shared)]), PLAIN, plain_data(shared))
