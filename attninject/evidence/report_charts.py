@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from attninject.training.gate_movement import PREFIX as MOVED
+
 from .report_data import Arm
 from .report_figures import Figures
 from .report_svg import Bar, Line, bars, lines, points
-from .report_tables import MOVED
 from .sweep_design import ATTENTION, BOTTLENECK, PLAIN, RANDOM
 from .sweep_runs import Outcome
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attninject.training.experiment import Experiment
+from attninject.training.gate_movement import PREFIX as MOVED
 from attninject.wording import human
 
 from .report_data import Study, differences
@@ -16,8 +17,6 @@ RUN_HEADER = (
     "study", "arm", "kind", "plain", "of", "parameters", "macs", "seed", "status", "reason", "epochs",
     "top1", "best_top1", "val_loss", "seconds",
 )  # fmt: skip
-MOVED = "moved."
-"""In front of a block's name: the column of a log that says how far its gates are from 1, on average."""
 
 
 @dataclass(frozen=True)
