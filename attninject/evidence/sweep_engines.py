@@ -6,6 +6,7 @@ checkpoint: another goes on from there, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -147,6 +148,8 @@ class _Hand(threading.Thread):
         except (OSError, ValueError):
             pass  # it died within a line, or before it was asked
         code = process.wait()
+        with contextlib.suppress(OSError):  # what was still to be written has no reader
+            process.communicate()
         return {"died": f"signal {-code}" if code < 0 else f"exit code {code}"}
 
     def _new_process(self) -> subprocess.Popen[str]:
@@ -170,7 +173,8 @@ class _Hand(threading.Thread):
             self.join(0.1)
         if self.process is not None:
             self.process.kill()
-            self.process.communicate()
+            with contextlib.suppress(OSError, ValueError):  # closed where it has died
+                self.process.communicate()
 
 
 # --- Slurm -------------------------------------------------------------------------------------
