@@ -15,7 +15,9 @@ from attninject.planning.plan import Plan
 from attninject.planning.planned_site import Site
 from attninject.planning.sites import SiteInfo, sites
 from attninject.recipe.frozen import FrozenDict
-from attninject.recipe.rules import Recipe, Rule
+from attninject.recipe.rules import Recipe
+
+from .ranking import exact_rule
 
 REACH = 1 / 6
 """How far from an arm's site a random one may lie, as a share of all calls of the network."""
@@ -29,7 +31,7 @@ def bottlenecks(plan: Plan) -> Recipe:
     rules = []
     for site in plan.sites:
         rule = replace(
-            _exact(site, plan.recipe.rules[site.rule]), block=BOTTLENECK, init="identity", name=None
+            exact_rule(site, plan.recipe.rules[site.rule]), block=BOTTLENECK, init="identity", name=None
         )
         hidden = hidden_for(site.parameters, site.channels)
         rules.append(replace(rule, args=FrozenDict({"hidden": hidden})))
@@ -59,12 +61,9 @@ def random_sites(model: nn.Module, plan: Plan, seed: int, draw: int) -> Recipe:
         drawn = _drawn(candidates, generator)
         if drawn is None:
             continue
-        rules = [
-            replace(_exact(site, plan.recipe.rules[site.rule]), after=(_escaped(path),), before=None,
-                    input=None, output=None, call=None)
-            for site, path in zip(plan.sites, drawn, strict=True)
-        ]  # fmt: skip
-        recipe = Recipe(f"{plan.recipe.name}_random_{draw}", tuple(rules))
+        moved = [_behind(path, site) for path, site in zip(drawn, plan.sites, strict=True)]
+        rules = tuple(exact_rule(site, plan.recipe.rules[site.rule]) for site in moved)
+        recipe = Recipe(f"{plan.recipe.name}_random_{draw}", rules)
         try:
             api.plan(model, recipe)
         except PlanError as error:
@@ -72,6 +71,11 @@ def random_sites(model: nn.Module, plan: Plan, seed: int, draw: int) -> Recipe:
             continue
         return recipe
     raise PlanError(f"no random sites of the shapes and depths of {plan.recipe.name}: {reason}")
+
+
+def _behind(path: str, site: Site) -> Site:
+    """The site's block behind another module."""
+    return replace(site, path=path, position="after", call=1, input=None, output=None)
 
 
 def _candidates(site: Site, every: Sequence[SiteInfo], model: nn.Module, taken: Sequence[Site]) -> list[str]:
@@ -97,22 +101,3 @@ def _drawn(candidates: Sequence[Sequence[str]], generator: random.Random) -> lis
             return None
         drawn.append(generator.choice(free))
     return drawn
-
-
-def _exact(site: Site, rule: Rule) -> Rule:
-    """The rule that names this site alone, with the block and options of the rule that found it."""
-    return replace(
-        rule,
-        after=(_escaped(site.path),) if site.position == "after" else None,
-        before=(_escaped(site.path),) if site.position == "before" else None,
-        input=site.input if site.position == "before" else None,
-        output=site.output if site.position == "after" else None,
-        call=None if "::" in site.path else site.call,
-        place=None, type=(), exclude=(), pick="all", per="model", stages=(), min_channels=0, optional=False,
-        args=site.args, init=site.init,
-    )  # fmt: skip
-
-
-def _escaped(path: str) -> str:
-    """A path as a pattern that matches itself alone."""
-    return "".join(f"[{c}]" if c in "*?[{}" else c for c in path) or "re:"
