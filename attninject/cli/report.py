@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from .common import add_output, path, print_json, say
-from .parser import Parser
+from .usage import Parser
 
 
 def add_arguments(parser: Parser) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import above_zero, add_output, path, positive, print_json, say, silent, word
-from .parser import Parser
+from .usage import Parser
 
 if TYPE_CHECKING:
     from attninject.evidence.sweep import Swept
