@@ -16,6 +16,7 @@ from sweeps import Here, pictures, quiet, settings
 import attninject as ai
 from attninject.blocks import registry
 from attninject.blocks.controls import BOTTLENECK, hidden_for
+from attninject.cli import main
 from attninject.errors import ExperimentError, RunError
 from attninject.evidence import sweep_engines
 from attninject.evidence.sweep import Swept, carry_out, standing
@@ -208,6 +209,35 @@ def test_script_for_slurm_carries_runs_out(root: Path, swept: Swept, tmp_path: P
     now = standing(made)
     assert accuracies(now)["se", 0] == accuracies(swept)["se", 0]
     assert [o.status for o in now.outcomes.values()] == ["waiting", "finished", "waiting", "waiting"]
+
+
+# --- the commands ------------------------------------------------------------------------------
+
+
+def test_commands_show_and_report(
+    root: Path, swept: Swept, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sweep --plan` runs nothing; `sweep` of what is finished shows the table; `report` writes three files."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(json.dumps(settings(root, swept.design.out, seeds=list(read(swept.design.out).seeds))))
+    assert main(["sweep", str(file), "--out", str(tmp_path / "new"), "--plan"]) == 0
+    assert capsys.readouterr().out.count("waiting") >= 4
+    assert not (tmp_path / "new").exists()
+    assert main(["sweep", str(file), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["finished"]
+    assert {row["arm"] for row in said["runs"]} == {"plain", "se"}
+    assert main(["report", str(swept.design.out), "-o", str(tmp_path / "report")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(("Nothing", "Gain", "Loss"))
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
+        "report.csv",
+        "report.html",
+        "report.md",
+    ]
+    assert "movement" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8").lower()
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+    assert "holds no sweep" in capsys.readouterr().err
 
 
 # --- the slow tier -----------------------------------------------------------------------------
