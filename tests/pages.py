@@ -3,7 +3,7 @@
 A fence is one of these, told by its word and by the comment above it:
 
     ```python                    run, all of a page in order, in one namespace and a folder of its own
-    ```yaml                      read as a recipe (it has `rules`) or as an experiment (it has `model`)
+    ```yaml                      read as a recipe (it has `rules`), a sweep (`seeds`) or an experiment (`model`)
     ```sh                        its `attninject` lines are parsed, files that it names must be there
     <!-- output --> ```text      what the python fence before it prints
     <!-- drawing --> ```text     a drawing

@@ -110,13 +110,17 @@ def test_python_of_a_page_runs_and_prints_what_it_shows(page: str, said: dict[st
 
 @pytest.mark.parametrize("fence", [f for f in FENCES if f.word == "yaml" and not f.mark], ids=at)
 def test_yaml_is_a_recipe_or_an_experiment(fence: Fence, tmp_path: Path) -> None:
-    """The reader of recipes, or of experiment files, takes the text."""
+    """The reader of recipes, of sweeps, or of experiment files, takes the text."""
     file = tmp_path / "text.yaml"
     file.write_text(fence.text, encoding="utf-8")
     if re.search(r"^rules:", fence.text, re.M):
         from attninject import load_recipe
 
         assert load_recipe(file).rules
+    elif re.search(r"^seeds:", fence.text, re.M):
+        from attninject.evidence.sweep_file import read_sweep
+
+        assert read_sweep(file).seeds
     else:
         from attninject.training import read_experiment
 

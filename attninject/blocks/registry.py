@@ -22,6 +22,7 @@ from attninject.blocks import foreign
 from attninject.errors import BlockError, TooFewChannelsError, UnknownBlockError
 
 from .base import Block, BlockSpec
+from .controls import CONTROLS
 from .gate import Blend
 from .options import INITS, RESERVED, Int, OneOf, faults, nearest, unknown
 
@@ -88,7 +89,7 @@ def refused(name: Any) -> bool:
 
 
 def _find(name: str) -> BlockSpec | None:
-    return _BUILT_IN.get(name) or _TIMM.get(name) or _REGISTERED.get(name)
+    return _BUILT_IN.get(name) or _TIMM.get(name) or _REGISTERED.get(name) or CONTROLS.get(name)
 
 
 def resolve(block: str | type[nn.Module]) -> BlockSpec:
@@ -101,7 +102,7 @@ def resolve(block: str | type[nn.Module]) -> BlockSpec:
         return get(block)
     if not (isinstance(block, type) and issubclass(block, nn.Module)):
         raise BlockError(f"a block is a name or a class derived from torch.nn.Module, found {block!r}")
-    for spec in (*_BUILT_IN.values(), *_REGISTERED.values()):
+    for spec in (*_BUILT_IN.values(), *_REGISTERED.values(), *CONTROLS.values()):
         if spec.cls is block:
             return spec
     return _foreign_spec(block.__name__.lower(), block)
@@ -147,7 +148,7 @@ def _check_name(name: Any) -> None:
             f"a block's name is a word of letters, digits and _, with at most one 'prefix/' before it, "
             f"found {name!r}"
         )
-    if name in _BUILT_IN:
+    if name in _BUILT_IN or name in CONTROLS:
         raise BlockError(f"{name!r} is a built-in block and cannot be replaced; register under another name")
     if name.startswith("timm/"):
         raise BlockError(f"{name!r}: the prefix 'timm/' is kept for timm's own blocks")

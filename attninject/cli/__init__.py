@@ -25,6 +25,8 @@ VERBS = {  # verb: what it does; its file bears its name
     "inject": "inject a recipe into a model and write a file",
     "rank": "rank the sites of a recipe by what a block there would change on your images",
     "finetune": "fine-tune a model, with blocks or plain, and keep a small file",
+    "sweep": "train the arms of an experiment and their controls over seeds, at equal budget",
+    "report": "say what sweeps and runs show: gain, loss, or nothing that their seeds can show",
     "export": "write a trained model as ONNX, torch.export or a state dict",
     "visualize": "draw what the blocks of a model do to an image, as PNG files and a page",
     "demo": "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two",

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from attninject.errors import NonFiniteError, RunError
 
-from . import devices, factories, resuming, runs
+from . import devices, factories, gate_movement, resuming, runs
 from .data.loaders import Loaders, batches
 from .data.seeds import seed_all
 from .freezing import trainable
@@ -114,6 +115,7 @@ class Run:
                 row["skipped"] = state.skipped
             state.end_epoch()
             self.finish_row(row, began)
+            self.warn_of_still_gates()
             self.write_checkpoint()
 
     def thaw(self, epoch: int) -> None:
@@ -170,6 +172,14 @@ class Run:
             warnings.append(text)
             self.tell.say(f"warning: {text}")
 
+    def warn_of_still_gates(self) -> None:
+        """At the end, where blocks that could learn have hardly moved."""
+        state = self.state
+        text = gate_movement.warning(self.learner.nets.model, state.history[-1])
+        if text and state.epoch == self.train.epochs:
+            state.warnings.append(text)
+            self.tell.say(f"warning: {text}")
+
     # --- measuring and writing ---
 
     def finish_row(self, row: dict[str, Any], began: float) -> None:
@@ -190,14 +200,27 @@ class Run:
         self.tell.row(state.history, self.train.epochs)
 
     def measured(self) -> dict[str, Any]:
-        """Loss and accuracy on the validation images, as `evaluate` gives them."""
+        """Loss and accuracy on the validation images, as `evaluate` gives them, and how far gates are from 1."""
         nets = self.learner.nets
         nets.gather(self.state.step)
         nets.measured.eval()
-        held = batches(self.loaders.val)
+        sample = gate_movement.Sample(len(self.loaders.val))
+        held = sample.of(batches(self.loaders.val))
         found = evaluate(nets.evaluator, held, self.learner.placed, self.accelerator, self.classes)
+        found |= self.moved(sample)
         nets.settle()
         return found
+
+    def moved(self, sample: gate_movement.Sample) -> dict[str, float]:
+        """How far gates are from 1: the first process measures whole weights, the others are told."""
+        told: list[dict[str, float]] = [{}]
+        if self.accelerator.is_main_process:
+            with self.accelerator.autocast():
+                images = map(self.learner.placed, sample.chunks())
+                told = [gate_movement.movement(self.learner.nets.shipped, images)]
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(told, src=0)
+        return told[0]
 
     def write_checkpoint(self) -> None:
         """Only of finite weights, so that a good one is never replaced by a bad one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import itertools
+import math
 import random
 from collections import namedtuple
 from pathlib import Path
@@ -375,12 +376,31 @@ def test_dead_gates_are_named() -> None:
     model = net()
     ai.inject(model, block=Cut, after="stem", name="cut", example_inputs=torch.zeros(2, 3, 8, 8))
     result, lines = said(model=model)
-    assert len(result.warnings) == 1
-    assert "dead gates: 1 of 3 blocks have had no gradient so far (cut)" in result.warnings[0].replace(
-        "stem.", ""
-    )
+    dead = [text for text in result.warnings if text.startswith("dead gates")]
+    assert len(dead) == 1
+    assert "dead gates: 1 of 3 blocks have had no gradient so far (cut)" in dead[0].replace("stem.", "")
     assert sum("dead gates" in line for line in lines) == 1
-    assert said()[0].warnings == []
+    assert not any("dead gates" in text for text in said()[0].warnings)
+
+
+def test_movement_of_gates_is_in_the_log_and_gates_that_stay_are_warned_of(tmp_path: Path) -> None:
+    """The log has mean |gate − 1| per block: 0 before training, 0.1 where logits make it so; at a tiny rate a warning."""
+    model = net()
+    with torch.no_grad():
+        model.units[0].se.fc2.bias.fill_(math.log(1.1 / 0.9))  # 2σ(z) = 1.1, whatever the image
+    slow = finetune(model, DATA, **{**QUICK, "lr": 1e-9, "epochs": 1}, out=tmp_path / "a")
+    assert slow.history[0]["moved.units.0.se"] == pytest.approx(0.1, abs=1e-6)
+    assert slow.history[0]["moved.units.1.se"] == 0
+    assert slow.history[1]["moved.units.0.se"] == pytest.approx(0.1, abs=1e-3)
+    (text,) = slow.warnings
+    assert "gates that hardly moved: 1 of 2 blocks" in text
+    assert "(units.1.se)" in text
+    header = (tmp_path / "a" / "log.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+    assert "moved.units.1.se" in header
+    fast = finetune(net(), DATA, **{**QUICK, "attn_lr": 0.5, "epochs": 2})
+    assert fast.warnings == []
+    assert fast.history[-1]["moved.units.1.se"] > 0.05
+    assert not any(key.startswith("moved") for key in finetune(net(None), DATA, **QUICK).history[-1])
 
 
 def test_a_bar_in_a_terminal_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
