@@ -63,7 +63,7 @@ def output_key(event: Call | Op, value: int) -> int | str | None:
 def operand_of(call: Call, value: int) -> int | str:
     """Position or name of the argument that is the value, or, where none is, that holds it in a list or the like."""
     given: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
-    held = [k for k, item in given.items() if value in (r.value for r in refs(item))]
+    held: list[int | str] = [k for k, item in given.items() if value in (r.value for r in refs(item))]
     return next((k for k in held if isinstance(given[k], Ref)), held[0])
 
 
