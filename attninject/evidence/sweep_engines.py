@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -270,6 +271,7 @@ class Ray:
         size = {} if address else {"num_cpus": (self.workers or os.cpu_count() or 1) * self.cpus}
         env = {"env_vars": environment(self.threads)}
         try:
+            _knock(address)
             ray.init(address=address, runtime_env=env, log_to_driver=False, include_dashboard=False, **size)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             where = f"Ray's cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
@@ -278,6 +280,13 @@ class Ray:
                 f"RAY_ADDRESS for this machine alone, or take --engine local: runs go on from where they are"
             ) from error
         return ray
+
+
+def _knock(address: str | None) -> None:
+    """OSError where nobody listens at host:port: Ray itself would go on asking for minutes."""
+    host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _ray_task(settings: dict[str, Any], threads: int) -> str:
