@@ -24,7 +24,6 @@ from .base import (
     hidden_width,
     pool,
     positions,
-    static_shape,
 )
 from .fast import axes as fast
 from .gate import Gate, GateKind, at_least_float32, normalize, scale, scale_groups, zero
@@ -75,7 +74,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 def parted(row: Tensor, x: Tensor) -> list[Tensor]:
     """The inverse of `joined` for x: (B, C, *S): each strip along its own axis again."""
-    sizes = static_shape(x)[2:]
+    sizes = x.shape[2:]  # not fixed, even by torch.jit.trace
     if len(sizes) == 2:
         first, second = torch.split(row, list(sizes), 2)
         return [first, second.transpose(2, 3)]

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from attninject.blocks import fused
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script"),  # torch's own forward mode scripts some formulas
+    pytest.mark.filterwarnings("ignore:`torch.jit."),  # torch's own forward mode scripts some formulas
     pytest.mark.filterwarnings("ignore:var_mean"),  # of no sample at all
     pytest.mark.filterwarnings("ignore:There is a performance drop"),  # torch.func over a kernel of the CPU
 ]
@@ -199,3 +199,15 @@ def test_torch_func_over_parameters_that_learn_takes_the_formula() -> None:
     assert by_hand
     for a, b in zip(by_func, by_hand, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --- other sizes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_traced_coordinate_attention_serves_other_sizes(dims: int) -> None:
+    """Its strips are parted by the sizes of the map at hand, so converters that trace keep them free."""
+    block = scrambled("coord", dims=dims, init="paper").eval()
+    traced = torch.jit.trace(block, noise(2, 16, *SIZES[dims]))
+    x = noise(3, 16, *(n + 2 for n in SIZES[dims]))
+    torch.testing.assert_close(traced(x), block(x))
