@@ -13,12 +13,13 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from attninject.errors import TraceRefused
 from attninject.observe.snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
 
-from .attribute_guard import AttributeReads, NoWrites, guarded
+from .attribute_guard import GRAD_MODE, AttributeReads, NoWrites, guarded
 from .local_graph import IN_PLACE, Arguments, AttributeRead, LocalGraph
 
 _CHECKPOINT_FLAGS = frozenset({"grad_checkpointing", "use_checkpoint", "with_cp", "memory_efficient"})
@@ -124,11 +125,11 @@ def trace(
     """
     was_training = owner.training
     with undoing(lambda: owner.__dict__.update(training=was_training)):
-        first, reads = _trace_once(owner, forward, arguments, hidden)
+        first, reads = _trace_in_mode(owner, forward, arguments, hidden)
         second = first
         if any(r.path == "" and r.name == "training" for r in reads):
             owner.__dict__["training"] = not was_training
-            second, more = _trace_once(owner, forward, arguments, hidden)
+            second, more = _trace_in_mode(owner, forward, arguments, hidden)
             reads = tuple(dict.fromkeys((*reads, *more)))
             if _text(second) == _text(first):
                 second = first
@@ -141,10 +142,30 @@ def _text(graph: fx.Graph) -> str:
     return graph.python_code("self").src
 
 
-def _trace_once(
+_Traced = tuple[fx.Graph, tuple[AttributeRead, ...]]
+
+
+def _trace_in_mode(
     owner: nn.Module, forward: Callable[..., Any], arguments: Arguments, hidden: frozenset[str]
-) -> tuple[fx.Graph, tuple[AttributeRead, ...]]:
-    reads = AttributeReads(owner, hidden)
+) -> _Traced:
+    """One graph for the mode that the owner is in, whether gradients are enabled or not.
+
+    A forward may ask, as a checkpointing wrapper does, and then do the same; where it does not, there is no graph.
+    """
+    reads = AttributeReads(owner, hidden, torch.is_grad_enabled())
+    graph, found = _trace_once(owner, forward, arguments, reads)
+    if reads.asks_grad:
+        other = AttributeReads(owner, hidden, not reads.grad)
+        twin, more = _trace_once(owner, forward, arguments, other)
+        if _text(twin) != _text(graph):
+            raise TraceRefused(GRAD_MODE)
+        found = tuple(dict.fromkeys((*found, *more)))
+    return graph, found
+
+
+def _trace_once(
+    owner: nn.Module, forward: Callable[..., Any], arguments: Arguments, reads: AttributeReads
+) -> _Traced:
     tracer = _Tracer(forward, arguments, reads)
     before, drawn = Snapshot(owner), generators()
     try:
