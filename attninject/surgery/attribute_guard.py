@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attninject.errors import TraceRefused
 from attninject.observe.record import written_tensors
@@ -24,6 +24,7 @@ _CHECKPOINTS = (
     "_checkpoint_without_reentrant_generator",
     "_checkpoint_without_reentrant_generator_impl",
 )
+_FACTORIES = ("rand", "randn", "zeros", "ones", "empty", "full", "arange")
 GRAD_MODE = "its forward depends on the grad mode"
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _ITERATION = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
@@ -117,10 +118,26 @@ class NoWrites(Mode):
         return func(*args, **(kwargs or {}))
 
 
+def _traceable(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes a tensor of a given size: part of the graph where the size is, which torch.fx misses."""
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        proxies: list[fx.Proxy] = []
+        fx.node.map_aggregate(
+            (args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else None
+        )
+        if proxies:
+            return proxies[0].tracer.create_proxy("call_function", factory, args, kwargs)
+        return factory(*args, **kwargs)
+
+    return make
+
+
 @contextlib.contextmanager
-def guarded(reads: AttributeReads) -> Iterator[None]:
+def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     """Record attribute reads and questions; refuse what a graph would silently lose: writes, checkpoints, contexts.
 
+    `sized`: a tensor made of a size that is part of the graph is part of it too.
     Other threads may go on making modules; calling one, torch.fx's own patch would be in their way.
     """
 
@@ -146,6 +163,7 @@ def guarded(reads: AttributeReads) -> Iterator[None]:
     ]
     patches = [(place, name, refuse(why, getattr(place, name))) for place, name, why in refusals]
     patches.append((torch, "is_grad_enabled", reads.is_grad_enabled))
+    patches += [(torch, name, _traceable(getattr(torch, name))) for name in _FACTORIES if sized]
     saved = [(place, name, getattr(place, name)) for place, name, _ in patches]
 
     def put_back() -> None:
