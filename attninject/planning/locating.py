@@ -49,11 +49,10 @@ def locate(scene: Scene, spot: Spot, path: str) -> Location:
             return _operation_in_root(scene, spot, path, reason)
         return _at_module(scene, spot, path, reason)
     except CannotRewriteError:
-        if owner is None or _not_rewritable(scene, owner):
+        if owner is None or _not_rewritable(scene, owner) or _shared(scene, owner):
             raise
-        with contextlib.suppress(
-            TraceRefused
-        ):  # a graph that asks about arguments is only made where one must be
+        # a graph that asks about arguments is only made where one must be
+        with contextlib.suppress(TraceRefused):
             return _in_graph(scene, scene.graph(owner.module, decide=True), owner, spot, path)
         raise
 

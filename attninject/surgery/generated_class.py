@@ -80,7 +80,7 @@ def generate(
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "forward": names["forward"],
-        "_attninject_forward": names["forward"],
+        "_attninject_generated": names["forward"],
         "__reduce_ex__": _reduce,
         "__copy__": lambda self: _copy(self, lambda state: state),
         **own_forward.guards(base, edit, _regenerate),
@@ -166,7 +166,7 @@ def _remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
         ) from refused
     made: Any = generate(known.base, known.edit, local, known.watched)
     set_class(carrier, made)
-    return made._attninject_forward(carrier, *args, **kwargs)
+    return made._attninject_generated(carrier, *args, **kwargs)
 
 
 def _graph_of_call(carrier: nn.Module, known: Injected, args: Any, kwargs: Any) -> LocalGraph:
