@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from attninject.blocks import options
+from attninject.blocks import options, symbolic
 from attninject.errors import BlockError, TooFewChannelsError
 
 from .fast import dispatch
@@ -146,6 +146,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape and dtype."""
+        if type(x) is not Tensor and isinstance(x, fx.Proxy):
+            return symbolic.one_call(self, x)
         least = self.fast_from
         fast = least is not None and dispatch.takes_fast_form(x, self.backend, least) and self.fast_applies(x)
         y = self.fast_transform(x) if fast else self.transform(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 
@@ -43,9 +44,17 @@ def locate(scene: Scene, spot: Spot, path: str) -> Location:
             return _in_graph(scene, local, owner, spot, path)
         except TraceRefused as refused:
             reason = f"{type(owner.module).__name__}: {refused}"
-    if isinstance(spot.event, Op):
-        return _operation_in_root(scene, spot, path, reason)
-    return _at_module(scene, spot, path, reason)
+    try:
+        if isinstance(spot.event, Op):
+            return _operation_in_root(scene, spot, path, reason)
+        return _at_module(scene, spot, path, reason)
+    except CannotRewriteError:
+        if owner is None or _not_rewritable(scene, owner) or _shared(scene, owner):
+            raise
+        # a graph that asks about arguments is only made where one must be
+        with contextlib.suppress(TraceRefused):
+            return _in_graph(scene, scene.graph(owner.module, decide=True), owner, spot, path)
+        raise
 
 
 def _check_bypass(owner: Call | None, path: str) -> None:

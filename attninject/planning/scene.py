@@ -17,7 +17,7 @@ from attninject.anatomy.repeated_units import channels_of
 from attninject.anatomy.token_grid import Positions
 from attninject.errors import CannotRewriteError, NotCalledError, TraceRefused
 from attninject.layout import Layout
-from attninject.observe.record import Call, Op, Record, refs
+from attninject.observe.record import Call, Op, Record, map_refs, refs
 from attninject.surgery.faithfulness import check
 from attninject.surgery.injected_state import OWN, base_class, injected_blocks, injected_in
 from attninject.surgery.local_graph import Arguments, LocalGraph, Target, find, targets
@@ -44,7 +44,7 @@ class Scene:
         self.root = model.get_submodule(root)
         self._rerun = rerun
         self.layouts: dict[tuple[Any, ...], Layout | None] = {}
-        self.graphs: dict[int, LocalGraph | TraceRefused] = {}
+        self.graphs: dict[tuple[int, bool], LocalGraph | TraceRefused] = {}
         self.templates: list[LocalGraph] = []  # of owners alike, one trace serves all; each is checked
         blocks = {id(m) for b in injected_blocks(model).values() for m in b.modules()}
         self.paths: dict[int, str] = {}
@@ -99,39 +99,46 @@ class Scene:
         """A run of the same model in training mode; None where it fails (detectors want targets)."""
         return self._rerun("training")
 
-    def graph(self, owner: nn.Module) -> LocalGraph:
+    def graph(self, owner: nn.Module, decide: bool = False) -> LocalGraph:
         """The faithful graph of a module's own forward, before any injection.
+
+        Args:
+            owner: the module.
+            decide: let it decide by its arguments, which generated code then asks about at every call.
 
         Raises:
             TraceRefused: there is none; the message says why.
         """
-        found = self.graphs.get(id(owner))
+        key = id(owner), decide
+        found = self.graphs.get(key)
         if found is None:
             try:
-                found = self._trace(owner)
+                found = self._trace(owner, decide)
             except TraceRefused as refused:
                 found = refused
-            self.graphs[id(owner)] = found
+            self.graphs[key] = found
         if isinstance(found, TraceRefused):
             raise found
         return found
 
-    def _trace(self, owner: nn.Module) -> LocalGraph:
+    def _trace(self, owner: nn.Module, decide: bool) -> LocalGraph:
         if "forward" in owner.__dict__ or OWN in owner.__dict__:
             raise TraceRefused("the instance has a forward of its own")
         call = self.record.calls_of(owner)[0]
         known = injected_in(owner)
         forward = base_class(owner).forward
         try:
-            arguments = Arguments.of(forward, call.args, call.kwargs)
+            args, kwargs = map_refs((call.args, call.kwargs), lambda r: self.record.values[r.value].twin)
+            arguments = Arguments.of(forward, args, kwargs)
         except (TypeError, ValueError) as error:
             raise TraceRefused(f"its forward's arguments cannot be told ({error})") from error
         slots = known.slots if known else frozenset()
-        known_one = next((t for t in self.templates if t.fits(owner, forward, arguments)), None)
+        templates = (t for t in self.templates if decide or not t.arguments.decisions)
+        known_one = next((t for t in templates if t.fits(owner, forward, arguments)), None)
         if known_one is not None and not slots:
             with contextlib.suppress(TraceRefused):  # its forward may look at more than they are alike in
                 return self._checked(known_one, owner, call)
-        local = trace(owner, forward, arguments, slots)
+        local = trace(owner, forward, arguments, slots, decide)
         self.templates.append(local)
         return self._checked(local, owner, call)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attninject.errors import TraceRefused
 from attninject.observe.record import written_tensors
@@ -18,6 +18,14 @@ from attninject.observe.snapshot import undoing
 
 from .local_graph import MISSING, PRESENT
 
+# What torch.utils.checkpoint calls, whichever way it is imported; the last since torch 2.14.
+_CHECKPOINTS = (
+    "CheckpointFunction",
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
+)
+_FACTORIES = ("rand", "randn", "zeros", "ones", "empty", "full", "arange")
+GRAD_MODE = "its forward depends on the grad mode"
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _ITERATION = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 
@@ -38,10 +46,14 @@ def _frozen(value: Any) -> Any:
 
 
 class AttributeReads:
-    """Collects the attributes that modules are asked for; filled slots read as None."""
+    """Collects the attributes that modules are asked for; filled slots read as None.
 
-    def __init__(self, owner: nn.Module, hidden: frozenset[str]) -> None:
+    Who asks whether gradients are enabled gets `grad`, and `asks_grad` says that somebody did.
+    """
+
+    def __init__(self, owner: nn.Module, hidden: frozenset[str], grad: bool) -> None:
         self.owner, self.hidden, self.thread = owner, hidden, threading.get_ident()
+        self.grad, self.asks_grad = grad, False
         self.on = False
         self.found: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
         self.iterates = False
@@ -83,6 +95,13 @@ class AttributeReads:
             self.note(module, name, value)
         return value
 
+    def is_grad_enabled(self) -> bool:
+        """In place of torch's own."""
+        if threading.get_ident() != self.thread:
+            return torch._C.is_grad_enabled()
+        self.asks_grad = True
+        return self.grad
+
     def note(self, module: nn.Module, name: str, value: Any) -> None:
         """Keep the first value that was read."""
         if isinstance(value, (Tensor, nn.Module)):
@@ -99,10 +118,26 @@ class NoWrites(Mode):
         return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def guarded(reads: AttributeReads) -> Iterator[None]:
-    """Record attribute reads; refuse what a graph would silently lose: writes, checkpoints, contexts.
+def _traceable(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes a tensor of a given size: part of the graph where the size is, which torch.fx misses."""
 
+    def make(*args: Any, **kwargs: Any) -> Any:
+        proxies: list[fx.Proxy] = []
+        fx.node.map_aggregate(
+            (args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else None
+        )
+        if proxies:
+            return proxies[0].tracer.create_proxy("call_function", factory, args, kwargs)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+@contextlib.contextmanager
+def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
+    """Record attribute reads and questions; refuse what a graph would silently lose: writes, checkpoints, contexts.
+
+    `sized`: a tensor made of a size that is part of the graph is part of it too.
     Other threads may go on making modules; calling one, torch.fx's own patch would be in their way.
     """
 
@@ -114,17 +149,22 @@ def guarded(reads: AttributeReads) -> Iterator[None]:
 
         return refused
 
-    children, grad = "it checkpoints its children", "its forward depends on the grad mode"
+    children = "it checkpoints its children"
     refusals: list[tuple[Any, str, str]] = [
-        (torch.utils.checkpoint, "CheckpointFunction", children),
-        (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", children),
-        (torch._C, "_set_grad_enabled", grad),
-        (torch, "is_grad_enabled", grad),
+        *(
+            (torch.utils.checkpoint, name, children)
+            for name in _CHECKPOINTS
+            if hasattr(torch.utils.checkpoint, name)
+        ),
+        (torch._C, "_set_grad_enabled", GRAD_MODE),
         (torch.amp.autocast_mode.autocast, "__enter__", "its forward sets autocast"),
         (nn.Module, "__setattr__", "its forward writes an attribute"),
         (nn.Module, "__delattr__", "its forward writes an attribute"),
     ]
-    saved = [(place, name, getattr(place, name)) for place, name, _ in refusals]
+    patches = [(place, name, refuse(why, getattr(place, name))) for place, name, why in refusals]
+    patches.append((torch, "is_grad_enabled", reads.is_grad_enabled))
+    patches += [(torch, name, _traceable(getattr(torch, name))) for name in _FACTORIES if sized]
+    saved = [(place, name, getattr(place, name)) for place, name, _ in patches]
 
     def put_back() -> None:
         with contextlib.suppress(AttributeError):
@@ -133,7 +173,7 @@ def guarded(reads: AttributeReads) -> Iterator[None]:
             setattr(place, name, value)
 
     with undoing(put_back):
-        for (place, name, why), (_, _, original) in zip(refusals, saved, strict=True):
-            setattr(place, name, refuse(why, original))
+        for place, name, patch in patches:
+            setattr(place, name, patch)
         nn.Module.__getattribute__ = lambda self, name: reads.get(self, name)  # type: ignore[method-assign, arg-type]
         yield

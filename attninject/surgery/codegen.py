@@ -11,7 +11,7 @@ from torch import fx, nn
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import OWN, Insertion
 from .layout_adapters import note_extent, run_block
-from .local_graph import MISSING, PRESENT, AttributeRead, LocalGraph
+from .local_graph import DECISION_NAMES, MISSING, PRESENT, AttributeRead, LocalGraph
 
 
 class ForwardWriter:
@@ -35,6 +35,7 @@ class ForwardWriter:
         self.around_result = watched or any(i.target is None and i.position == "after" for i in edit)
         self.names: dict[str, Any] = {
             "_base": base.forward,
+            **DECISION_NAMES,
             "_remake": remake,
             "run_block": run_block,
             "with_item": with_item,
@@ -96,11 +97,14 @@ class ForwardWriter:
     def _guards(self, local: LocalGraph) -> list[str]:
         """Lines that make the graph anew when something it depends on is not as it was."""
         tests = []
+        several = {p.name for p in self.parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         for a in local.arguments.constants:
-            if isinstance(a.value, tuple):
-                tests.append(a.name)  # *args or **kwargs: empty then
+            if a.name in several:
+                tests.append(f"repr({a.name}) != {a.value!r}" if a.value else a.name)
             else:
                 tests.append(f"{a.name} {'!=' if isinstance(a.value, str) else 'is not'} {a.value!r}")
+        for d in local.arguments.decisions:
+            tests.append(f"not {d.expression}" if d.outcome else d.expression)
         slots = self._slots()
         guarded = [r for r in local.reads if (r.path, r.name) not in slots and r.value is not PRESENT]
         for n, read in enumerate(guarded):

@@ -80,6 +80,7 @@ def generate(
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "forward": names["forward"],
+        "_attninject_generated": names["forward"],
         "__reduce_ex__": _reduce,
         "__copy__": lambda self: _copy(self, lambda state: state),
         **own_forward.guards(base, edit, _regenerate),
@@ -143,6 +144,9 @@ def remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Trace the carrier's forward anew, since something the graph depends on has changed, and run it.
 
+    A checkpoint that began in the class before comes here again when it recomputes, and finds the graph made.
+    What wrapped the forward around this call (the class itself may, as it is made) does so once.
+
     Raises:
         CannotRewriteError: there is no faithful graph any more, or the site is not in it.
     """
@@ -154,18 +158,32 @@ def _remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"extended ({type(carrier).__name__}), so the forward cannot be made anew; make the change before that"
         )
     try:
-        arguments = Arguments.of(known.base.forward, args, kwargs)
-        local = trace(carrier, known.base.forward, arguments, known.slots)
-        with as_original(carrier):
-            record = run(carrier, Inputs(args, kwargs), "meta", carrier.training)
-            check(local, carrier, record.calls[0], record, carrier.training)
+        local = _graph_of_call(carrier, known, args, kwargs)
     except TraceRefused as refused:
         raise CannotRewriteError(
             f"{known.base.__qualname__} changed since blocks were injected into its forward, and {refused}; "
             "eject the blocks, make the change, and inject again"
         ) from refused
-    set_class(carrier, generate(known.base, known.edit, local, known.watched))
-    return carrier.forward(*args, **kwargs)
+    made: Any = generate(known.base, known.edit, local, known.watched)
+    set_class(carrier, made)
+    return made._attninject_generated(carrier, *args, **kwargs)
+
+
+def _graph_of_call(carrier: nn.Module, known: Injected, args: Any, kwargs: Any) -> LocalGraph:
+    """The graph of the carrier's original forward, called so: the one that it has, if that still holds, or a new one.
+
+    Raises:
+        TraceRefused: there is none, or it is not faithful.
+    """
+    forward = known.base.forward
+    arguments = Arguments.of(forward, args, kwargs)
+    if known.local is not None and known.local.fits(carrier, forward, arguments):
+        return known.local
+    local = trace(carrier, forward, arguments, known.slots)
+    with as_original(carrier):
+        record = run(carrier, Inputs(args, kwargs), "meta", carrier.training)
+        check(local, carrier, record.calls[0], record, carrier.training)
+    return local
 
 
 def _copy(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from attninject.blocks.symbolic import stay_float
 from attninject.errors import LayoutError
 from attninject.layout import RANK
 
@@ -52,6 +53,7 @@ class _Leaf:
 
     def __call__(self, x: fx.Proxy) -> Any:
         tracer: Any = x.tracer
+        stay_float(self.block, tracer)
         usual = tracer.is_leaf_module
         tracer.is_leaf_module = lambda m, name: m is self.block or usual(m, name)
         try:

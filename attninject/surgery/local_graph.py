@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from attninject.errors import TraceRefused
-from attninject.observe.record import Ref
 
 # The values of an attribute that is not there, and of a child, whichever it is.
-MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
+MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING", "__reduce__": lambda self: "MISSING"})()
 PRESENT = type("Present", (), {"__repr__": lambda self: "PRESENT"})()
 
+
+DECISION_NAMES: Mapping[str, Any] = {"_operator": operator, "_Tensor": Tensor}  # what expressions may name
+_KINDS = {"_Tensor": Tensor, "tuple": tuple, "int": int, "float": float}
 
 # --- arguments ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One parameter of a forward: an input of the graph, or a constant that the graph depends on."""
+    """One parameter of a forward: an input of the graph, or a constant that the graph depends on.
+
+    `example`: of an input, what this call gives; a tensor on the meta device for a tensor, MISSING if not known.
+    Of `**options` it is the dict, and `value` the text of it.
+    """
 
     name: str
     constant: bool = False
     value: Any = None
     tensor: bool = False
+    example: Any = field(default=MISSING, compare=False)
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Arguments:
     """How a forward is called, as far as a graph depends on it."""
 
     items: tuple[Argument, ...]
+    decisions: tuple[Decision, ...] = ()  # of a graph: what its forward decided by the inputs
 
     @property
     def inputs(self) -> tuple[Argument, ...]:
@@ -46,9 +57,45 @@ class Arguments:
         """None, booleans and strings: a different value needs a graph of its own."""
         return tuple(a for a in self.items if a.constant)
 
+    def decided(self, decisions: Iterable[Decision]) -> Arguments:
+        """Those of a graph with these decisions; first, each input that they ask about is of the kind that it is here."""
+        asked = tuple(dict.fromkeys(decisions))
+        kinds = []
+        for a in self.inputs:
+            if any(re.search(rf"\b{a.name}\b", d.expression) for d in asked):
+                kind = next(k for k in _KINDS if isinstance(a.example, _KINDS[k]))
+                kinds.append(Decision(f"isinstance({a.name}, {kind})", True))
+        return Arguments(self.items, tuple(dict.fromkeys((*kinds, *asked))))
+
+    def value_of(self, expression: str) -> bool:
+        """What a decision's expression is in this call.
+
+        Raises:
+            TraceRefused: it cannot be told without the tensors' values.
+        """
+        known = {d.expression: d.outcome for d in self.decisions}
+        if expression in known:
+            return known[expression]
+        try:
+            names = {a.name: a.example for a in self.inputs if a.example is not MISSING}
+            return bool(
+                eval(expression, {"_operator": operator}, names)
+            )  # the text is ours, made from the graph
+        except Exception as error:
+            raise TraceRefused(f"it decides by its arguments ({expression})") from error
+
+    def fits(self, decided: Arguments) -> bool:
+        """Whether a graph made for `decided` serves a call like this one."""
+        try:
+            return self.items == decided.items and all(
+                self.value_of(d.expression) is d.outcome for d in decided.decisions
+            )
+        except TraceRefused:
+            return False
+
     @staticmethod
     def of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-        """From one call's arguments (tensors, or the probe's `Ref`s).
+        """From one call's arguments.
 
         Raises:
             TraceRefused: the forward takes variable arguments and was given some.
@@ -60,14 +107,88 @@ class Arguments:
         for name, parameter in list(signature.parameters.items())[1:]:
             value = bound.arguments[name]
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                if value:
+                if value and not (isinstance(value, dict) and all(map(_plain, value.values()))):
                     raise TraceRefused("its forward takes variable arguments")
-                items.append(Argument(name, True, ()))
+                items.append(Argument(name, True, repr(value) if value else "", example=value))
             elif value is None or isinstance(value, (bool, str)):
                 items.append(Argument(name, True, value))
             else:
-                items.append(Argument(name, tensor=isinstance(value, (Tensor, Ref))))
+                items.append(Argument(name, tensor=isinstance(value, Tensor), example=_example(value)))
         return Arguments(tuple(items))
+
+
+def _example(value: Any) -> Any:
+    """What a forward may decide by: a plain value, or the sizes of a tensor."""
+    if isinstance(value, Tensor):
+        return torch.empty(tuple(value.shape), device="meta")
+    if isinstance(value, tuple):
+        return value if all(_plain(v) for v in value) else MISSING
+    return value if isinstance(value, (int, float)) else MISSING
+
+
+def _plain(value: Any) -> bool:
+    inner = isinstance(value, tuple) and all(map(_plain, value))
+    return inner or value is None or isinstance(value, (bool, int, float, str))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A question that a forward asked about its inputs, and the answer: `if x.shape[2] % 2`.
+
+    `expression`: Python, of the inputs' names and `DECISION_NAMES`.
+    """
+
+    expression: str
+    outcome: bool
+
+
+_SIZES = frozenset({"shape", "ndim", "size", "dim", "ndimension", "numel"})
+
+
+def expression_of(node: Any, tensors: frozenset[str]) -> str:
+    """The text of a decision: how a node of a graph follows from the inputs alone.
+
+    Args:
+        node: of the graph, or an argument of one.
+        tensors: names of the inputs that are tensors, of which only the sizes may be looked at.
+
+    Raises:
+        TraceRefused: it follows from more than that.
+    """
+    if isinstance(node, (tuple, list)):
+        return f"({''.join(expression_of(item, tensors) + ', ' for item in node)})"
+    if not isinstance(node, fx.Node):
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return repr(node)
+    elif node.op == "placeholder" and node.target not in tensors:
+        return str(node.target)
+    elif node.op == "call_method" and node.target in _SIZES and not node.kwargs:
+        of, *given = node.args
+        return f"{_sized(of, tensors)}.{node.target}({', '.join(expression_of(g, tensors) for g in given)})"
+    elif node.target is getattr and node.args[1] in _SIZES:
+        return f"{_sized(node.args[0], tensors)}.{node.args[1]}"
+    elif getattr(node.target, "__module__", "") == "_operator" and not node.kwargs:
+        name = node.target.__name__  # type: ignore[union-attr]
+        return f"_operator.{name}({', '.join(expression_of(a, tensors) for a in node.args)})"
+    raise TraceRefused("it decides by values that are no arguments of it")
+
+
+def is_number(node: Any, plain: frozenset[str]) -> bool:
+    """Whether a node of a graph is a number or a tuple of them: one of the `plain` inputs, a size, or made of those."""
+    if not isinstance(node, fx.Node):
+        return _plain(node)
+    if node.op == "placeholder":
+        return node.target in plain
+    if node.target in _SIZES or (node.target is getattr and node.args[1] in _SIZES):
+        return True
+    made = getattr(node.target, "__module__", "") == "_operator"
+    return made and all(is_number(a, plain) for a in node.args)
+
+
+def _sized(node: Any, tensors: frozenset[str]) -> str:
+    if isinstance(node, fx.Node) and node.op == "placeholder" and node.target in tensors:
+        return str(node.target)
+    raise TraceRefused("it decides by sizes that are not those of its arguments")
 
 
 # --- the graph ---------------------------------------------------------------------------------
@@ -130,7 +251,7 @@ class LocalGraph:
         """Whether a trace of `owner` would give this very graph: same code, arguments and attributes."""
         return (
             forward is self.forward
-            and arguments == self.arguments
+            and arguments.fits(self.arguments)
             and all(r.holds(owner) for r in self.reads)
         )
 

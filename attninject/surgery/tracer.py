@@ -13,13 +13,14 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from attninject.errors import TraceRefused
 from attninject.observe.snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
 
-from .attribute_guard import AttributeReads, NoWrites, guarded
-from .local_graph import IN_PLACE, Arguments, AttributeRead, LocalGraph
+from .attribute_guard import GRAD_MODE, AttributeReads, NoWrites, guarded
+from .local_graph import IN_PLACE, Arguments, AttributeRead, Decision, LocalGraph, expression_of, is_number
 
 _CHECKPOINT_FLAGS = frozenset({"grad_checkpointing", "use_checkpoint", "with_cp", "memory_efficient"})
 
@@ -31,16 +32,22 @@ class _Proxy(fx.Proxy):
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    fn = getattr(operator, name)
+    """Of a number, `n += 1` makes another; as generated code it would give the old one's name to it."""
+    fn, of_number = (
+        getattr(operator, f"i{name}"),
+        getattr(operator, f"{name}_" if name in ("and", "or") else name),
+    )
 
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", fn, (self, other), {})
+        tracer: Any = self.tracer
+        made = of_number if is_number(self.node, tracer.plain_inputs) else fn
+        return tracer.create_proxy("call_function", made, (self, other), {})  # type: ignore[no-any-return]
 
     return method
 
 
 for _name in sorted(IN_PLACE):
-    setattr(_Proxy, f"__i{_name}__", _in_place(f"i{_name}"))
+    setattr(_Proxy, f"__i{_name}__", _in_place(_name))
 
 
 class _TensorProxy(_Proxy):
@@ -56,10 +63,18 @@ class _TensorProxy(_Proxy):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else `self.count.add_(1)` would really count during the trace
 
-    def __init__(self, forward: Callable[..., Any], arguments: Arguments, reads: AttributeReads) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], arguments: Arguments, reads: AttributeReads, decide: bool
+    ) -> None:
         super().__init__()
+        self.decide = decide
         self.forward, self.arguments, self.reads = forward, arguments, reads
-        self.tensor_inputs = {a.name for a in arguments.inputs if a.tensor}
+        self.tensor_inputs = frozenset(a.name for a in arguments.inputs if a.tensor)
+        self.plain_inputs = frozenset(
+            a.name for a in arguments.inputs if isinstance(a.example, (int, float, tuple))
+        )
+        self.decisions: dict[str, bool] = {}
+        self.asked: list[fx.Node] = []
         self.known = {id(t) for t in (*reads.owner.parameters(), *reads.owner.buffers())}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -70,6 +85,26 @@ class _Tracer(fx.Tracer):
             return _TensorProxy(node, self)
         return _Proxy(node, self)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide by plain arguments and the sizes of tensors, and note it; by nothing else."""
+        if not self.decide:
+            return bool(super().to_bool(obj))
+        try:
+            expression = expression_of(obj.node, self.tensor_inputs)
+            outcome = self.decisions[expression] = self.arguments.value_of(expression)
+        except TraceRefused:
+            return bool(super().to_bool(obj))
+        self.asked.append(obj.node)
+        return outcome
+
+    def tidy(self) -> None:
+        """Take out what only served decisions."""
+        while self.asked:
+            node = self.asked.pop()
+            if not node.users and node.op != "placeholder" and node in self.graph.nodes:
+                self.asked += node.all_input_nodes
+                self.graph.erase_node(node)
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """One placeholder per input; constants are passed as they are."""
         positional, keyword = [], {}
@@ -77,6 +112,7 @@ class _Tracer(fx.Tracer):
         for argument in self.arguments.items:
             kind = parameters[argument.name].kind
             if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                keyword.update(argument.example if isinstance(argument.example, dict) else {})
                 continue
             value = argument.value
             if not argument.constant:
@@ -109,7 +145,11 @@ class _Tracer(fx.Tracer):
 
 
 def trace(
-    owner: nn.Module, forward: Callable[..., Any], arguments: Arguments, hidden: frozenset[str] = frozenset()
+    owner: nn.Module,
+    forward: Callable[..., Any],
+    arguments: Arguments,
+    hidden: frozenset[str] = frozenset(),
+    decide: bool = True,
 ) -> LocalGraph:
     """Trace `forward` (the owner's, before any injection) with all children as leaves.
 
@@ -118,39 +158,69 @@ def trace(
         forward: the function of the owner's original class.
         arguments: which arguments vary, which are constants.
         hidden: slots filled by injection, which read as None.
+        decide: let the forward decide by plain arguments and by sizes, and make tensors of such sizes.
 
     Raises:
         TraceRefused: no graph, or one that would freeze or miss something.
     """
     was_training = owner.training
     with undoing(lambda: owner.__dict__.update(training=was_training)):
-        first, reads = _trace_once(owner, forward, arguments, hidden)
+        first, reads, decisions = _trace_in_mode(owner, forward, arguments, hidden, decide)
         second = first
         if any(r.path == "" and r.name == "training" for r in reads):
             owner.__dict__["training"] = not was_training
-            second, more = _trace_once(owner, forward, arguments, hidden)
-            reads = tuple(dict.fromkeys((*reads, *more)))
+            second, more, others = _trace_in_mode(owner, forward, arguments, hidden, decide)
+            reads, decisions = tuple(dict.fromkeys((*reads, *more))), (*decisions, *others)
             if _text(second) == _text(first):
                 second = first
     reads = tuple(r for r in reads if (r.path, r.name) != ("", "training"))
     train, eval_ = (first, second) if was_training else (second, first)
-    return LocalGraph(forward, arguments, eval_, train, reads)
+    return LocalGraph(forward, arguments.decided(decisions), eval_, train, reads)
 
 
 def _text(graph: fx.Graph) -> str:
     return graph.python_code("self").src
 
 
+_Traced = tuple[fx.Graph, tuple[AttributeRead, ...], tuple[Decision, ...]]
+
+
+def _trace_in_mode(
+    owner: nn.Module,
+    forward: Callable[..., Any],
+    arguments: Arguments,
+    hidden: frozenset[str],
+    decide: bool,
+) -> _Traced:
+    """One graph for the mode that the owner is in, whether gradients are enabled or not.
+
+    A forward may ask, as a checkpointing wrapper does, and then do the same; where it does not, there is no graph.
+    """
+    reads = AttributeReads(owner, hidden, torch.is_grad_enabled())
+    graph, found, decisions = _trace_once(owner, forward, arguments, reads, decide)
+    if reads.asks_grad:
+        other = AttributeReads(owner, hidden, not reads.grad)
+        twin, more, others = _trace_once(owner, forward, arguments, other, decide)
+        if _text(twin) != _text(graph):
+            raise TraceRefused(GRAD_MODE)
+        found, decisions = tuple(dict.fromkeys((*found, *more))), (*decisions, *others)
+    return graph, found, decisions
+
+
 def _trace_once(
-    owner: nn.Module, forward: Callable[..., Any], arguments: Arguments, hidden: frozenset[str]
-) -> tuple[fx.Graph, tuple[AttributeRead, ...]]:
-    reads = AttributeReads(owner, hidden)
-    tracer = _Tracer(forward, arguments, reads)
+    owner: nn.Module,
+    forward: Callable[..., Any],
+    arguments: Arguments,
+    reads: AttributeReads,
+    decide: bool,
+) -> _Traced:
+    tracer = _Tracer(forward, arguments, reads, decide)
     before, drawn = Snapshot(owner), generators()
     try:
         with rng_kept(), undoing(before.restore):
-            with PATCHING, guarded(reads), NoWrites():
+            with PATCHING, guarded(reads, decide), NoWrites():
                 graph = tracer.trace(owner)
+                tracer.tidy()
             dirty, random_drawn = before.changed(), drawn != generators()
     except TraceRefused:
         raise
@@ -175,4 +245,4 @@ def _trace_once(
         found.append(AttributeRead(paths[key], name, value))
     if not all(r.holds(owner) for r in found):
         raise TraceRefused("it reads an attribute that is another at every look")
-    return graph, tuple(found)
+    return graph, tuple(found), tuple(Decision(*d) for d in tracer.decisions.items())
