@@ -27,6 +27,7 @@ from attninject.errors import (
     AttnInjectError,
     LayoutError,
     NoSuchPlaceError,
+    NoTensorError,
     ProbeError,
     RunError,
     UnsupportedModelError,
@@ -189,7 +190,7 @@ def _place(
             return {**entry, **_of(found, plan.sites)}
         except (UnsupportedModelError, ProbeError):
             raise
-        except NoSuchPlaceError as error:
+        except (NoSuchPlaceError, NoTensorError) as error:  # no one tensor enters a densely connected unit
             return {**entry, "status": "absent", "error": guarantees.told(error)}
         except LayoutError as error:
             if block_here == WITHOUT_GRID:
