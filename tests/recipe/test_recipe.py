@@ -330,7 +330,7 @@ rules:
         "r.yaml:5:11: rule 1, name: 'forward' is reserved, every torch.nn.Module has it",
         "r.yaml:6:5: duplicate key 'name', first at line 5",
         "r.yaml:7:27: rule 2: `place` and `after` exclude each other; make two rules of them",
-        "r.yaml:7:34: rule 2, place: expected a place (before_downsample, block_end, block_start, "
+        "r.yaml:7:34: rule 2, place: expected a place (before_downsample, block_end, block_start, decoder_end, "
         "head_input, residual_branch, shortcut, stage_end, stem_end), found 'stage_ends'; did you mean",
         "r.yaml:10:12: rule 3, args: block 'se' has no argument 'reductoin'; did you mean 'reduction'?",
         "r.yaml:10:32: rule 3, args: block 'se': bias: expected true or false, found 3",
