@@ -102,10 +102,10 @@ class CBAM(Block):
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape; what lies between the halves is never kept."""
         channel, spatial = self.channel, self.spatial
-        carriers, descriptors = fast_channel.squeeze(x, channel.pools)
+        conduits, descriptors = fast_channel.squeeze(x, channel.pools)
         m = channel.gate(channel.merged(descriptors, pointwise)).to(x.dtype)
-        carriers, pooled = fast_spatial.refine(x, m, carriers)
-        return fast_spatial.rescale(x, m, spatial.gate(spatial.read(*pooled)), carriers)
+        conduits, pooled = fast_spatial.refine(x, m, conduits)
+        return fast_spatial.rescale(x, m, spatial.gate(spatial.read(*pooled)), conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S); `gate`: (B, C, *S) if parallel.
@@ -232,12 +232,12 @@ class BAM(Block):
         """x: (B, C, *S) → x · factor, the factor never kept."""
         first = self.spatial[0]
         assert isinstance(first, ConvNormReLU)
-        carrier, mean, z = fast_bam.branch(x, first.conv)
+        conduit, mean, z = fast_bam.branch(x, first.conv)
         z = F.relu(normalize(first.norm, z))
         for layer in list(self.spatial)[1:]:
             z = layer(z)
         c, s = at_least_float32(self.channel(mean)), at_least_float32(z)
-        return fast_bam.modulate(x, c, s, carrier, self.mode, self.identity)
+        return fast_bam.modulate(x, c, s, conduit, self.mode, self.identity)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, C, *S), the 1 of 1 + σ included."""

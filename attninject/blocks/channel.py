@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALL, SMALLER
-from attninject.blocks.fast.pointwise import Run, call, pointwise
+from attninject.blocks.fast.pointwise import Caller, call, pointwise
 
 from .base import CONV, Block, Facts, he_init, hidden_width, pool
 from .fast import channel as fast
@@ -30,11 +30,11 @@ class ChannelMLP(Block):
         self.fc2 = conv(hidden, self.channels, 1, bias=bias)
         self.gate = Gate(gate, identity=self.identity)
 
-    def mlp(self, descriptor: Tensor, run: Run = call) -> Tensor:
+    def mlp(self, descriptor: Tensor, run: Caller = call) -> Tensor:
         """(B, C, 1, …) → logits of the same shape, float32 or wider."""
         return at_least_float32(run(self.fc2, F.relu(run(self.fc1, descriptor))))
 
-    def merged(self, descriptors: Sequence[Tensor], run: Run = call) -> Tensor:
+    def merged(self, descriptors: Sequence[Tensor], run: Caller = call) -> Tensor:
         """One descriptor (B, C, 1, …) for each of `pools` → gate logits of that shape."""
         raise NotImplementedError
 
@@ -52,8 +52,8 @@ class ChannelMLP(Block):
 
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
-        carriers, descriptors = fast.squeeze(x, self.pools)
-        return fast.scale(x, self.gate(self.merged(descriptors, pointwise)), carriers)
+        conduits, descriptors = fast.squeeze(x, self.pools)
+        return fast.scale(x, self.gate(self.merged(descriptors, pointwise)), conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, C, 1, …)."""
@@ -98,7 +98,7 @@ class SE(ChannelMLP):
         """He initialisation (the paper follows arXiv:1502.01852), zero biases."""
         he_init(self.fc1, self.fc2)
 
-    def merged(self, descriptors: Sequence[Tensor], run: Run = call) -> Tensor:
+    def merged(self, descriptors: Sequence[Tensor], run: Caller = call) -> Tensor:
         """Mean and maximum are averaged, then go through the MLP."""
         first, *others = descriptors
         return self.mlp(0.5 * first + 0.5 * others[0] if others else first, run)
@@ -145,7 +145,7 @@ class ChannelAttention(ChannelMLP):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def merged(self, descriptors: Sequence[Tensor], run: Run = call) -> Tensor:
+    def merged(self, descriptors: Sequence[Tensor], run: Caller = call) -> Tensor:
         """Each goes through the MLP; the logits are added."""
         first, *others = (self.mlp(descriptor, run) for descriptor in descriptors)
         return first + others[0] if others else first

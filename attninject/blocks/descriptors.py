@@ -82,8 +82,8 @@ class ECA(GateBlock):
 
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
-        carriers, (mean,) = fast_channel.squeeze(x, ("avg",))
-        return fast_channel.scale(x, self.slide(mean), carriers)
+        conduits, (mean,) = fast_channel.squeeze(x, ("avg",))
+        return fast_channel.scale(x, self.slide(mean), conduits)
 
 
 def adaptive_kernel(channels: int, gamma: float = 2, beta: float = 1) -> int:
@@ -299,10 +299,10 @@ class GC(Block):
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · factor + summand."""
         if self.conv_attn is None:
-            carriers, (s,) = fast_channel.squeeze(x, ("avg",))
+            conduits, (s,) = fast_channel.squeeze(x, ("avg",))
         else:
-            carriers, s = fast_context.context(x, self.conv_attn)
-        return fast_context.affine_of(x, *self.fused(s), carriers)
+            conduits, s = fast_context.context(x, self.conv_attn)
+        return fast_context.affine_of(x, *self.fused(s), conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → of these what there is: `weights`: (B, 1, *S), `gate` and `shift`: (B, C, 1, …)."""

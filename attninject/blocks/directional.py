@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALL
-from attninject.blocks.fast.pointwise import Run, call, pointwise
+from attninject.blocks.fast.pointwise import Caller, call, pointwise
 
 from .base import (
     BATCH_NORM,
@@ -125,7 +125,7 @@ class Coordinate(Block):
         """Zero the last layer of every axis: all gates are 1, and each passes the others' gradient on."""
         zero(*self.excite)
 
-    def read(self, means: Sequence[Tensor], x: Tensor, run: Run = call) -> list[Tensor]:
+    def read(self, means: Sequence[Tensor], x: Tensor, run: Caller = call) -> list[Tensor]:
         """The strips of x → logits of one gate per axis, of the strip's shape, float32 or wider."""
         f = F.hardswish(normalize(self.norm, run(self.conv1, joined(means))))
         parts = zip(self.excite, parted(f, x), strict=True)
@@ -144,9 +144,9 @@ class Coordinate(Block):
 
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · the gates."""
-        carriers, means = fast.strips(x)
+        conduits, means = fast.strips(x)
         factors = [fast.opened(self.gate, z, x) for z in self.read(means, x, pointwise)]
-        return fast.scale(x, factors, carriers)
+        return fast.scale(x, factors, conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `height`: (B, C, H, 1) and `width`: (B, C, 1, W); `depth` in 3D, `length` in 1D."""

@@ -348,9 +348,9 @@ class SCSE(Block):
 
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · (g_c + g_s)."""
-        carriers, (mean, z) = fast.squeeze_project(x, self.spatial)
+        conduits, (mean, z) = fast.squeeze_project(x, self.spatial)
         c, s = self.gate(self.channel.merged([mean], pointwise)), self.gate(at_least_float32(z))
-        return fast.scale_by_sum(x, c, s, carriers)
+        return fast.scale_by_sum(x, c, s, conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S)."""

@@ -88,8 +88,8 @@ class SpatialAttention(Block):
 
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
-        carriers, descriptors = fast.pool(x)
-        return fast.scale(x, self.gate(self.read(*descriptors)), carriers)
+        conduits, descriptors = fast.pool(x)
+        return fast.scale(x, self.gate(self.read(*descriptors)), conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, 1, *S)."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from attninject import api
 from attninject.errors import PictureError
 from attninject.files import replacing
+from attninject.observe.example_inputs import first_float
 
 from . import pictures_cam, pictures_paint
 from .pictures_input import ImageLike, Position, Seen, eyes_of, look_at
@@ -115,12 +116,8 @@ def _picture(album: _Album, net: nn.Module, start: nn.Module | None, seen: Seen,
         whole = list(_of_network(inner, seen, looks, output, cam))
     if start is not None:
         with untouched(start) as before:
-            looks = with_start(looks, looks_of(before, seen.x.to(_like(before, seen.x)), seen.at)[0])
+            looks = with_start(looks, looks_of(before, seen.x.to(first_float(before, seen.x)), seen.at)[0])
     album.chapter(seen, [panel for panel in whole if panel is not None], looks)
-
-
-def _like(model: nn.Module, x: Tensor) -> Tensor:
-    return next((p for p in model.parameters() if p.is_floating_point()), x)
 
 
 def _of_network(

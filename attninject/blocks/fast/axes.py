@@ -12,18 +12,18 @@ from attninject.blocks.gate import Gate
 from attninject.blocks.precision import full_precision
 
 from .dispatch import untouched
-from .function import FastFunction, carrier
+from .function import FastFunction, conduit
 from .primitives import flat, laid_out_as, pieces, wide
 
 
 class Strips(FastFunction):
-    """x → for each axis its means over the other axes; carriers of g and of each axis' factor."""
+    """x → for each axis its means over the other axes; conduits of g and of each axis' factor."""
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, ...]:
-        """x: (B, C, *S) → carrier of g, the factors' carriers, then the means: (B, C, H, 1), (B, C, 1, W)."""
+        """x: (B, C, *S) → conduit of g, the factors' conduits, then the means: (B, C, H, 1), (B, C, 1, W)."""
         means = _strips(x)
-        return carrier(x, x.shape), *(carrier(x, mean.shape) for mean in means), *means
+        return conduit(x, x.shape), *(conduit(x, mean.shape) for mean in means), *means
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -94,9 +94,9 @@ class ScaleAxes(FastFunction):
     """y = x · Π_i f_i, one factor per axis; tells `Strips` what g and the factors are."""
 
     @staticmethod
-    def forward(x: Tensor, *factors_and_carriers: Tensor) -> Tensor:
-        """x: (B, C, *S), factors (B, C, H, 1), (B, C, 1, W) of the same dtype, carriers → the product."""
-        factors = factors_and_carriers[: x.ndim - 2]
+    def forward(x: Tensor, *factors_and_conduits: Tensor) -> Tensor:
+        """x: (B, C, *S), factors (B, C, H, 1), (B, C, 1, W) of the same dtype, conduits → the product."""
+        factors = factors_and_conduits[: x.ndim - 2]
         out = torch.empty_like(x)
         for part in pieces(flat(x)):
             factor = _combined(torch.mul, factors, part, out[part])
@@ -194,9 +194,9 @@ def strips(x: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     return found[:split], list(found[split:])
 
 
-def scale(x: Tensor, factors: Sequence[Tensor], carriers: Sequence[Tensor]) -> Tensor:
-    """x · Π factors in x's dtype, from the means that came with the carriers."""
-    y: Tensor = ScaleAxes.apply(x, *(_beside(factor.to(x.dtype), x) for factor in factors), *carriers)
+def scale(x: Tensor, factors: Sequence[Tensor], conduits: Sequence[Tensor]) -> Tensor:
+    """x · Π factors in x's dtype, from the means that came with the conduits."""
+    y: Tensor = ScaleAxes.apply(x, *(_beside(factor.to(x.dtype), x) for factor in factors), *conduits)
     return y
 
 

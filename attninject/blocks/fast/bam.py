@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attninject.blocks.precision import full_precision
 
-from .function import FastFunction, carrier
+from .function import FastFunction, conduit
 from .primitives import (
     flat,
     laid_out_as,
@@ -24,12 +24,12 @@ from .primitives import (
 
 
 class Branch(FastFunction):
-    """x → its means over positions and W x + b, a 1×1 convolution; a carrier of g · factor."""
+    """x → its means over positions and W x + b, a 1×1 convolution; a conduit of g · factor."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """x: (B, C, *S), weight: (D, C, 1, …) → carrier, (B, C, 1, …), (B, D, *S)."""
-        return carrier(x, x.shape), *_branches(x, weight, bias)
+        """x: (B, C, *S), weight: (D, C, 1, …) → conduit, (B, C, 1, …), (B, D, *S)."""
+        return conduit(x, x.shape), *_branches(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -75,7 +75,7 @@ class Modulate(FastFunction):
 
     @staticmethod
     def forward(
-        x: Tensor, c: Tensor, s: Tensor, carrier: Tensor, mode: str, constant: float, slope: float
+        x: Tensor, c: Tensor, s: Tensor, conduit: Tensor, mode: str, constant: float, slope: float
     ) -> Tensor:
         """x: (B, C, *S), c: (B, C, 1, …), s: (B, 1, *S), float32 or wider; a, k → y in x's dtype."""
         out = torch.empty_like(x)
@@ -144,8 +144,8 @@ def branch(x: Tensor, conv: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         return found
 
 
-def modulate(x: Tensor, c: Tensor, s: Tensor, carrier: Tensor, mode: str, identity: bool) -> Tensor:
+def modulate(x: Tensor, c: Tensor, s: Tensor, conduit: Tensor, mode: str, identity: bool) -> Tensor:
     """x · (1 + σ(z)), or x · 2σ(z) under `identity`; z = c · s (`product`) or c + s (`sum`)."""
     constant, slope = (0.0, 2.0) if identity else (1.0, 1.0)
-    y: Tensor = Modulate.apply(x, c, s, carrier, mode, constant, slope)
+    y: Tensor = Modulate.apply(x, c, s, conduit, mode, constant, slope)
     return y

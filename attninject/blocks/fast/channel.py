@@ -10,18 +10,18 @@ from torch import Tensor
 
 from attninject.blocks.precision import full_precision
 
-from .function import FastFunction, carrier
+from .function import FastFunction, conduit
 from .primitives import affine, channel_dot, flat, laid_out_as, maxima_shares, pieces, room
 
 
 class Squeeze(FastFunction):
-    """x → its means and maxima over positions, and two carriers: for g, of x's shape, and for the factor."""
+    """x → its means and maxima over positions, and two conduits: for g, of x's shape, and for the factor."""
 
     @staticmethod
     def forward(x: Tensor, kinds: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """x: (B, C, *S) → carrier of g, carrier of f, and (B, C, 1, …) for each of `kinds`, avg or max."""
+        """x: (B, C, *S) → conduit of g, conduit of f, and (B, C, 1, …) for each of `kinds`, avg or max."""
         pooled = _pooled(x, kinds)
-        return (carrier(x, x.shape), carrier(x, pooled[0].shape), *pooled)
+        return (conduit(x, x.shape), conduit(x, pooled[0].shape), *pooled)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -88,7 +88,7 @@ class Scale(FastFunction):
     """y = x · f, f: one factor per channel; tells `Squeeze` what g and f are. See also `spatial.ScaleAt`."""
 
     @staticmethod
-    def forward(x: Tensor, f: Tensor, g_carrier: Tensor, f_carrier: Tensor) -> Tensor:
+    def forward(x: Tensor, f: Tensor, g_conduit: Tensor, f_conduit: Tensor) -> Tensor:
         """x: (B, C, *S), f: (B, C, 1, …) of the same dtype → x · f."""
         return x * f
 
@@ -116,11 +116,11 @@ class Scale(FastFunction):
 def squeeze(x: Tensor, kinds: tuple[str, ...]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """x: (B, C, *S) → what `scale` needs, and the descriptors (B, C, 1, …) of the `kinds` avg and max."""
     with full_precision(x):
-        g_carrier, f_carrier, *pooled = Squeeze.apply(x, kinds)
-    return (g_carrier, f_carrier), pooled
+        g_conduit, f_conduit, *pooled = Squeeze.apply(x, kinds)
+    return (g_conduit, f_conduit), pooled
 
 
-def scale(x: Tensor, factor: Tensor, carriers: tuple[Tensor, Tensor]) -> Tensor:
-    """x · factor in x's dtype, `factor`: (B, C, 1, …) from the descriptors that came with the carriers."""
-    y: Tensor = Scale.apply(x, factor.to(x.dtype), *carriers)
+def scale(x: Tensor, factor: Tensor, conduits: tuple[Tensor, Tensor]) -> Tensor:
+    """x · factor in x's dtype, `factor`: (B, C, 1, …) from the descriptors that came with the conduits."""
+    y: Tensor = Scale.apply(x, factor.to(x.dtype), *conduits)
     return y

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attninject.blocks.gate import at_least_float32
 from attninject.blocks.precision import full_precision
 
-from .function import FastFunction, carrier
+from .function import FastFunction, conduit
 from .primitives import (
     channel_dot,
     flat,
@@ -25,15 +25,15 @@ from .primitives import (
 
 
 class Context(FastFunction):
-    """x → Σ_j softmax_j(w · x_j + b) x_j, and carriers of g and of the factor."""
+    """x → Σ_j softmax_j(w · x_j + b) x_j, and conduits of g and of the factor."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """x: (B, C, *S), weight: (1, C, 1, …) → carriers, the context (B, C, 1, …), the weights (B, N)."""
+        """x: (B, C, *S), weight: (1, C, 1, …) → conduits, the context (B, C, 1, …), the weights (B, N)."""
         dense = flat(x)
         weights = _weights(dense, weight, bias)
         context = mix_positions(dense, weights).view(*x.shape[:2], *(1,) * (x.ndim - 2))
-        return carrier(x, x.shape), carrier(x, context.shape), context, weights
+        return conduit(x, x.shape), conduit(x, context.shape), context, weights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -93,7 +93,7 @@ class Affine(FastFunction):
 
     @staticmethod
     def forward(
-        x: Tensor, f: Tensor | None, b: Tensor | None, g_carrier: Tensor, f_carrier: Tensor
+        x: Tensor, f: Tensor | None, b: Tensor | None, g_conduit: Tensor, f_conduit: Tensor
     ) -> Tensor:
         """x: (B, C, *S), f, b: (B, C, 1, …) of the same dtype → x · f + b."""
         y = x if f is None else x * f
@@ -139,10 +139,10 @@ def context(x: Tensor, conv: nn.Module) -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (g, f), pooled
 
 
-def affine_of(x: Tensor, f: Tensor | None, b: Tensor | None, carriers: tuple[Tensor, Tensor]) -> Tensor:
-    """x · f + b in x's dtype, from a descriptor that came with the carriers."""
+def affine_of(x: Tensor, f: Tensor | None, b: Tensor | None, conduits: tuple[Tensor, Tensor]) -> Tensor:
+    """x · f + b in x's dtype, from a descriptor that came with the conduits."""
     f, b = (None if t is None else t.to(x.dtype) for t in (f, b))
-    y: Tensor = Affine.apply(x, f, b, *carriers)
+    y: Tensor = Affine.apply(x, f, b, *conduits)
     return y
 
 
@@ -150,15 +150,15 @@ def affine_of(x: Tensor, f: Tensor | None, b: Tensor | None, carriers: tuple[Ten
 
 
 class SqueezeProject(FastFunction):
-    """x → its means over positions, w · x + b at each position, and carriers of g, c and s."""
+    """x → its means over positions, w · x + b at each position, and conduits of g, c and s."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """x: (B, C, *S), weight: (1, C, 1, …) → three carriers, (B, C, 1, …) and (B, 1, *S)."""
+        """x: (B, C, *S), weight: (1, C, 1, …) → three conduits, (B, C, 1, …) and (B, 1, *S)."""
         mean = x.mean(tuple(range(2, x.ndim)), keepdim=True)
         z = mix_channels(flat(x), weight.flatten().expand(x.shape[:2])).view(x.shape[0], 1, *x.shape[2:])
         z = z if bias is None else z + bias.to(z.dtype)
-        return carrier(x, x.shape), carrier(x, mean.shape), carrier(x, z.shape), mean, z
+        return conduit(x, x.shape), conduit(x, mean.shape), conduit(x, z.shape), mean, z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -202,7 +202,7 @@ class ScaleBySum(FastFunction):
     """y = x · (c + s); tells `SqueezeProject` what g, c and s are."""
 
     @staticmethod
-    def forward(x: Tensor, c: Tensor, s: Tensor, *carriers: Tensor) -> Tensor:
+    def forward(x: Tensor, c: Tensor, s: Tensor, *conduits: Tensor) -> Tensor:
         """x: (B, C, *S), c: (B, C, 1, …), s: (B, 1, *S), float32 or wider → y in x's dtype."""
         out = torch.empty_like(x)
         spare = room(flat(x), wide(x))
@@ -239,13 +239,13 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def squeeze_project(x: Tensor, conv: nn.Module) -> tuple[Three, tuple[Tensor, Tensor]]:
-    """x: (B, C, *S) and a 1×1 convolution to one channel → carriers; means and the convolution's result."""
+    """x: (B, C, *S) and a 1×1 convolution to one channel → conduits; means and the convolution's result."""
     with full_precision(x):
         g, c, s, mean, z = SqueezeProject.apply(x, conv.weight, conv.bias)
     return (g, c, s), (mean, z)
 
 
-def scale_by_sum(x: Tensor, c: Tensor, s: Tensor, carriers: Three) -> Tensor:
+def scale_by_sum(x: Tensor, c: Tensor, s: Tensor, conduits: Three) -> Tensor:
     """x · (c + s) in x's dtype."""
-    y: Tensor = ScaleBySum.apply(x, c, s, *carriers)
+    y: Tensor = ScaleBySum.apply(x, c, s, *conduits)
     return y

@@ -5,9 +5,9 @@ g · f and what comes back through d. Written as two separate Functions they wou
 autograd would add them: two more writes and three more reads than are needed. Written as one Function, the
 small network would have to be run and differentiated inside it, out of sight of hooks, adapters, DDP and
 FSDP. So there are two Functions, with the network between them as ordinary modules, and the first hands the
-second some *carriers*: tensors of one element, expanded to a shape, that hold no values. In the backward the
-second returns for a carrier not a derivative but a letter to the first, such as g itself or the factor f,
-from which the first forms the gradient of x in one pass. Nothing but these two Functions ever sees a carrier.
+second some *conduits*: tensors of one element, expanded to a shape, that hold no values. In the backward the
+second returns for a conduit not a derivative but a letter to the first, such as g itself or the factor f,
+from which the first forms the gradient of x in one pass. Nothing but these two Functions ever sees a conduit.
 Autograd delivers the letters in the right order, frees them, and keeps several backward passes apart.
 
 **Double backward.** Where somebody may differentiate the backward (`create_graph=True`), or runs it under
@@ -26,7 +26,7 @@ from torch import Tensor
 from attninject.blocks.precision import full_precision
 
 
-def carrier(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+def conduit(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of that shape without values, which carries a letter back."""
     return x.new_zeros((), dtype=dtype).expand(shape)
 
@@ -41,7 +41,7 @@ class FastFunction(torch.autograd.Function):
     """A formula with a backward of its own.
 
     A subclass defines `forward` and `setup_context`, which ends with `cls.keep(ctx, …)`; `plain`, the same
-    formula in differentiable operations, of the tensors kept, with None for each carrier among its results;
+    formula in differentiable operations, of the tensors kept, with None for each conduit among its results;
     and `gradient`, the backward. The tensors kept are the first arguments of `forward`, in order, None for one
     whose gradient needs nothing of it.
     """

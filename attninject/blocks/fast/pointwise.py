@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .dispatch import untouched
 
-Run = Callable[[nn.Module, Tensor], Tensor]
+Caller = Callable[[nn.Module, Tensor], Tensor]
 """How a layer is applied: `call`, or a way that gives the same."""
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from attninject.blocks.precision import full_precision
 
 from .channel import Scale
-from .function import FastFunction, carrier
+from .function import FastFunction, conduit
 from .primitives import (
     channel_dot,
     flat,
@@ -24,13 +24,13 @@ from .primitives import (
 
 
 class Pool(FastFunction):
-    """x → its maximum and mean over the channels, and two carriers: for g, and for the factor s."""
+    """x → its maximum and mean over the channels, and two conduits: for g, and for the factor s."""
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, ...]:
-        """x: (B, C, *S) → carrier of g, carrier of s, maximum and mean: (B, 1, *S)."""
+        """x: (B, C, *S) → conduit of g, conduit of s, maximum and mean: (B, 1, *S)."""
         largest, mean = x.amax(1, keepdim=True), x.mean(1, keepdim=True)
-        return carrier(x, x.shape), carrier(x, mean.shape), largest, mean
+        return conduit(x, x.shape), conduit(x, mean.shape), largest, mean
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -91,11 +91,11 @@ class ScaleAt(Scale):
 
 
 class Refine(FastFunction):
-    """y = x · m, not kept → its maximum and mean over the channels, and carriers of g and s."""
+    """y = x · m, not kept → its maximum and mean over the channels, and conduits of g and s."""
 
     @staticmethod
-    def forward(x: Tensor, m: Tensor, gy_carrier: Tensor, m_carrier: Tensor) -> tuple[Tensor, ...]:
-        """x: (B, C, *S), m: (B, C, 1, …) → carrier of g, carrier of s, maximum and mean: (B, 1, *S)."""
+    def forward(x: Tensor, m: Tensor, gy_conduit: Tensor, m_conduit: Tensor) -> tuple[Tensor, ...]:
+        """x: (B, C, *S), m: (B, C, 1, …) → conduit of g, conduit of s, maximum and mean: (B, 1, *S)."""
         shape = (x.shape[0], 1, *x.shape[2:])
         largest, mean = x.new_empty(shape), x.new_empty(shape)
         dense, factor, spare = flat(x), m.flatten(2), room(flat(x))
@@ -103,7 +103,7 @@ class Refine(FastFunction):
             y = torch.mul(dense[part], factor[part], out=spare[: part.stop - part.start])
             torch.amax(y, 1, keepdim=True, out=largest.flatten(2)[part])
             torch.mean(y, 1, keepdim=True, out=mean.flatten(2)[part])
-        return carrier(x, x.shape), carrier(x, shape), largest, mean
+        return conduit(x, x.shape), conduit(x, shape), largest, mean
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -141,7 +141,7 @@ class Rescale(FastFunction):
     """y = x · m · s; tells `Refine` what g and s are."""
 
     @staticmethod
-    def forward(x: Tensor, m: Tensor, s: Tensor, g_carrier: Tensor, s_carrier: Tensor) -> Tensor:
+    def forward(x: Tensor, m: Tensor, s: Tensor, g_conduit: Tensor, s_conduit: Tensor) -> Tensor:
         """x: (B, C, *S), m: (B, C, 1, …), s: (B, 1, *S), of one dtype → the product."""
         out = torch.empty_like(x)
         for part in pieces(flat(x)):
@@ -188,20 +188,20 @@ def pool(x: Tensor) -> tuple[Carriers, tuple[Tensor, Tensor]]:
     return (g, s), (largest, mean)
 
 
-def scale(x: Tensor, factor: Tensor, carriers: Carriers) -> Tensor:
-    """x · factor in x's dtype, `factor`: (B, 1, *S) from the descriptors that came with the carriers."""
-    y: Tensor = ScaleAt.apply(x, factor.to(x.dtype), *carriers)
+def scale(x: Tensor, factor: Tensor, conduits: Carriers) -> Tensor:
+    """x · factor in x's dtype, `factor`: (B, 1, *S) from the descriptors that came with the conduits."""
+    y: Tensor = ScaleAt.apply(x, factor.to(x.dtype), *conduits)
     return y
 
 
-def refine(x: Tensor, m: Tensor, carriers: Carriers) -> tuple[Carriers, tuple[Tensor, Tensor]]:
-    """`pool` of x · m, `m`: (B, C, 1, …) in x's dtype, from descriptors that came with the carriers."""
+def refine(x: Tensor, m: Tensor, conduits: Carriers) -> tuple[Carriers, tuple[Tensor, Tensor]]:
+    """`pool` of x · m, `m`: (B, C, 1, …) in x's dtype, from descriptors that came with the conduits."""
     with full_precision(x):
-        g, s, largest, mean = Refine.apply(x, m, *carriers)
+        g, s, largest, mean = Refine.apply(x, m, *conduits)
     return (g, s), (largest, mean)
 
 
-def rescale(x: Tensor, m: Tensor, factor: Tensor, carriers: Carriers) -> Tensor:
-    """x · m · factor, `factor`: (B, 1, *S) from what `refine` gave with the carriers."""
-    y: Tensor = Rescale.apply(x, m, factor.to(x.dtype), *carriers)
+def rescale(x: Tensor, m: Tensor, factor: Tensor, conduits: Carriers) -> Tensor:
+    """x · m · factor, `factor`: (B, 1, *S) from what `refine` gave with the conduits."""
+    y: Tensor = Rescale.apply(x, m, factor.to(x.dtype), *conduits)
     return y
