@@ -341,7 +341,12 @@ ARCHITECTURES = [
 @pytest.mark.parametrize(("name", "path", "expected"), ARCHITECTURES)
 def test_positions_are_followed_through_a_real_network(name: str, path: str, expected: str) -> None:
     """Grids and orders that no shape tells: read off the source of each network."""
-    with torch.device("meta"):
+    if not timm.is_model(name):
+        pytest.skip("this timm has no such model")
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+    except RuntimeError:  # timm 1.0.15 reads drop rates off a tensor
         model = timm.create_model(name)
     plan = ai.plan(model, block="se", after=path)
     assert str(plan.sites[0].layout) == expected

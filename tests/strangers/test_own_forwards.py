@@ -115,6 +115,7 @@ def test_taking_the_assigned_forward_off_again_gives_the_carriers_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_a_fused_net_is_compiled_exported_and_traced_with_its_blocks() -> None:
     """Without a graph break."""
     model, x = fuse(injected(after="*")), images()
