@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -365,7 +366,8 @@ def test_a_run_is_exported_from_its_folder(run, images: Path, tmp_path: Path, ca
     out = capsys.readouterr().out
     assert f"wrote {folder / 'exported.pt2'}" in out
     assert "2×3×32×32: largest difference" in out
-    assert "3×3×32×32: largest difference" in out  # at 32 its last map is 1×1, which torch.export fixes
+    # at 32 its last map is 1×1, which torch.export fixes; not so torch 2.6
+    assert re.search("3×3×(32×32|64×96): largest difference", out)
     assert torch.export.load(folder / "exported.pt2").module()(torch.zeros(4, 3, 32, 32)).shape == (4, 3)
     argv = [
         "export",
