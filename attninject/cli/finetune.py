@@ -23,11 +23,13 @@ METAVARS = {
     "recipe": "RECIPE",
     "out": "FOLDER",
     "data.root": "FOLDER",
-    "data.kind": "KIND",
+    "data.kind": "FOLDER|KIND",
     "data.name": "NAME",
     "train.freeze": "WHAT",
     "train.unfreeze": "STEPS",
 }
+SHORT = {"--data-size": ("--size",)}
+"""Flag → what hands write in its place."""
 _BY_TYPE = {"int": "INT", "float": "FLOAT", "str": "WORD"}  # the first type of a setting's annotation
 _DEST = "experiment."  # in front of a setting's key in the namespace
 
@@ -70,7 +72,9 @@ def _add_setting(
         kind = str(field.type).partition(" ")[0]
         how = {"type": scalar, "metavar": METAVARS.get(key, _BY_TYPE.get(kind, "VALUE"))}
     shown = with_default(text.replace("%", "%%"), None if field.default is MISSING else field.default)
-    group.add_argument(name, dest=_DEST + key, default=argparse.SUPPRESS, help=shown, **how)
+    group.add_argument(
+        name, *SHORT.get(name, ()), dest=_DEST + key, default=argparse.SUPPRESS, help=shown, **how
+    )
 
 
 def run(args: argparse.Namespace) -> None:

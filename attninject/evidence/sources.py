@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from attninject.errors import DataError
 from attninject.training.data.opening import open_images
 from attninject.training.data.preprocessing import preprocessing_of, transforms
 from attninject.training.data.samples import Samples as Transformed
-from attninject.training.experiment import Data
+from attninject.training.experiment import Data, data_of
 from attninject.wording import did_you_mean
 
 from . import tasks
@@ -42,10 +41,7 @@ def open_source(model: nn.Module, source: str, size: int | None = None, seed: in
     if source != "digits" and not Path(source).is_dir():
         near = did_you_mean(source, WORDS)
         raise DataError(f"--data: there is no folder {source}{near}; known by name are {', '.join(WORDS)}")
-    folder = source != "digits"
-    data = Data(kind="imagefolder" if folder else "digits", root=source if folder else None, size=size)
-    if folder and not (Path(source) / data.train_split).is_dir():
-        data = replace(data, val_fraction=0.2)
+    data = data_of({"kind": source, "size": size})
     _, plain = transforms(data, preprocessing_of(model, data))
     return _Pairs(Transformed(open_images(data).train, plain, seed, skip=False))
 

@@ -14,7 +14,7 @@ from attninject.errors import ExperimentError
 from attninject.recipe.checks import Checker, boolean, checked_fields, integer, some, words
 from attninject.recipe.report import BAD, Node, Report
 from attninject.recipe.yaml_text import from_python, read_file, read_yaml
-from attninject.training.experiment import DATA, TOP, TRAIN
+from attninject.training.experiment import DATA, TOP, TRAIN, data_section
 from attninject.wording import did_you_mean, quoted
 
 FORM = "a mapping with `model:`, `seeds:` and `grid:`"
@@ -181,7 +181,7 @@ def _checkers() -> dict[str, Checker]:
     }
     return {
         **rows(TOP),
-        "data": _mapping_of(rows(DATA)),
+        "data": data_section,
         "train": _mapping_of({**rows(TRAIN), "seed": _no_seed}),
         "seeds": _seeds,
         "grid": _grid,

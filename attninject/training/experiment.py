@@ -7,20 +7,33 @@ command line describes its flags from this module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from attninject.errors import ExperimentError
 from attninject.recipe.checks import Checker, checked_fields
-from attninject.recipe.report import Node, Report
+from attninject.recipe.report import BAD, Node, Report
 from attninject.recipe.yaml_text import from_python, read_file, read_yaml
 
-from .finetune_settings import DATA, TOP, TRAIN, Table
+from .finetune_settings import DATA, DATA_KINDS, TOP, TRAIN, Table
 
-__all__ = ["DATA", "TOP", "TRAIN", "Data", "Experiment", "Training", "read_experiment", "settings"]
+__all__ = [
+    "DATA",
+    "TOP",
+    "TRAIN",
+    "Data",
+    "Experiment",
+    "Training",
+    "data_of",
+    "data_section",
+    "read_experiment",
+    "settings",
+]
 
 FORM = "a mapping with `model:`"
+HELD_OUT = 0.2
+"""The part of a folder without splits that is held out for validation."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +145,11 @@ def read_experiment(path: str | Path | None, overrides: Mapping[str, Any] | None
     flags.raise_if_any()
     merged = {**values, **given, **_nulls(overrides or {}, TOP, flags)}
     for part, table in (("data", DATA), ("train", TRAIN)):
-        nulls = _nulls((overrides or {}).get(part) or {}, table, flags.within(part))
+        over = (overrides or {}).get(part) or {}
+        nulls = _nulls(over if isinstance(over, Mapping) else {}, table, flags.within(part))
         merged[part] = {**values.get(part, {}), **given.get(part, {}), **nulls}
+    if given.get("data", {}).get("kind", "digits") not in DATA_KINDS and "root" not in given["data"]:
+        merged["data"].pop("root", None)  # the folder that a flag names takes the place of the file's
     flags.raise_if_any()
     missing = [key for key in ("model", "out") if key not in merged]
     if missing:
@@ -142,7 +158,7 @@ def read_experiment(path: str | Path | None, overrides: Mapping[str, Any] | None
             f"{' and '.join(f'`{key}`' for key in missing)} missing: give it in the file or as a flag",
         )
         flags.raise_if_any()
-    data, train = Data(**merged.pop("data")), Training(**merged.pop("train"))
+    data, train = data_of(merged.pop("data")), Training(**merged.pop("train"))
     made = Experiment(**merged, data=data, train=train)
     _check_together(made)
     return made
@@ -155,14 +171,39 @@ def _nulls(given: Mapping[str, Any], table: Table, flags: Report) -> dict[str, A
 
 
 def settings(data: Any = "digits", **train: Any) -> tuple[Data, Training]:
-    """The two parts of an experiment from Python: data as a kind or a mapping, training as keywords."""
+    """The two parts of an experiment from Python: data as a kind, a folder or a mapping, training as keywords."""
     report = Report(error=ExperimentError)
-    given = {"kind": data} if isinstance(data, str) else dict(data or {})
-    values = _sections(from_python({"data": given, "train": train}, report), report)
+    values = _sections(from_python({"data": data or {}, "train": train}, report), report)
     report.raise_if_any()
-    made = Data(**values.get("data", {})), Training(**values.get("train", {}))
+    made = data_of(values.get("data", {})), Training(**values.get("train", {}))
     _check_together(Experiment("given", "given", data=made[0], train=made[1]))
     return made
+
+
+def data_of(values: Mapping[str, Any]) -> Data:
+    """The settings `data`; where `kind` is a folder, an image folder, and without splits a part is held out.
+
+    Raises:
+        ExperimentError: a folder as `kind`, and `root` beside it.
+    """
+    kind = values.get("kind", "digits")
+    if kind in DATA_KINDS:
+        return Data(**values)
+    if values.get("root") is not None:
+        report = Report(error=ExperimentError)
+        report.add(Node(None), f"data {kind!r} is a folder, and `root` is another: give one of the two")
+        report.raise_if_any()
+    found = Data(**{**values, "kind": "imagefolder", "root": kind})
+    divided = found.val_fraction is not None or (Path(kind) / found.train_split).is_dir()
+    return found if divided else replace(found, val_fraction=HELD_OUT)
+
+
+def data_section(node: Node, report: Report) -> Any:
+    """The settings `data` as a mapping, or as a text: a kind or a folder."""
+    if not isinstance(node.value, str):
+        return _section(DATA)(node, report)
+    kind = DATA["kind"][0](node, report)
+    return BAD if kind is BAD else {"kind": kind}
 
 
 def _sections(node: Node, report: Report) -> dict[str, Any]:
@@ -170,7 +211,7 @@ def _sections(node: Node, report: Report) -> dict[str, Any]:
         report.expected(node, FORM)
         return {}
     checkers = {key: check for key, (check, _) in TOP.items()}
-    checkers |= {"data": _section(DATA), "train": _section(TRAIN)}
+    checkers |= {"data": data_section, "train": _section(TRAIN)}
     return checked_fields(node, checkers, "key", report)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from attninject.errors import PatternError, RecipeError
@@ -35,6 +36,13 @@ def _number(what: str, low: float = -math.inf, high: float = math.inf, above: bo
         return report.expected(node, what)
 
     return check
+
+
+def _kind(node: Node, report: Report) -> Any:
+    """A kind of data, or a folder that is there: `experiment.data_of` makes it an image folder."""
+    if isinstance(node.value, str) and node.value not in DATA_KINDS and Path(node.value).is_dir():
+        return node.value
+    return choice("a folder of images that is there, or a kind of data", DATA_KINDS)(node, report)
 
 
 def _maybe(check: Checker) -> Checker:
@@ -111,7 +119,7 @@ TOP: Table = {
     "out": (words, "folder of the run"),
 }
 DATA: Table = {
-    "kind": (choice("a kind of data", DATA_KINDS), f"one of {', '.join(DATA_KINDS)}"),
+    "kind": (_kind, f"a folder with a folder of images per class, or one of {', '.join(DATA_KINDS)}"),
     "root": (_maybe(words), "folder of the images"),
     "name": (_maybe(words),
         "name for timm's create_dataset (torch/cifar10, hfds/…) or of a torchvision class (CIFAR10)"),

@@ -21,6 +21,7 @@ from attninject import errors, models
 from attninject.cli import main
 from attninject.training import read_experiment
 from attninject.training.building import build
+from attninject.training.experiment import Data, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "timm/test_convnext"  # layer norms only: no statistics of batches
@@ -168,7 +169,7 @@ def test_one_rule_in_flags_and_resume(run, images: Path, tmp_path: Path) -> None
     """--block and --place stand for a recipe; --resume --out goes on with the run's own settings."""
     out_folder = tmp_path / "a"
     argv = ["--model", MODEL, "--block", "se", "--place", "stage_end", "--set", "reduction=4"]
-    argv += ["--data", "imagefolder", "--data-root", str(images), "--data-size", "32"]
+    argv += ["--data", str(images), "--size", "32"]
     argv += ["--epochs", "1", "--out", str(out_folder)]
     assert run(*argv, "--batch-size", "8")[0] == 0
     code, out, _ = run("--resume", "--out", str(out_folder), "--epochs", "2")
@@ -178,6 +179,18 @@ def test_one_rule_in_flags_and_resume(run, images: Path, tmp_path: Path) -> None
     code, _, err = run(*argv)
     assert code == 1
     assert "holds a run already" in err
+
+
+def test_data_may_be_a_folder(images: Path, tmp_path: Path) -> None:
+    """A folder in place of a kind is an image folder; a fifth is held out where it has no splits; it may be a text."""
+    file = experiment(images, tmp_path)
+    classes = images / "train"
+    laid_over = read_experiment(file, {"data": {"kind": str(classes)}}).data
+    assert (laid_over.kind, laid_over.root, laid_over.size) == ("imagefolder", str(classes), 32)
+    assert (laid_over.val_fraction, read_experiment(file).data.val_fraction) == (0.2, None)
+    file.write_text(f"model: {MODEL}\nout: x\ndata: {images}\n")
+    assert read_experiment(file).data == Data("imagefolder", root=str(images))
+    assert settings(str(images))[0] == read_experiment(file).data
 
 
 @pytest.mark.parametrize(
@@ -201,6 +214,8 @@ def test_one_rule_in_flags_and_resume(run, images: Path, tmp_path: Path) -> None
             1,
             "there is no folder gone",
         ),
+        ([*GIVEN, "--data", "photos"], 1, "a folder of images that is there"),
+        ([*GIVEN, "--data", "/", "--data-root", "/"], 1, "give one of the two"),
     ],
 )
 def test_refusals(argv: list[str], code: int, expected: str, run, tmp_path: Path, monkeypatch) -> None:
