@@ -31,6 +31,7 @@ VERBS = {  # verb: what it does; its file bears its name
     "visualize": "draw what the blocks of a model do to an image, as PNG files and a page",
     "demo": "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two",
     "bench": "measure injection and blocks against their peers, in one process, as ratios",
+    "doctor": "say what is installed, which extras and devices there are, and what is missing",
     "zoo": "inject into every timm and torchvision model and check every guarantee",
 }
 
