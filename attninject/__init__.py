@@ -28,6 +28,7 @@ _HOME = {
     "attention_maps": "attention",
     "visualize": "evidence.pictures",
     "compile_blocks": "compiling",
+    "status": "inspection",
     "save": "delta",
     "load": "delta",
     **dict.fromkeys(("freeze", "trainable", "unfreeze"), "training.freezing"),
@@ -55,6 +56,7 @@ if TYPE_CHECKING:  # `as`: names that type checkers take for public ones
     from attninject.errors import AttnInjectError as AttnInjectError
     from attninject.evidence.pictures import visualize as visualize
     from attninject.evidence.rank import rank_sites as rank_sites
+    from attninject.inspection import status as status
     from attninject.planning.plan import Plan as Plan
     from attninject.planning.planned_site import Site as Site
     from attninject.planning.sites import sites as sites

@@ -98,6 +98,7 @@ def inject(
             raise VerificationError(
                 f"the outputs of {given.model_name} differ after injecting {given.recipe.name}; it was restored"
             )
+    change_history.remember_blocks(injected_state.injected_blocks(model).values())
     return model
 
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "attninject"
 # From the ground up: a module imports only what stands before it (or beside it, in its own room).
 ORDER = (
     "errors", "terms", "wording", "doctor", "files", "notebook", "layout", "blocks", "observe", "surgery", "anatomy",
-    "recipe", "planning", "api", "compiling", "attention", "adapters", "delta", "package_weights", "models",
+    "recipe", "planning", "api", "compiling", "attention", "inspection", "adapters", "delta", "package_weights", "models",
     "training", "evidence", "zoo", "bench", "cli", "__main__",
 )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -32,6 +32,14 @@ def remember(model: nn.Module) -> None:
             state = _state_now(thing)
             if state is not None:
                 _born[thing] = state
+
+
+def remember_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Note the version counters of new blocks; those that are known already stay as they are."""
+    for block in blocks:
+        for parameter in block.parameters():
+            if parameter not in _born and not parameter.is_inference():
+                _born[parameter] = (parameter._version, None)
 
 
 def _state_now(thing: Tensor | nn.Module) -> Any:

@@ -15,9 +15,9 @@ from torch import nn
 
 from attninject import api
 from attninject.errors import UnsupportedModelError
+from attninject.inspection import Learning, learning_of
 from attninject.planning import support
 from attninject.surgery import change_history
-from attninject.wording import parameter_count
 
 from .heads import Head, remember_head
 from .selecting import What, select
@@ -89,13 +89,9 @@ def unfreeze(model: nn.Module, what: What = "backbone") -> nn.Module:
     return model
 
 
-def trainable(model: nn.Module) -> str:
-    """How much of the model learns, in a line: "2.5 M of 28.1 M (9.0 %)"."""
-    parameters = list(support.unwrapped(model).parameters())
-    total = sum(p.numel() for p in parameters)
-    learning = sum(p.numel() for p in parameters if p.requires_grad)
-    share = 100 * learning / total if total else 0.0
-    return f"{parameter_count(learning)} of {parameter_count(total)} ({share:.1f} %)"
+def trainable(model: nn.Module) -> Learning:
+    """How much of the model learns, in a line: "2.5 M of 28.1 M (9.0 %)"; the counts are `.learning`, `.total`."""
+    return learning_of(support.unwrapped(model))
 
 
 def follow(model: nn.Module, copy: nn.Module) -> None:
