@@ -34,6 +34,7 @@ _HOME = {
     **dict.fromkeys(("freeze", "trainable", "unfreeze"), "training.freezing"),
     "param_groups": "training.groups",
     "rank_sites": "evidence.rank",
+    "push_to_hub": "sharing",
 }  # fmt: skip
 
 __all__ = sorted([*_HOME, "__version__"])
@@ -64,6 +65,7 @@ if TYPE_CHECKING:  # `as`: names that type checkers take for public ones
     from attninject.recipe.loading import parse_recipe as parse_recipe
     from attninject.recipe.rules import Recipe as Recipe
     from attninject.recipe.rules import Rule as Rule
+    from attninject.sharing import push_to_hub as push_to_hub
     from attninject.training.freezing import freeze as freeze
     from attninject.training.freezing import trainable as trainable
     from attninject.training.freezing import unfreeze as unfreeze

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attninject import adapters, api
+from attninject import adapters, api, hub
 from attninject.blocks import registry
 from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
 from attninject.files import digest, installed_versions, raw_bytes, replacing, seal_holds, sealed
@@ -109,14 +109,15 @@ def load(
 
     Args:
         base_model: without blocks; its own checkpoint loaded.
-        path: a file of `save`.
+        path: a file of `save`, a folder that holds one (a run's too), or a repository: `hf-hub:user/name@revision`.
         strict_base: False lets other values and dtypes of the base pass (what is in the file must fit).
         example_inputs: see `plan`; needed where the injection needed them.
 
     Raises:
         DeltaError: with what differs.
+        HubError: the repository or its file cannot be had.
     """
-    file_path = Path(path)
+    file_path = hub.delta_of(path)
     with _opened(file_path) as file:
         record = _record(file, file_path)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -141,6 +141,10 @@ class VerificationError(AttnInjectError, RuntimeError):
 # --- files ------------------------------------------------------------------------------------
 
 
+class HubError(AttnInjectError, OSError):
+    """A repository or its files cannot be had, or nothing can be put there."""
+
+
 class DeltaError(AttnInjectError, ValueError):
     """A delta file is damaged, hostile, or belongs to another base model."""
 

@@ -27,6 +27,7 @@ VERBS = {  # verb: what it does; its file bears its name
     "finetune": "fine-tune a model, with blocks or plain, and keep a small file",
     "sweep": "train the arms of an experiment and their controls over seeds, at equal budget",
     "report": "say what sweeps and runs show: gain, loss, or nothing that their seeds can show",
+    "push": "share a trained run: weights, settings and a card, on the hub or in a folder",
     "export": "write a trained model as ONNX, torch.export or a state dict",
     "visualize": "draw what the blocks of a model do to an image, as PNG files and a page",
     "demo": "inject attention into a small pretrained net and fine-tune it, offline, in a minute or two",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attninject import api, delta, models
+from attninject import api, delta, hub, models
 from attninject.errors import RunError
 from attninject.observe.snapshot import rng_kept
 
@@ -97,14 +97,15 @@ def run_experiment(
 
 
 def trained(folder: Any, file: str = runs.BEST) -> nn.Module:
-    """The trained model of a run of `attninject finetune`, in eval mode, from its folder alone.
+    """The trained model of a run of `attninject finetune`, in eval mode, from its folder or `hf-hub:user/name`.
 
     The base is built as the run built it (same weights, or the same seed), the file of the run goes onto it.
 
     Raises:
         RunError: the folder holds no such run.
+        HubError: the repository cannot be had.
     """
-    where = Path(folder)
+    where = hub.folder_of(folder)
     if not (where / runs.SETTINGS).is_file() or not (where / file).is_file():
         raise RunError(f"{where} holds no run of attninject finetune ({runs.SETTINGS} and {file})")
     experiment = read_experiment(where / runs.SETTINGS)
