@@ -36,7 +36,7 @@ FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """How far a peer may be from ours (`distance`)."""
-OURS, PLAIN, COMPILED = "ours", "ours plain", "ours compiled"
+OURS, PLAIN, COMPILED, THEIRS_COMPILED = "ours", "ours plain", "ours compiled", "timm compiled"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _cases(
 ) -> list[Case]:
     dtypes = dtypes or (("float32", "bfloat16") if device == "cuda" else ("float32",))
     return [
-        Case(name, size if sizes else _cut(size, SUBJECTS[name], device), memory_format, dtype, device)
+        Case(name, size if sizes else cut(size, SUBJECTS[name], device), memory_format, dtype, device)
         for dtype in dtypes
         for size in sizes or SIZES[device]
         for name in names
@@ -131,7 +131,8 @@ def _cases(
     ]
 
 
-def _cut(size: tuple[int, ...], subject: Subject, device: str) -> tuple[int, ...]:
+def cut(size: tuple[int, ...], subject: Subject, device: str) -> tuple[int, ...]:
+    """The map; of a pairwise block fewer samples of it, as its time grows with the square of the positions."""
     positions = torch.Size(size[2:]).numel()
     if not subject.pairwise or positions <= MANY:
         return size
@@ -199,6 +200,8 @@ def contenders(case: Case, compiled: bool = False) -> tuple[dict[str, nn.Module]
     found = {name: module.to(**like).train() for name, module in found.items()}  # type: ignore[call-overload]
     if compiled:
         found[COMPILED] = torch.compile(found[COMPILED])  # type: ignore[assignment]
+        if "timm" in found:
+            found[THEIRS_COMPILED] = torch.compile(found["timm"])  # type: ignore[assignment]
     return found, skipped
 
 
@@ -257,8 +260,8 @@ def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def peers_of(row: Mapping[str, Any]) -> list[str]:
-    """Who was measured beside ours and is not ours."""
-    return [name for name in row["seconds"] if not name.startswith(OURS)]
+    """Who was measured beside ours and is not ours, as it is without a compiler."""
+    return [name for name in row["seconds"] if not name.startswith(OURS) and name != THEIRS_COMPILED]
 
 
 def fastest_peer(row: Mapping[str, Any]) -> str | None:

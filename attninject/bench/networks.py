@@ -37,6 +37,8 @@ class Network:
     theirs: Callable[[], nn.Module]
     how: str
     weights: Callable[[peers.State], peers.State] = dict
+    side: int = 64
+    """Of the images on which ours and timm's are compared before they are measured."""
 
     def ours(self) -> nn.Module:
         """Our blocks in the backbone."""
@@ -154,7 +156,7 @@ def measured(
 ) -> dict[str, Any]:
     """All figures of one network."""
     nets = contenders(network)
-    off = distance(nets[OURS], nets[THEIRS], min(data.image, 64))
+    off = distance(nets[OURS], nets[THEIRS], min(data.image, network.side))
     if not off <= AGREEMENT:
         raise AssertionError(
             f"timm's network computes something else than ours: off by {off:.2g} of the largest logit"

@@ -3,6 +3,7 @@
 `inject`: injection beside PEFT and torchvision. `blocks`: every block forward and backward beside timm's modules,
 the papers' formulas, and mmcv's where installed. `models`: training steps of whole networks beside timm's.
 `finetune`: steps of the training engine with a recipe beside those without. `digits`: five nets on digits, five seeds.
+`gpu`: as much of all that as fits into the minutes that a card is there for, tests first, each figure kept at once.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .common import add_output, path, positive, print_json, refuse_unwritable, say, silent, word
+from .common import above_zero, add_output, path, positive, print_json, refuse_unwritable, say, silent, word
 from .usage import Parser
 
 DTYPES, FORMATS = ("float32", "bfloat16", "float16"), ("NCHW", "channels_last")
-WHAT = ("inject", "blocks", "models", "finetune", "digits")
+WHAT = ("inject", "blocks", "models", "finetune", "digits", "gpu")
+PARTS = ("truth", "ceilings", "blocks", "networks", "engine")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,6 +34,7 @@ def add_arguments(parser: Parser) -> None:
     )
     _add_speed(parser.add_argument_group("blocks and models: time and memory beside their peers"))
     _add_finetune(parser.add_argument_group("finetune: throughput and memory beside plain fine-tuning"))
+    _add_gpu(parser.add_argument_group("gpu: one command that uses a card well, by the clock"))
     _add_digits(parser.add_argument_group("digits: resnet18 with and without attention, several seeds"))
     add_output(parser)
 
@@ -77,6 +80,16 @@ def _add_finetune(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--channels-last", action="store_true", help="channels_last memory format")
 
 
+def _add_gpu(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--minutes", type=above_zero, default=8.0, metavar="N", help="time to use; no task begins "
+                       "that does not fit")  # fmt: skip
+    group.add_argument("--out", type=path, default=Path("gpu"), metavar="FOLDER", help="where the figures go")
+    group.add_argument(
+        "--rehearse", action="store_true", help="tiny sizes, with --device cpu: whether all parts run"
+    )
+    group.add_argument("--table", type=path, metavar="FOLDER", help="measure nothing: print what is there")
+
+
 def _add_digits(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--file", type=path, default=Path("digits.json"), metavar="FILE",
                        help="keeps finished runs; the same command goes on with it")  # fmt: skip
@@ -92,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         "models": _models,
         "finetune": _finetune,
         "digits": _digits,
+        "gpu": _gpu,
     }
     if args.quick:
         args.rounds = min(args.rounds, 3)
@@ -149,6 +163,31 @@ def _finetune(args: argparse.Namespace) -> Measured:
         device="cpu" if args.device == "cpu" else "auto",
     )
     return finetuning.finetune(task, args.rounds), finetuning.to_markdown
+
+
+def _gpu(args: argparse.Namespace) -> Measured:
+    """The sheet's lines, and the table made of them."""
+    from attninject.bench.gpu import course, sheet, table
+
+    folder = args.table or args.out
+    if args.table is None:
+        if args.rehearse != (args.device == "cpu"):
+            args.parser.error(
+                "--rehearse and --device cpu go together: figures of a CPU stand under `bench blocks`"
+            )
+        device = "cpu" if args.rehearse else "cuda"
+        if device == "cuda" and _device(args) != "cuda":
+            args.parser.error(
+                "no CUDA device is seen here; --device cpu --rehearse shows whether all parts run"
+            )
+        known = word(PARTS, "part")
+        try:
+            parts = [known(name) for name in args.only or ()]
+        except argparse.ArgumentTypeError as error:
+            args.parser.error(f"argument --only: {error}")
+        setting = course.setting_of(device, args.rehearse, folder)
+        course.run(setting, args.minutes, parts, say=_progress)
+    return {"figures": sheet.read(folder)}, lambda found: table.to_markdown(folder)
 
 
 def _digits(args: argparse.Namespace) -> Measured:

@@ -1,0 +1,160 @@
+"""`bench gpu` without a card: the clock, figures that are kept whatever happens, the table and its verdict."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from attninject import errors
+from attninject.bench.block_speed import Case
+from attninject.bench.gpu import blocks, course, networks, sheet, table
+from attninject.bench.gpu.sheet import Setting, Task
+from attninject.cli import main
+
+
+def setting(folder: Path, **more: Any) -> Setting:
+    """A rehearsal's."""
+    return Setting(
+        **{"device": "cpu", "rehearse": True, "memory": 2**30, "bf16": True, "folder": folder, **more}
+    )
+
+
+def parts(monkeypatch: pytest.MonkeyPatch, *tasks: Task) -> None:
+    """A course of just these tasks."""
+    monkeypatch.setattr(course, "PARTS", {"a": SimpleNamespace(tasks=lambda given: iter(tasks))})
+
+
+def test_the_most_valuable_first_and_a_fault_ends_nothing(tmp_path: Path, monkeypatch) -> None:
+    """Tasks run by rank; what raises is a line; a task that gives several figures has several lines."""
+
+    def fails(left: float) -> dict[str, Any]:
+        raise ValueError("first line\nsecond")
+
+    def several(left: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield "x", {"value": 1}
+        yield "y", {"value": 2}
+
+    parts(monkeypatch, Task("a", "late", 3, 1, lambda left: {"value": 3}), Task("a", "bad", 1, 1, fails),
+          Task("a", "several", 2, 1, several))  # fmt: skip
+    course.run(setting(tmp_path), 1)
+    rows = sheet.read(tmp_path)
+    assert [r["name"] for r in rows] == ["machine", "bad", "x", "y", "late"]
+    assert rows[1]["error"] == "ValueError: first line"
+    assert [r.get("value") for r in rows[2:]] == [1, 2, 3]
+    text = table.to_markdown(tmp_path)
+    assert "Missing, 2 of 3:" in text
+    assert "- a: bad: ValueError: first line" in text
+
+
+def test_the_clock(tmp_path: Path, monkeypatch) -> None:
+    """A task that hangs is cut off at the end; one that does not fit is not begun; both are said to be missing."""
+
+    def hangs(left: float) -> dict[str, Any]:
+        while True:
+            time.sleep(0.01)
+
+    parts(monkeypatch, Task("a", "hangs", 0, 0.1, hangs), Task("a", "later", 1, 100, lambda left: {}))
+    course.run(setting(tmp_path, rehearse=False), 0.01)
+    assert [r.get("error", r.get("left_out")) for r in sheet.read(tmp_path)[1:]] == [
+        "OutOfTime: the clock ran out", "0 s were left"
+    ]  # fmt: skip
+
+
+def test_a_sheet_that_was_cut_off_keeps_what_it_had(tmp_path: Path) -> None:
+    """Half a last line does no harm; without a sheet the message says what makes one."""
+    made = sheet.Sheet(tmp_path)
+    made.write("ceilings", "copy", {"bytes_per_second": 3e12})
+    made.close()
+    with (tmp_path / sheet.FILE).open("a") as file:
+        file.write('{"part": "blo')
+    assert "a copy moves 3,000 GB/s" in table.to_markdown(tmp_path)
+    with pytest.raises(errors.DataError, match=r"has no figures.jsonl"):
+        table.to_markdown(tmp_path / "elsewhere")
+
+
+def row(block: str, ours: float, timm: float, **more: Any) -> dict[str, Any]:
+    """A line of the part blocks: a map of 100 MB that is to be moved three times."""
+    return {
+        "part": "blocks", "name": block, "block": block, "size": [128, 256, 56, 56], "format": "channels_last",
+        "dtype": "bfloat16", "seconds": {"ours": ours, "timm": timm, **more}, "floor_bytes": 3e8, "map_bytes": 1e8,
+        "saved": {"ours": 1e8, "timm": 2e8},
+    }  # fmt: skip
+
+
+def test_the_verdict_by_hand() -> None:
+    """3e8 bytes in 1e-4 s are 3 TB/s, of 3 TB/s all; 2.5 times timm's time meets its goal, 1.5 misses it."""
+    good = [
+        row("se", 1e-4, 2.5e-4), row("cbam", 2e-4, 3e-4, **{"timm compiled": 2.2e-4, "ours compiled": 1.9e-4}),
+        {"part": "networks", "name": "n", "network": "resnet50 + SE", "dtype": "bfloat16",
+         "over_bare": {"ours": {"median": 1.04}}},
+        {"part": "engine", "name": "e", "busy": 0.5},
+    ]  # fmt: skip
+    said = list(table.verdict(good, 3e12))
+    assert said[0].startswith("share of copy bandwidth of se, channel_attention")
+    assert (
+        "mean 71%, worst 50% (cbam 128×256×56×56 channels_last bfloat16): missed in 1 of 2 cases" in said[0]
+    )
+    assert said[1].endswith("not measured")
+    assert "mean 1.94, worst 1.50" in said[2]
+    assert "mean 1.16, worst 1.16" in said[3]
+    assert said[3].endswith(": met")
+    assert said[4].endswith("+4.0%, met")
+    assert said[5].endswith("not measured")
+    assert said[6].endswith("50%, missed")
+
+
+def test_sizes_shrink_to_the_memory_that_is_there(tmp_path: Path) -> None:
+    """Halved until sixteen maps fit, and batches of networks likewise."""
+    case = Case("se", (128, 256, 56, 56), "NCHW", "float32", "cuda")
+    assert blocks.fitting(case, 80 * 2**30).size[0] == 128
+    assert blocks.fitting(case, 2**30).size[0] == 16
+    assert networks.data_of(setting(tmp_path, rehearse=False, memory=80 * 2**30), "float32").batch == 128
+    assert networks.data_of(setting(tmp_path, rehearse=False, memory=8 * 2**30), "float32").batch == 16
+
+
+def test_every_task_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """A missing figure is told from one that is there, on a card and in a rehearsal."""
+    for given in (setting(tmp_path), setting(tmp_path, device="cuda", rehearse=False, memory=80 * 2**30)):
+        names = [(task.part, task.name) for task in course.ordered(given)]
+        assert len(set(names)) == len(names)
+        assert {part for part, _ in names} == set(course.PARTS)
+    first = [t.part for t in course.ordered(given)[:6]]
+    assert first[0] == "ceilings"
+    assert "truth" in first
+
+
+def test_ceilings_in_a_rehearsal(tmp_path: Path, capsys) -> None:
+    """The command writes lines and prints the table; without a card or with wrong words it says so in a line."""
+    argv = [
+        "bench",
+        "gpu",
+        "--device",
+        "cpu",
+        "--rehearse",
+        "--only",
+        "ceilings",
+        "--out",
+        str(tmp_path / "g"),
+    ]
+    assert main(argv) == 0
+    assert "Ceilings: a copy moves" in capsys.readouterr().out
+    assert main(["bench", "gpu", "--table", str(tmp_path / "g"), "--json"]) == 0
+    assert [f["name"] for f in json.loads(capsys.readouterr().out)["figures"]][:2] == ["machine", "copy"]
+    for wrong, said in (
+        (
+            ["--only", "celings", "--rehearse", "--device", "cpu"],
+            "unknown part 'celings'; did you mean ceilings?",
+        ),
+        (["--rehearse"], "--rehearse and --device cpu go together"),
+        (["--minutes", "0"], "is no number above 0"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["bench", "gpu", *wrong])
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
