@@ -16,7 +16,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="torchvision/resnet50, timm/convnext_tiny, …")
     data = parser.add_argument_group("the images")
     data.add_argument("--data", required=True, metavar="FOLDER|NAME",
-        help="a folder with a folder per class; or digits, digits_on_photos, letters, stamps")  # fmt: skip
+        help="a folder with a folder per class; or digits, digits_on_photos, letters, stamps, corruptions, "
+        "rotations")  # fmt: skip
     data.add_argument("--size", type=positive, metavar="N", help="height and width; default: the model's own")
     data.add_argument(
         "--images", type=positive, default=512, metavar="N", help="how many are looked at (512)"

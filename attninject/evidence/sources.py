@@ -16,7 +16,7 @@ from attninject.wording import did_you_mean
 
 from . import tasks
 
-WORDS = ("digits", "digits_on_photos", "letters", "stamps")
+WORDS = ("digits", *tasks.TASKS)
 """What is named by a word; anything else is a folder with a folder of images per class."""
 
 
@@ -48,7 +48,7 @@ def open_source(model: nn.Module, source: str, size: int | None = None, seed: in
 
 def _task(model: nn.Module, name: str, size: int | None, seed: int) -> Any:
     wanted = preprocessing_of(model, Data(kind="imagefolder", size=size))
-    task = getattr(tasks, name)(seed=seed, size=wanted.size).normalised(wanted.mean, wanted.std)
+    task = tasks.TASKS[name](seed=seed, size=wanted.size).normalised(wanted.mean, wanted.std)
     return task.train.images, task.train.labels
 
 

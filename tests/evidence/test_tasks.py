@@ -10,6 +10,14 @@ from PIL import Image, ImageDraw
 
 from attninject.errors import DataError
 from attninject.evidence import tasks
+from attninject.evidence.tasks import (
+    cut_outs,
+    damaged_photos,
+    damages,
+    drawn_letters,
+    handwriting,
+    photographs,
+)
 
 
 def test_digits_on_photos_are_drawn_from_the_seed() -> None:
@@ -30,7 +38,7 @@ def test_digits_of_training_are_not_in_test(monkeypatch: pytest.MonkeyPatch) -> 
     """Neither a digit nor a part of a photograph is in both."""
     seen = []
     monkeypatch.setattr(
-        tasks, "_on_photos", lambda strokes, labels, photos, *rest: seen.append((strokes, photos))
+        handwriting, "_on_photos", lambda strokes, labels, photos, *rest: seen.append((strokes, photos))
     )
     with pytest.raises(AttributeError):
         tasks.digits_on_photos().train.images  # noqa: B018
@@ -59,11 +67,11 @@ def test_letters_of_test_fonts_are_of_other_makers(monkeypatch: pytest.MonkeyPat
     fonts = sorted(Path("/usr/share/fonts").rglob("*.ttf"))
     if not fonts:
         pytest.skip("no fonts are installed")
-    monkeypatch.setattr(tasks, "_fonts", lambda folders: {name: [fonts[0]] for name in "wxyz"})
+    monkeypatch.setattr(drawn_letters, "fonts_by_maker", lambda *_: {name: [fonts[0]] for name in "wxyz"})
     groups = []
-    written = tasks._written
+    written = drawn_letters._written
     monkeypatch.setattr(
-        tasks, "_written", lambda makers, *rest: groups.append(len(makers)) or written(makers, *rest)
+        drawn_letters, "_written", lambda makers, *rest: groups.append(len(makers)) or written(makers, *rest)
     )
     task = tasks.letters(size=24, train=30, test=10)
     assert groups == [3, 1]
@@ -97,3 +105,135 @@ def test_stamps_are_divided_by_file(tmp_path: Path) -> None:
     reds = task.train.images[task.train.labels == 0].amax((2, 3)).mean(0)
     assert reds[0] > reds[2]
     assert torch.equal(task.test.images, tasks.stamps(folder=tmp_path, size=16, least=8).test.images)
+
+
+def _photographs(folder: Path) -> None:
+    """Small stand-ins for the wallpapers: a colour each, with stripes."""
+    for number, name in enumerate(photographs.WALLPAPERS):
+        image = Image.new("RGB", (160, 120), (15 * number, 255 - 15 * number, 128))
+        ImageDraw.Draw(image).rectangle((20, 0, 40, 119), fill="black")
+        image.save(folder / f"{name}.jpg")
+
+
+def test_corruptions_are_divided_by_photograph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four photographs are for test, others from other seeds; scikit-learn's two are for training alone."""
+    _photographs(tmp_path)
+    monkeypatch.setattr(photographs, "SHORT_SIDE", 60)
+    seen = []
+    monkeypatch.setattr(damaged_photos, "_crops", lambda photos, *rest: seen.append(photos))
+    for seed in (0, 1):
+        tasks.corruptions(seed, folder=tmp_path)
+    train, test, _, other = ([float(p.sum()) for p in photos] for photos in seen)
+    assert (len(train), len(test)) == (11, 4)
+    assert not set(train) & set(test)
+    assert set(other) != set(test)
+    assert [tuple(p.shape[1:]) for p in seen[0][-2:]] == [(427, 640)] * 2
+    assert tuple(seen[1][0].shape) == (3, 60, 80)
+
+
+def test_corruptions_are_drawn_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seed gives the same images, in [0, 1], with each damage as often as the others."""
+    _photographs(tmp_path)
+    monkeypatch.setattr(photographs, "SHORT_SIDE", 60)
+    first, again = (tasks.corruptions(2, size=32, train=16, test=8, folder=tmp_path) for _ in range(2))
+    assert torch.equal(first.train.images, again.train.images)
+    assert first.train.labels.bincount().tolist() == [2] * len(first.classes)
+    assert 0 <= float(first.test.images.min()) <= float(first.test.images.max()) <= 1
+    assert first.test.images.shape == (8, 3, 32, 32)
+    assert "CC0" in first.licence
+
+
+def test_corruptions_say_where_to_get_photographs(tmp_path: Path) -> None:
+    """No wallpapers: how many are missing, and the package."""
+    with pytest.raises(DataError, match=r"13 of 13 photographs.*apt install lomiri-wallpapers-16.04"):
+        tasks.corruptions(folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in damages.DAMAGES if name != "none"])
+def test_a_damage_grows_with_its_strength(name: str) -> None:
+    """The photograph keeps its shape and mean, and is farther from what it was the stronger the damage."""
+    x = photographs.scikit_learns()["china.jpg"][:, 100:164, 200:264]
+    changed = [damages.DAMAGES[name](x, s, torch.Generator().manual_seed(0)) for s in (0.0, 1.0)]
+    mild, strong = (float((c.clamp(0, 1) - x).square().mean()) for c in changed)
+    assert [c.shape for c in changed] == [x.shape] * 2
+    assert 0 < mild < strong < 0.05
+    assert abs(float(changed[1].mean() - x.mean())) < 0.02
+
+
+def test_undamaged_is_undamaged() -> None:
+    """The class `none` is the photograph, bit for bit."""
+    x = photographs.scikit_learns()["flower.jpg"][:, :64, :64]
+    assert torch.equal(damages.damaged(x, damages.none, torch.Generator()), x)
+
+
+def test_rotations_turn_files_that_stand_upright(tmp_path: Path) -> None:
+    """Red is on top, left, below or right by label; a file is in training or test; what may lie is left out."""
+    for folder in ("animals/birds", "sports/balls"):
+        (tmp_path / folder).mkdir(parents=True)
+        for n in range(8):
+            image = Image.new("RGBA", (16, 16), (0, 0, 20 * n, 255))
+            ImageDraw.Draw(image).rectangle((0, 0, 15, 3), fill="red")
+            image.save(tmp_path / folder / f"{n}.png")
+    task = tasks.rotations(size=16, train=24, test=8, folder=tmp_path)
+    reds = task.train.images[:, 0]
+    edges = torch.stack(
+        [reds[:, 0].mean(1), reds[:, :, 0].mean(1), reds[:, -1].mean(1), reds[:, :, -1].mean(1)], 1
+    )
+    assert torch.equal(edges.argmax(1), task.train.labels)
+    assert task.train.labels.bincount().tolist() == [6, 6, 6, 6]
+    blues = [set(part.images[:, 2, 8, 8].tolist()) for part in (task.train, task.test)]
+    assert [len(b) for b in blues] == [6, 2]
+    assert not blues[0] & blues[1]
+
+
+def test_rotations_say_where_to_get_photographs(tmp_path: Path) -> None:
+    """No folder: the package; nothing that stands upright: where it looked."""
+    with pytest.raises(DataError, match="apt install tuxpaint-stamps-default"):
+        tasks.rotations(folder=tmp_path / "none")
+    with pytest.raises(DataError, match="0 photographs in animals, food"):
+        tasks.rotations(folder=tmp_path)
+    assert cut_outs.WITH_AN_UP[0] == "animals"
+
+
+def test_fonts_drawn_after_another_count_as_that(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Arimo is Liberation under another name, so both are on one side of the border."""
+
+    class Font:
+        def __init__(self, file: str) -> None:
+            self.file = file
+
+        def getname(self) -> tuple[str, str]:
+            return Path(self.file).stem, "Regular"
+
+    for name in ("Arimo", "Liberation Sans", "Lobster"):
+        (tmp_path / f"{name}.ttf").touch()
+    monkeypatch.setattr("PIL.ImageFont.truetype", lambda file, size: Font(file))
+    monkeypatch.setattr(drawn_letters, "_has_letters", lambda *_: True)
+    found = drawn_letters.fonts_by_maker([tmp_path], "A")
+    assert {maker: len(files) for maker, files in found.items()} == {"Liberation": 2, "Lobster": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_installed_tasks_can_be_learnt(name: str) -> None:
+    """Where the packages are, a linear classifier of colours and edges tells test images apart better than chance."""
+    try:
+        task = tasks.TASKS[name](seed=0, size=32)
+    except DataError as error:
+        pytest.skip(str(error))
+    x, z = (_features(part.images) for part in (task.train, task.test))
+    mean, spread = x.mean(0), x.std(0) + 1e-3
+    x, z = ((f - mean) / spread for f in (x, z))
+    y = torch.nn.functional.one_hot(task.train.labels).float()
+    weight = torch.linalg.solve(x.T @ x + 300 * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
+    right = ((z @ weight + y.mean(0)).argmax(1) == task.test.labels).float().mean()
+    chance = 1 / len(task.classes)
+    assert right > chance + 4 * (chance * (1 - chance) / len(z)) ** 0.5
+    assert set(task.test.labels.tolist()) == set(range(len(task.classes)))
+
+
+def _features(images: torch.Tensor) -> torch.Tensor:
+    """Colour and steepness on a grid of 8 × 8: (n, 3, 32, 32) → (n, 320)."""
+    grey = images.mean(1, keepdim=True)
+    steep = torch.cat([grey.diff(dim=2).abs()[..., :31], grey.diff(dim=3).abs()[..., :31, :]], 1)
+    return torch.cat([torch.nn.functional.adaptive_avg_pool2d(p, 8).flatten(1) for p in (images, steep)], 1)
