@@ -25,6 +25,7 @@ VERBS = {  # verb: what it does; its file bears its name
     "inject": "inject a recipe into a model and write a file",
     "rank": "rank the sites of a recipe by what a block there would change on your images",
     "finetune": "fine-tune a model, with blocks or plain, and keep a small file",
+    "evaluate": "measure a run's model again: per class, calibrated or not, with its blocks and without",
     "sweep": "train the arms of an experiment and their controls over seeds, at equal budget",
     "report": "say what sweeps and runs show: gain, loss, or nothing that their seeds can show",
     "push": "share a trained run: weights, settings and a card, on the hub or in a folder",

@@ -16,6 +16,7 @@ from attninject.errors import AttnInjectError, CheckpointError
 from attninject.training import runs
 from attninject.training.engine import run_experiment
 from attninject.training.experiment import Experiment, read_experiment
+from attninject.training.log_columns import renamed
 
 Status = Literal["waiting", "begun", "finished", "damaged"]
 
@@ -96,7 +97,7 @@ def read_log(path: Path) -> tuple[Row, ...]:
     if not path.exists():
         return ()
     with path.open(newline="", encoding="utf-8") as stream:
-        rows = [{k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(stream)]
+        rows = [renamed({k: float(v) for k, v in row.items() if k and v}) for row in csv.DictReader(stream)]
     if [row.get("epoch") for row in rows] != list(range(len(rows))):
         raise ValueError(f"{path.name}: the epochs are not 0, 1, 2, …")
     for row in rows:

@@ -14,9 +14,9 @@ From the ground up, each importing only what stands before it:
 - a model's parts: dotted_names · heads · selecting · freezing · groups · dead_gates
 - images: runs · data/
 - machine and nets: devices · sharding · nets
-- one step: factories · measuring · gate_movement · learner
-- one run: job · optimizer_state · run_state · resuming · run_files · reporting · loop
-- from outside: building · engine · exporting
+- one step: factories · metrics · measuring · gate_movement · learner
+- one run: job · optimizer_state · log_columns · run_state · resuming · run_files · reporting · loop
+- from outside: building · engine · evaluation · exporting
 
 Nothing of the settings needs torch: the command line describes its flags from `experiment`.
 """

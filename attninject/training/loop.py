@@ -22,7 +22,9 @@ from .data.seeds import seed_all
 from .freezing import trainable
 from .job import Job, Result
 from .learner import Learner, frozen
+from .log_columns import rate_column
 from .measuring import evaluate
+from .metrics import Metrics
 from .nets import with_shared_norms
 from .reporting import Reporter
 from .run_files import RunFiles
@@ -185,11 +187,12 @@ class Run:
     def finish_row(self, row: dict[str, Any], began: float) -> None:
         """Evaluate, and give the row to the log, to TensorBoard and to the files that ship."""
         state = self.state
-        row |= self.measured()
+        measured, moved = self.measured()
+        row |= measured.row() | moved
         if self.job.data.unreadable != "skip":
             del row["val_skipped"]
         for group in self.learner.optimizer.param_groups:
-            row[f"lr {group['name']}"] = group["lr"]
+            row[rate_column(group["name"])] = group["lr"]
         row["seconds"] = round(time.perf_counter() - began, 2)
         state.history.append(row)
         if not state.best or row["top1"] > state.best["top1"]:
@@ -198,18 +201,20 @@ class Run:
         if row["epoch"]:
             self.files.ship(runs.LAST, self.learner.nets.shipped)
         self.tell.row(state.history, self.train.epochs)
+        self.files.measured(row["epoch"], measured)
 
-    def measured(self) -> dict[str, Any]:
-        """Loss and accuracy on the validation images, as `evaluate` gives them, and how far gates are from 1."""
+    def measured(self) -> tuple[Metrics, dict[str, float]]:
+        """Metrics on the validation images, and how far gates are from 1."""
         nets = self.learner.nets
         nets.gather(self.state.step)
         nets.measured.eval()
         sample = gate_movement.Sample(len(self.loaders.val))
         held = sample.of(batches(self.loaders.val))
-        found = evaluate(nets.evaluator, held, self.learner.placed, self.accelerator, self.classes)
-        found |= self.moved(sample)
+        classes = self.job.images.classes
+        found = evaluate(nets.evaluator, held, self.learner.placed, self.accelerator, classes)
+        moved = self.moved(sample)
         nets.settle()
-        return found
+        return found, moved
 
     def moved(self, sample: gate_movement.Sample) -> dict[str, float]:
         """How far gates are from 1: the first process measures whole weights, the others are told."""

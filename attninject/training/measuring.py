@@ -1,14 +1,16 @@
-"""Loss and accuracy over the validation images, exact on any number of processes."""
+"""Metrics over the validation images, exact on any number of processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attninject.errors import DataError
+
+from .metrics import Metrics, Tally
 
 
 @torch.no_grad()
@@ -17,27 +19,30 @@ def evaluate(
     batches: Iterable[Any],
     placed: Callable[[Tensor], Tensor],
     accelerator: Any,
-    classes: int,
-) -> dict[str, Any]:
-    """Mean loss, top-1 and top-5 accuracy of a model in eval mode; `skipped` counts unreadable images.
+    classes: Sequence[str],
+    confusion: bool = False,
+) -> Metrics:
+    """Metrics of a model in eval mode on batches (x, y, passed over), of all processes.
 
     Every process sums over images of its own in float64, with label -1 for padding; the sums are added.
+
+    Args:
+        classes: their names.
+        confusion: count which class is taken for which too; of this process's images alone.
+
+    Raises:
+        DataError: not one image can be read, or the model does not fit the images or the classes.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+    tally = Tally(len(classes), accelerator.device, confusion)
     for x, y, skipped in batches:
         with accelerator.autocast():
             logits = _outputs(runner, placed(x))
-        check_classes(logits, classes)
-        logits, y = logits.float(), y.to(logits.device)
-        counts, target = y >= 0, y.clamp(min=0)
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
-        losses = nn.functional.cross_entropy(logits, target, reduction="none").double()
-        rows = (losses, top[:, 0].double(), top.any(1).double(), torch.ones_like(losses))
-        sums += torch.stack([*(r[counts].sum() for r in rows), skipped.to(logits.device).sum().double()])
-    loss, top1, top5, count, lost = accelerator.reduce(sums, "sum").tolist()
-    if not count:
+        check_classes(logits, len(classes))
+        tally.add(logits.float(), y.to(logits.device), skipped)
+    tally.reduced(accelerator)
+    if not tally.sums[3]:
         raise DataError("not one validation image can be read")
-    return {"val_loss": loss / count, "top1": top1 / count, "top5": top5 / count, "val_skipped": int(lost)}
+    return Metrics.of(tally, classes)
 
 
 def _outputs(runner: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

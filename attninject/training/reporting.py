@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import runs
+from .log_columns import scalar_name
 
 BOARD = "tensorboard"  # folder within the run's
 
@@ -51,7 +52,7 @@ class Reporter:
 
     def _scalar(self, key: str, value: float, step: int) -> None:
         if self._board is not None:
-            self._board.add_scalar(re.sub(r"[^\w/.-]+", "_", key.replace("lr ", "lr/")), value, step)
+            self._board.add_scalar(re.sub(r"[^\w/.-]+", "_", scalar_name(key)), value, step)
 
     def end(self) -> None:
         """Close what is open."""

@@ -12,6 +12,7 @@ from attninject import api, delta
 
 from . import runs
 from .job import Job
+from .metrics import Metrics
 
 
 class RunFiles:
@@ -44,6 +45,11 @@ class RunFiles:
                 delta.save(model, temporary, base=self.job.base)
             else:
                 delta.save_tensors(delta.detached(model.state_dict()), temporary, {"format": "pt"})
+
+    def measured(self, epoch: int, metrics: Metrics) -> None:
+        """What a log has no columns for: the newest epoch's counts per class, and its calibration."""
+        if self.folder and self.main:
+            self.folder.write(runs.MEASURED, json.dumps({"epoch": epoch, **metrics.to_dict()}) + "\n")
 
     def save(self, state: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
         """A checkpoint of a run's state and terms; the settings anew each time, as a resumed run may have others."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attninject.errors import CheckpointError
 
 from .learner import Learner
+from .log_columns import renamed
 from .optimizer_state import load_optimizer_state, optimizer_state
 
 
@@ -68,7 +69,8 @@ class RunState:
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.loss_sum, self.skipped = state["loss_sum"], state["skipped"]
-        self.history, self.best, self.warnings = state["history"], state["best"], state["warnings"]
+        self.history = [renamed(row) for row in state["history"]]
+        self.best, self.warnings = renamed(state["best"]), state["warnings"]
         self.learner.watch.alive = set(state["alive"])
         _fill(nets.model, "model.", tensors, source)
         if nets.average is not None:

@@ -2,6 +2,7 @@
 
     experiment.json            the settings
     log.csv                    a row per epoch; epoch 0 is the model before any training
+    measured.json              the newest epoch per class, and its confidence in bins: what a report compares
     checkpoint.safetensors     where `--resume` goes on; checkpoint.previous.safetensors is the one before
     classes.txt                names of the classes, in the order of the outputs
     best.safetensors           what ships: a delta that `ai.load` reads (without blocks: a state dict)
@@ -33,7 +34,7 @@ FORMAT = 1
 KEY, SUM = "attninject_checkpoint", "attninject_checksum"
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 BEST, LAST, LOG = "best.safetensors", "last.safetensors", "log.csv"
-SETTINGS, CLASSES = "experiment.json", "classes.txt"
+SETTINGS, CLASSES, MEASURED = "experiment.json", "classes.txt", "measured.json"
 
 
 class Folder:

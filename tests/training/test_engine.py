@@ -39,7 +39,7 @@ def test_it_learns_and_writes_its_files(tmp_path: Path) -> None:
     assert result.best["top1"] > 0.8 > result.history[0]["top1"]
     assert {p.name for p in (tmp_path / "a").iterdir()} - {"tensorboard"} == {
         ".lock", "best.safetensors", "last.safetensors", "log.csv", "classes.txt", "checkpoint.safetensors",
-        "checkpoint.previous.safetensors",
+        "checkpoint.previous.safetensors", "measured.json",
     }  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "a" / "log.csv").read_text().splitlines()))
     assert [float(r["top1"]) for r in rows] == [r["top1"] for r in result.history]
@@ -319,7 +319,7 @@ def test_a_head_can_be_named_without_freezing() -> None:
             return self.final(torch.relu(self.stem(x))).mean((2, 3))
 
     result = finetune(Convolved(), DATA, **{**QUICK, "epochs": 1}, head="final", head_lr=0.5)
-    assert result.history[0]["lr head"] == 0.5
+    assert result.history[0]["lr.head"] == 0.5
     with pytest.raises(errors.NoHeadError, match="was not found"):
         finetune(Convolved(), DATA, **QUICK)
 
@@ -328,7 +328,7 @@ def test_a_head_can_be_named_without_freezing() -> None:
 def test_steps_of_the_rate_come_within_the_run(scheduler: str) -> None:
     """Stepped schedules fall by ten after 0.3 of the epochs, as timm's do after 90 of 300."""
     rows = finetune(net(), DATA, **{**QUICK, "epochs": 5}, scheduler=scheduler).history
-    assert [row["lr backbone"] for row in rows] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4, 1e-4, 1e-5])
+    assert [row["lr.backbone"] for row in rows] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4, 1e-4, 1e-5])
 
 
 def test_new_weights_follow_the_runs_seed() -> None:

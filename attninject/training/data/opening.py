@@ -56,7 +56,7 @@ def _folders(data: Data) -> Images:
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
     if data.val_fraction is not None:
-        whole = _folder(root / data.train_split if (root / data.train_split).is_dir() else root)
+        whole = open_folder(root / data.train_split if (root / data.train_split).is_dir() else root)
         return _divided(whole, data.val_fraction)
     for split in (data.train_split, data.val_split):
         if not (root / split).is_dir():
@@ -65,13 +65,18 @@ def _folders(data: Data) -> Images:
                 f"there is no folder {root / split} ({root} has {there}); name the splits with `train_split` "
                 f"and `val_split`, or hold out a part of all images with `val_fraction: 0.2` (--data-val-fraction 0.2)"
             )
-    train_set, val_set = _folder(root / data.train_split), _folder(root / data.val_split)
+    train_set, val_set = open_folder(root / data.train_split), open_folder(root / data.val_split)
     if train_set.classes != val_set.classes:
         _refuse_classes(str(root), train_set.classes, val_set.classes)
     return Images(train_set, val_set, tuple(train_set.classes))
 
 
-def _folder(path: Path) -> Any:
+def open_folder(path: Path) -> Any:
+    """A folder with a folder of images per class; no image is read.
+
+    Raises:
+        DataError: it is none.
+    """
     from torchvision.datasets import ImageFolder
 
     try:
