@@ -1,7 +1,7 @@
 """Say what sweeps and runs show: gain, loss, or nothing that their seeds can show, and how many would be needed.
 
-Writes report.html (one file, nothing fetched), report.md and report.csv (a row per run). Runs of different budgets
-are shown apart.
+Writes report.html (one file, nothing fetched), report.md, report.csv (a row per run) and report_classes.csv (a row per
+run and class). Runs of different budgets are shown apart.
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from attninject.errors import RunError
 from attninject.files import replacing
 
+from .report_classes import CLASS_HEADER, class_rows
 from .report_data import collect
 from .report_figures import Figures, figures
 from .report_html import page
@@ -48,16 +49,18 @@ class Report:
 
     def csv(self) -> str:
         """A row per run, every number in full."""
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, RUN_HEADER, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(run_rows([of.study for of in self.studies]))
-        return stream.getvalue()
+        return _csv(RUN_HEADER, run_rows([of.study for of in self.studies]))
+
+    def classes_csv(self) -> str:
+        """A row per run and class; only the header where no run says."""
+        return _csv(CLASS_HEADER, class_rows([of.study for of in self.studies]))
 
     def write(self, folder: Path) -> list[Path]:
-        """The three files."""
+        """The three files, and report_classes.csv where runs say what became of each class."""
         folder.mkdir(parents=True, exist_ok=True)
         texts = {"report.html": self.html(), "report.md": self.markdown(), "report.csv": self.csv()}
+        if class_rows([of.study for of in self.studies]):
+            texts["report_classes.csv"] = self.classes_csv()
         for name, text in texts.items():
             with replacing(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
@@ -77,6 +80,14 @@ def report(folders: Iterable[str | Path]) -> Report:
     if not studies:
         raise RunError("there is nothing to report: give the folder of a sweep, or of runs")
     return Report(tuple(figures(study) for study in studies))
+
+
+def _csv(header: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def _items(title: str, lines: Sequence[str]) -> list[str]:

@@ -39,6 +39,10 @@ class Arm:
         """Seed → accuracy after the last epoch."""
         return {seed: o.top1 for seed, o in self.finished().items() if o.top1 is not None}
 
+    def ece(self) -> dict[int, float]:
+        """Seed → expected calibration error after the last epoch, of the runs that say it."""
+        return {seed: o.measured.ece for seed, o in self.finished().items() if o.measured is not None}
+
 
 @dataclass
 class Study:

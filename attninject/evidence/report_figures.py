@@ -5,13 +5,17 @@ Accuracies and differences are in percentage points here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
+from .report_classes import ClassChange, class_changes
 from .report_data import Arm, Study
 from .statistics import LEVEL, POWER, Paired, holm, least_difference, paired, seeds_needed
 from .sweep_design import ATTENTION
+
+Value = Callable[[Arm], dict[int, float]]
+"""What is compared: a value from 0 to 1 per seed."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Figures:
     seconds: dict[str, float]  # arm → mean time of a run
     against_plain: list[Against]
     against_controls: list[Against]
+    calibration: dict[str, tuple[float, float | None]]  # arm → mean and sd of the calibration error
+    calibration_against: list[Against]  # the error's difference from plain
+    classes: list[ClassChange]
 
     @property
     def sentence(self) -> str:
@@ -58,29 +65,37 @@ class Figures:
 
 def figures(study: Study) -> Figures:
     """Everything that a report of the study says in numbers."""
-    means, seconds = {}, {}
-    for arm in study.arms.values():
-        values = [100 * value for value in arm.top1().values()]
-        if values:
-            means[arm.name] = fmean(values), stdev(values) if len(values) > 1 else None
-            seconds[arm.name] = fmean(
-                sum(r.get("seconds", 0.0) for r in o.rows) for o in arm.finished().values()
-            )
-    plain = _compared([(a, study.arms[a.plain]) for a in study.arms.values() if a.plain in study.arms])
-    pairs = [(study.arms[a.of], a) for a in study.arms.values() if a.of in study.arms]
-    return Figures(study, means, seconds, plain, _compared(pairs))
+    means = _means(study, Arm.top1)
+    seconds = {
+        arm.name: fmean(sum(r.get("seconds", 0.0) for r in o.rows) for o in arm.finished().values())
+        for arm in study.arms.values()
+        if arm.name in means
+    }
+    from_plain = [(a, study.arms[a.plain]) for a in study.arms.values() if a.plain in study.arms]
+    controls = [(study.arms[a.of], a) for a in study.arms.values() if a.of in study.arms]
+    calibrated = [(a, b) for a, b in from_plain if a.ece().keys() & b.ece().keys()]
+    return Figures(
+        study, means, seconds, _compared(from_plain), _compared(controls),
+        _means(study, Arm.ece), _compared(calibrated, Arm.ece), class_changes(study),
+    )  # fmt: skip
 
 
-def _compared(pairs: Sequence[tuple[Arm, Arm]]) -> list[Against]:
+def _means(study: Study, value: Value) -> dict[str, tuple[float, float | None]]:
+    """Mean and standard deviation in percent, of the arms that have any."""
+    found = {arm.name: [100 * v for v in value(arm).values()] for arm in study.arms.values()}
+    return {name: (fmean(v), stdev(v) if len(v) > 1 else None) for name, v in found.items() if v}
+
+
+def _compared(pairs: Sequence[tuple[Arm, Arm]], value: Value = Arm.top1) -> list[Against]:
     """Holm over all of them."""
-    rows = [Against(arm, other, _pair(arm, other)) for arm, other in pairs]
+    rows = [Against(arm, other, _pair(arm, other, value)) for arm, other in pairs]
     adjusted = holm([row.found.p if row.found else None for row in rows])
     tests = sum(p is not None for p in adjusted)
     return [replace(_with_reach(row, tests), holm=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
-def _pair(arm: Arm, other: Arm) -> Paired | None:
-    ours, theirs = arm.top1(), other.top1()
+def _pair(arm: Arm, other: Arm, value: Value) -> Paired | None:
+    ours, theirs = value(arm), value(other)
     both = [seed for seed in ours if seed in theirs]
     return paired([100 * (ours[seed] - theirs[seed]) for seed in both]) if both else None
 

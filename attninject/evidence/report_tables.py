@@ -9,14 +9,18 @@ from attninject.training.experiment import Experiment
 from attninject.training.gate_movement import PREFIX as MOVED
 from attninject.wording import human
 
+from .report_classes import widest
 from .report_data import Study, differences
 from .report_figures import Against, Figures, signed
 from .sweep_runs import Outcome
 
 RUN_HEADER = (
     "study", "arm", "kind", "plain", "of", "parameters", "macs", "seed", "status", "reason", "epochs",
-    "top1", "best_top1", "val_loss", "seconds",
+    "top1", "best_top1", "val_loss", "seconds", "ece", "macro_f1",
 )  # fmt: skip
+
+MOST_CLASSES = 12
+"""Rows per arm of the table of classes."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def run_rows(studies: Sequence[Study]) -> list[dict[str, object]]:
         for arm in study.arms.values():
             for seed, found in sorted(arm.outcomes.items()):
                 values = (number, arm.name, arm.kind, arm.plain, arm.of, arm.parameters, arm.macs, seed,
-                          found.status, found.reason, *_ends(found))  # fmt: skip
+                          found.status, found.reason, *_ends(found), *_beside(found))  # fmt: skip
                 rows.append({k: "" if v is None else v for k, v in zip(RUN_HEADER, values, strict=True)})
     return rows
 
@@ -70,6 +74,11 @@ def arms(of: Figures) -> Table:
         "Parameters and MACs (of one image) are those that the blocks add; time is one run's."
     )
     return Table("Arms", note, ("arm", "top-1", "seeds", "parameters", "MACs", "time"), rows)
+
+
+def _beside(found: Outcome) -> tuple[object, ...]:
+    """Calibration error and macro-F1, of runs that say them."""
+    return (None, None) if found.measured is None else (found.measured.ece, found.measured.macro_f1)
 
 
 PAIRED = ("arm", "difference", "95 % (t)", "95 % (bootstrap)", "p", "Holm p", "could show", "seeds needed")
@@ -113,6 +122,51 @@ def _needed(row: Against) -> str:
     if row.found is None or not row.found.sd:
         return "–"
     return "> 1000" if row.needed is None else str(row.needed)
+
+
+def calibration(of: Figures) -> Table:
+    """Calibration error per arm, and its paired difference from plain."""
+    against = {row.arm.name: row for row in of.calibration_against}
+    rows = []
+    for name, (mean, sd) in of.calibration.items():
+        cells = _paired(against[name]) if name in against else ("", *["–"] * 5)
+        rows.append(
+            (
+                name,
+                f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}"),
+                cells[1],
+                cells[2],
+                cells[4],
+                cells[5],
+            )
+        )
+    note = (
+        "Expected calibration error in percent: how far confidence is from the share of right answers, over 15 bins of "
+        "equal width (Guo et al., arXiv:1706.04599), on the validation images after the last epoch. Less is better; the "
+        "difference is paired over seeds."
+    )
+    return Table("Calibration", note, ("arm", "error", "difference", "95 % (t)", "p", "Holm p"), rows)
+
+
+def classes(of: Figures) -> Table:
+    """Recall per class against plain fine-tuning."""
+    shown = widest(of.classes, MOST_CLASSES)
+    rows = [
+        (
+            c.arm, c.name, signed(c.found.mean),
+            "–" if c.found.interval is None else f"{signed(c.found.interval[0])} … {signed(c.found.interval[1])}",
+            f"{c.plain:.1f}", f"{c.recall:.1f}", f"{c.images:g}",
+        )
+        for c in shown
+    ]  # fmt: skip
+    note = (
+        "Recall on the validation images after the last epoch in percent, and its paired difference from plain "
+        "fine-tuning. Not corrected for the number of classes: of twenty such intervals one leaves out 0 by chance."
+    )
+    if len(shown) < len(of.classes):
+        note += f" The {MOST_CLASSES} classes of each arm that changed most; report_classes.csv has all."
+    header = ("arm", "class", "difference", "95 % (t)", "plain", "this arm", "images")
+    return Table("Changes per class", note, header, rows)
 
 
 def sites(of: Figures) -> Table:
@@ -168,5 +222,8 @@ def apart(studies: Sequence[Study]) -> str:
 
 def tables(of: Figures) -> list[Table]:
     """All of a study's, in order, without the empty ones."""
-    found = [arms(of), against_plain(of), against_controls(of), movement(of), sites(of), budget(of.study)]
+    found = [
+        arms(of), against_plain(of), against_controls(of), calibration(of), classes(of), movement(of), sites(of),
+        budget(of.study),
+    ]  # fmt: skip
     return [table for table in [*found, made_with(of.study)] if table.rows]

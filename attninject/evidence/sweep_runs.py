@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from attninject.training import runs
 from attninject.training.engine import run_experiment
 from attninject.training.experiment import Experiment, read_experiment
 from attninject.training.log_columns import renamed
+
+from .run_measured import Measured, read_measured
 
 Status = Literal["waiting", "begun", "finished", "damaged"]
 
@@ -32,11 +34,13 @@ class Outcome:
         status: `damaged` where the files contradict one another, themselves or the design.
         rows: of the log, from epoch 0, before any training.
         reason: of the damage.
+        measured: per class and by confidence, after the last epoch; None unless finished, or of an earlier version.
     """
 
     status: Status
     rows: tuple[Row, ...] = ()
     reason: str = ""
+    measured: Measured | None = None
 
     @property
     def top1(self) -> float | None:
@@ -57,7 +61,10 @@ def outcome(folder: Path, experiment: Experiment) -> Outcome:
         if changed:
             return Outcome("damaged", reason=f"its settings are not the design's ({changed})")
         rows = read_log(folder / runs.LOG)
-        return _compared(folder, rows, experiment.train.epochs)
+        found = _compared(folder, rows, experiment.train.epochs)
+        return (
+            replace(found, measured=read_measured(folder, rows[-1])) if found.status == "finished" else found
+        )
     except (AttnInjectError, OSError, ValueError, KeyError, TypeError) as error:
         return Outcome("damaged", reason=" ".join(str(error).split()) or type(error).__name__)
 

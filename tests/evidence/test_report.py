@@ -18,6 +18,7 @@ from scipy import stats
 
 from attninject.errors import RunError
 from attninject.evidence.report import Report, report
+from attninject.evidence.report_classes import ClassChange, widest
 from attninject.evidence.report_figures import figures
 from attninject.evidence.report_tables import against_plain
 from attninject.evidence.statistics import holm, least_difference, paired, power, seeds_needed
@@ -50,6 +51,28 @@ def written(out: Path, top1: dict[str, Sequence[float]], common: dict[str, Any] 
                 rows.append(f"{epoch},{epoch},1.0,{value!r},2.5" + (f",{0.25 * epoch}" if moved else ""))
             (run.folder / "log.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return out
+
+
+def with_classes(folder: Path) -> Path:
+    """The same, and each run says what became of two classes: what one gains the other loses."""
+    for log in sorted(folder.rglob("log.csv")):
+        last = log.read_text(encoding="utf-8").splitlines()[-1].split(",")
+        shifts = {"plain": (3, 1, 4, 1, 5), "se": (9, 2, 6, 5, 3), "cbam": (5, 8, 9, 7, 9)}
+        shift = shifts[log.parent.parent.name][int(log.parent.name[-1])]
+        counts = [(50, 50, 30 + shift), (50, 50, 45 - shift)]
+        named = [
+            dict(zip(("images", "predicted", "right"), c, strict=True), name=n)
+            for n, c in zip("ab", counts, strict=True)
+        ]
+        said = {
+            "epoch": int(last[0]),
+            "top1": float(last[3]),
+            "ece": 0.01 * shift,
+            "macro_f1": 0.5,
+            "classes": named,
+        }
+        (log.parent / "measured.json").write_text(json.dumps(said), encoding="utf-8")
+    return folder
 
 
 class Cells(HTMLParser):
@@ -114,6 +137,55 @@ def test_figures_of_the_page_follow_from_the_csv(noisy: Report) -> None:
         adjusted = min(2 * smaller.pvalue, 1) if found is smaller else max(2 * smaller.pvalue, larger.pvalue)
         for cell, p in ((shown[4], found.pvalue), (shown[5], adjusted)):
             assert cell == ("< 0.001" if p < 0.001 else f"{p:.3f}")
+
+
+def test_calibration_and_classes_follow_from_the_csv(tmp_path: Path) -> None:
+    """Errors, recalls and paired differences on the page are those of both CSV files; t intervals are scipy's."""
+    found = report([with_classes(written(tmp_path / "a", NOISY))])
+    runs, recalls = {}, {}
+    for row in csv.DictReader(io.StringIO(found.csv())):
+        runs.setdefault(row["arm"], []).append(100 * float(row["ece"]))
+    for row in csv.DictReader(io.StringIO(found.classes_csv())):
+        recalls.setdefault((row["arm"], row["class"]), []).append(
+            100 * int(row["right"]) / int(row["images"])
+        )
+    cells = Cells(found.html()).rows
+    for arm in ("se", "cbam"):
+        low, high = stats.ttest_rel(runs[arm], runs["plain"]).confidence_interval(0.95)
+        shown = next(row for row in cells if row[0] == arm and len(row) == 6 and "…" in row[3])
+        assert shown[1] == f"{fmean(runs[arm]):.2f} ± {stdev(runs[arm]):.2f}"
+        assert shown[2] == f"{fmean(runs[arm]) - fmean(runs['plain']):+.2f}".replace("-", "−")
+        assert shown[3] == f"{low:+.2f} … {high:+.2f}".replace("-", "−")
+        for name in "ab":
+            ours, plain = recalls[arm, name], recalls["plain", name]
+            shown = next(row for row in cells if row[:2] == [arm, name])
+            assert shown[4:] == [f"{fmean(plain):.1f}", f"{fmean(ours):.1f}", "50"]
+            assert shown[2] == f"{fmean(ours) - fmean(plain):+.2f}".replace("-", "−")
+    assert "## Calibration" in found.markdown() or "### Calibration" in found.markdown()
+    files = found.write(tmp_path / "out")
+    assert [file.name for file in files][-1] == "report_classes.csv"
+    without = report([written(tmp_path / "b", NOISY)])
+    assert "Calibration" not in without.html()
+    assert "Changes per class" not in without.markdown()
+
+
+def test_what_a_run_says_of_its_classes_must_agree_with_its_log(tmp_path: Path) -> None:
+    """A file that is torn, or of another epoch, makes the run a damaged one."""
+    folder = with_classes(written(tmp_path / "a", NOISY))
+    (folder / "se" / "seed-1" / "measured.json").write_text("{", encoding="utf-8")
+    other = folder / "se" / "seed-2" / "measured.json"
+    other.write_text(other.read_text(encoding="utf-8").replace('"epoch": 1', '"epoch": 0'), encoding="utf-8")
+    text = report([folder]).markdown()
+    assert "se, seed 1: damaged (measured.json is damaged (JSONDecodeError" in text
+    assert "se, seed 2: damaged (measured.json says otherwise than the log of epoch 1)" in text
+
+
+def test_many_classes_are_cut_to_those_that_changed_most() -> None:
+    """Of each arm the widest changes, gains first."""
+    changes = [
+        ClassChange("se", str(d), 10, 50, 50 + d, paired([float(d), float(d) + 1])) for d in (1, -9, 4, 0, 8)
+    ]
+    assert [c.name for c in widest(changes, 3)] == ["8", "4", "-9"]
 
 
 def test_sentence_says_gain_loss_or_neither(tmp_path: Path) -> None:

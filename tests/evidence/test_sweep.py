@@ -234,6 +234,7 @@ def test_commands_show_and_report(
         "report.csv",
         "report.html",
         "report.md",
+        "report_classes.csv",
     ]
     assert "movement" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8").lower()
     assert main(["report", str(tmp_path / "nothing")]) == 1
