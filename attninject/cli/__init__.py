@@ -28,6 +28,7 @@ VERBS = {  # verb: what it does; its file bears its name
     "evaluate": "measure a run's model again: per class, calibrated or not, with its blocks and without",
     "sweep": "train the arms of an experiment and their controls over seeds, at equal budget",
     "report": "say what sweeps and runs show: gain, loss, or nothing that their seeds can show",
+    "predict": "say what a trained run takes image files for",
     "push": "share a trained run: weights, settings and a card, on the hub or in a folder",
     "export": "write a trained model as ONNX, torch.export or a state dict",
     "visualize": "draw what the blocks of a model do to an image, as PNG files and a page",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attninject import api
+from attninject import api, hub
 from attninject.errors import DataError, RunError
 
 from . import devices, runs
@@ -108,7 +108,7 @@ def evaluate_run(
         RunError: the folder holds no such run, or one without blocks where they are to be switched off.
         DataError: the images cannot be had, or are of classes that the run does not know.
     """
-    where = Path(folder)
+    where = hub.folder_of(folder)
     model = trained(where, FILES[file])
     if without_blocks and not api.injected(model):
         raise RunError(f"{where} is a run of plain fine-tuning: there are no blocks to switch off")
