@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .graph_edit import edit_graph, layout_arguments
+from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import CONTAINERS, Insertion
 from .layout_adapters import run_block
 from .local_graph import LocalGraph
 
 ENTRY = "_attninject_script"  # method of a generated class: the forward for TorchScript
 ORIGINAL = "_attninject_original"  # method of a generated class: the forward of the original class
+ITEM = "a block works on one item of what it returns"
 _DROPPED = re.compile(r";  [\w =]+= None$")  # fx frees variables so; TorchScript wants one type for each
 _serial = itertools.count()
 
@@ -64,16 +65,14 @@ def _written(
     base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, own: bool
 ) -> Callable[..., Any]:
     names = {**getattr(base.forward, "__globals__", {}), "as_map": as_map, "as_value": as_value}
-    reason = "a forward was assigned to this instance" if own else _refusal(base, edit, local)
+    header = "(self, x)"
     try:
         header = _header(base, names)
-    except (OSError, TypeError, SyntaxError):
-        header, reason = "(self, x)", reason or "the source of its forward is not to be had"
-    if reason:
-        text = f"def {ENTRY}{header}:\n    return cannot_be_scripted({f'{base.__qualname__}: {reason}'!r})\n"
-    else:
-        lines = _body(base, edit, local, names)
-        text = f"def {ENTRY}{header}:\n" + "".join(f"    {line}\n" for line in lines)
+        refuse = _refusal(base, edit, local, own)
+        lines = list(_body(base, edit, local, names)) if not refuse else _refused(base, refuse)
+    except _NotScriptable as error:
+        lines = _refused(base, str(error))
+    text = f"def {ENTRY}{header}:\n" + "".join(f"    {line}\n" for line in lines)
     filename = f"<attninject script {base.__module__}.{base.__qualname__} {next(_serial)}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
     code = compile(text, filename, "exec", flags=__future__.annotations.compiler_flag)
@@ -82,13 +81,26 @@ def _written(
     return made
 
 
-def _refusal(base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None) -> str:
-    """Why TorchScript cannot have this forward; empty if it can."""
+class _NotScriptable(Exception):
+    """Says why."""
+
+
+def _refused(base: type[nn.Module], reason: str) -> list[str]:
+    """A body that TorchScript refuses, and shows."""
+    return [f"return cannot_be_scripted({f'{base.__qualname__}: {reason}'!r})"]
+
+
+def _refusal(
+    base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, own: bool
+) -> str:
+    """Why TorchScript cannot have this forward; empty if it can, as far as can be told without the text."""
+    if own:
+        return "a forward was assigned to this instance"
     if local is not None and local.arguments.decisions:
         return "its forward decides by its inputs, and would have to be traced anew for others"
-    if any(i.output is not None for i in edit):
-        return "a block works on one item of what it returns"
-    around = any(i.target is None for i in edit)
+    around = [i for i in edit if i.target is None]
+    if any(i.output is not None for i in around):
+        return ITEM
     if around and issubclass(base, CONTAINERS) and base.forward is not nn.Sequential.forward:
         return "its forward goes over its own children, among which TorchScript would find the block"
     return ""
@@ -96,8 +108,12 @@ def _refusal(base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGra
 
 def _header(base: type[nn.Module], names: dict[str, Any]) -> str:
     """The original's parameters and result with their types, as it was written."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(base.forward))).body[0]
-    assert isinstance(tree, ast.FunctionDef)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base.forward))).body[0]
+    except (OSError, TypeError, SyntaxError) as error:
+        raise _NotScriptable("the source of its forward is not to be had") from error
+    if not isinstance(tree, ast.FunctionDef) or _overloaded(base):
+        raise _NotScriptable("its forward has several signatures, or is no function")
     given = tree.args
     for p in inspect.signature(base.forward).parameters.values():
         if p.default is not p.empty:
@@ -111,6 +127,12 @@ def _header(base: type[nn.Module], names: dict[str, Any]) -> str:
     ]
     returns = f" -> {ast.unparse(tree.returns)}" if tree.returns else ""
     return f"({ast.unparse(given)}){returns}"
+
+
+def _overloaded(base: type[nn.Module]) -> bool:
+    """Whether its forward has `torch.jit._overload_method` signatures."""
+    known: dict[str, Any] = getattr(torch._jit_internal, "_overloaded_methods", {})
+    return base.__name__ in known.get(f"__torch__.{base.__module__}.forward", {})
 
 
 def _body(
@@ -156,6 +178,8 @@ def _graphs(
 def _lines(graph: fx.Graph, names: dict[str, Any]) -> Iterator[str]:
     """The code of an edited graph, each block called as what it is: a child."""
     for node in list(graph.nodes):
+        if node.target is with_item:
+            raise _NotScriptable(ITEM)
         if node.target is run_block:
             _call_as_child(graph, node)
     code = graph.python_code("self")
