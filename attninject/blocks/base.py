@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from attninject.blocks import options, symbolic
 from attninject.errors import BlockError, TooFewChannelsError
 
 from .fast import dispatch
-from .gate import blend, new_alpha, scale, tracing
+from .gate import blend, divided_zeros, new_alpha, scale, tracing
 from .options import INITS, Backend, Init
 
 
@@ -159,6 +159,18 @@ class Block(nn.Module):
     def blended(self, x: Tensor, y: Tensor) -> Tensor:
         """x + α(y − x) where `init` is `blend`, else y."""
         return y if self.alpha is None else blend(x, y, self.alpha)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; says first where a norm of weights divides by the zero that makes the identity."""
+        inner = tuple(f"{name}." for name, m in self.named_modules() if name and isinstance(m, Block))
+        if found := [name for name in divided_zeros(self) if not f"{name}.".startswith(inner)]:
+            warnings.warn(
+                f"{type(self).__name__}: the weight of {', '.join(found)} is zero, by which the block starts as the "
+                "identity, and weight or spectral norm divides by it: what comes out is not finite. Take the norm "
+                'off that layer, or build the block with init="blend"',
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Channels, and whatever differs from the defaults."""

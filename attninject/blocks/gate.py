@@ -129,6 +129,26 @@ def zero(*layers: nn.Module | None) -> None:
                 p.zero_()
 
 
+_DIVIDING = {"_WeightNorm", "_SpectralNorm"}  # torch's parametrizations
+
+
+def divided_zeros(module: nn.Module) -> list[str]:
+    """Layers in a module whose weight is zero and stands under weight or spectral norm, which divides by it."""
+    found = []
+    for name, layer in module.named_modules():
+        g, whole = getattr(layer, "weight_g", None), None
+        if hasattr(layer, "weight_u"):
+            whole = getattr(layer, "weight_orig", None)
+        for held in getattr(layer, "parametrizations", {}).values():
+            if any(type(p).__name__ in _DIVIDING for p in held):
+                g, whole = getattr(held, "original0", g), getattr(held, "original", whole)
+        divided = (g is not None and not g.is_meta and not bool(g.all())) or (
+            whole is not None and not whole.is_meta and not bool(whole.any())
+        )
+        found += [name] * divided
+    return found
+
+
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(x)`, also where a batch norm in train mode has one value per channel.
 
