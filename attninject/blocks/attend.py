@@ -88,14 +88,14 @@ def saturated(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in `dtype`; what is too large for it becomes its largest number instead of infinity."""
     if dtype not in (torch.float16, torch.bfloat16) or t.dtype == dtype:
         return t.to(dtype)
-    limit = torch.finfo(dtype).max
+    limit = 65504.0 if dtype == torch.float16 else 3.3895313892515355e38
     return t.clamp(-limit, limit).to(dtype)
 
 
 def wide(layer: nn.Linear, t: Tensor) -> Tensor:
     """A linear layer in float32, whatever its weights' dtype: t: (B, N, e), float32 or wider → (B, N, d)."""
     with full_precision(t):
-        return layer(t) if layer.weight.dtype == t.dtype else _linear(layer, t)
+        return layer(t) if layer.weight.dtype == t.dtype else linear(t, layer.weight, layer.bias)
 
 
 def project(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, t: Tensor, like: Tensor) -> Tensor:
@@ -105,13 +105,13 @@ def project(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, t: Tensor, like: Tensor) -
     """
     with full_precision(t):
         same = layer.weight.dtype == t.dtype
-        y = layer(unrows(t, like)) if same else unrows(_linear(layer, t), like)
+        y = layer(unrows(t, like)) if same else unrows(linear(t, layer.weight, layer.bias), like)
     return saturated(y, like.dtype)
 
 
-def _linear(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, t: Tensor) -> Tensor:
-    weight, bias = layer.weight.flatten(1).to(t.dtype), layer.bias
-    return F.linear(t, weight, None if bias is None else bias.to(t.dtype))
+def linear(t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer or 1×1 convolution of rows in their own dtype: t: (B, N, e) → (B, N, d)."""
+    return F.linear(t, weight.flatten(1).to(t.dtype), None if bias is None else bias.to(t.dtype))
 
 
 def relu_of_sums(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
@@ -128,15 +128,18 @@ def relu_of_sums(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     g = g.gather(1, order.unsqueeze(2).expand_as(g))
     count = torch.searchsorted(-b.detach(), a.detach().contiguous())  # of j with b_j > −a_i
     index = count.unsqueeze(2).expand(-1, -1, g.shape[2])
+    return a.unsqueeze(2) * _sums(g, index) + _sums(b.unsqueeze(2) * g, index)
 
-    def of_prefix(t: Tensor) -> Tensor:
-        return F.pad(t.cumsum(1), (0, 0, 1, 0)).gather(1, index)
 
-    return a.unsqueeze(2) * of_prefix(g) + of_prefix(b.unsqueeze(2) * g)
+def _sums(t: Tensor, count: Tensor) -> Tensor:
+    """Of the first `count` rows: t: (B, M, d), count: (B, N, d) → (B, N, d)."""
+    return F.pad(t.cumsum(1), (0, 0, 1, 0)).gather(1, count)
 
 
 def exporting() -> bool:
     """Whether torch.export is at work; where torch cannot tell it from compiling, whether that is."""
+    if torch.jit.is_scripting():
+        return False
     known = getattr(torch.compiler, "isexporting", torch.compiler.is_compiling)
     return bool(known())
 
@@ -149,7 +152,7 @@ class Additive(Block):
 
     def needs_blend(self) -> bool:
         """Without a residual no layer's zero gives x."""
-        return not self.args.get("residual", True)
+        return not self.residual
 
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → what is added, the same shape."""
@@ -158,6 +161,6 @@ class Additive(Block):
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
         y = self.branch(x).to(x.dtype)
-        if self.args.get("residual", True):
+        if self.residual:
             return x + y
         return torch.empty_like(x).copy_(y)  # in the memory format of x

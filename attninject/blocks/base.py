@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from attninject.blocks import options, symbolic
 from attninject.errors import BlockError, TooFewChannelsError
 
 from .fast import dispatch
-from .gate import blend, new_alpha, scale, tracing
+from .gate import blend, divided_zeros, new_alpha, scale, tracing
 from .options import INITS, Backend, Init
 
 
@@ -59,11 +59,12 @@ class Block(nn.Module):
     options: ClassVar[options.Options] = {}
     supported_dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
     fast_from: ClassVar[int | None] = None
-    backend: Backend = "auto"
-    alpha: nn.Parameter | None
+    __jit_unused_properties__: ClassVar[list[str]] = ["identity", "init_of_parts"]
 
-    if TYPE_CHECKING:  # torch's own says Any
-        __call__: Callable[..., Tensor]
+    if TYPE_CHECKING:  # only for the reader: TorchScript takes what a class declares for its own language
+        backend: Backend
+        alpha: nn.Parameter | None
+        __call__: Callable[..., Tensor]  # torch's own says Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,8 +80,8 @@ class Block(nn.Module):
         self._check(channels, dims, init, args)
         super().__init__()
         self.channels, self.dims, self.args = int(channels), int(dims), dict(args)
+        self.backend, self.residual = args.get("backend", "auto"), bool(args.get("residual", True))
         self.init = "blend" if init == "identity" and self.needs_blend() else init
-        self.backend = args.get("backend", "auto")
         self.register_parameter("alpha", new_alpha() if self.init == "blend" else None)
 
     @classmethod
@@ -146,16 +147,30 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape and dtype."""
+        if torch.jit.is_scripting():
+            return self.blended(x, self.transform(x))
         if type(x) is not Tensor and isinstance(x, fx.Proxy):
             return symbolic.one_call(self, x)
         least = self.fast_from
         fast = least is not None and dispatch.takes_fast_form(x, self.backend, least) and self.fast_applies(x)
         y = self.fast_transform(x) if fast else self.transform(x)
-        if (
-            self.init != "blend" or self.alpha is None
-        ):  # asking a module for a parameter takes longer than a string
-            return y
-        return blend(x, y, self.alpha)
+        return y if self.init != "blend" else self.blended(x, y)  # a string is asked for sooner than a parameter
+
+    def blended(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + α(y − x) where `init` is `blend`, else y."""
+        return y if self.alpha is None else blend(x, y, self.alpha)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; says first where a norm of weights divides by the zero that makes the identity."""
+        inner = tuple(f"{name}." for name, m in self.named_modules() if name and isinstance(m, Block))
+        if found := [name for name in divided_zeros(self) if not f"{name}.".startswith(inner)]:
+            warnings.warn(
+                f"{type(self).__name__}: the weight of {', '.join(found)} is zero, by which the block starts as the "
+                "identity, and weight or spectral norm divides by it: what comes out is not finite. Take the norm "
+                'off that layer, or build the block with init="blend"',
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Channels, and whatever differs from the defaults."""
@@ -223,29 +238,37 @@ BATCH_NORM: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d] | type[nn.Batc
 """Spatial dimensions → batch norm; call it through `gate.normalize`."""
 
 
-def positions(x: Tensor) -> tuple[int, ...]:
+def positions(x: Tensor) -> list[int]:
     """The axes of x: (B, C, *S) that are spatial."""
-    return tuple(range(2, x.ndim))
+    return list(range(2, x.ndim))
 
 
 def pool(x: Tensor, kind: str) -> Tensor:
     """Global `avg` or `max`: (B, C, *S) → (B, C, 1, …); reductions, which export everywhere."""
-    reduce = x.mean if kind == "avg" else x.amax
-    return reduce(positions(x), keepdim=True)
+    axes = positions(x)
+    return x.mean(axes, keepdim=True) if kind == "avg" else x.amax(axes, keepdim=True)
 
 
 def column(z: Tensor, x: Tensor) -> Tensor:
     """z: (B, C) → (B, C, 1, …), to stand beside x: (B, C, *S)."""
-    return z.reshape(*z.shape, *(1,) * (x.ndim - 2))
+    return z.reshape(list(z.shape) + [1] * (x.ndim - 2))
 
 
-def static_shape(x: Tensor) -> tuple[int, ...]:
+def count(x: Tensor) -> int:
+    """How many positions x: (B, C, *S) has."""
+    n = 1
+    for side in static_shape(x)[2:]:
+        n *= side
+    return n
+
+
+def static_shape(x: Tensor) -> list[int]:
     """x.shape as plain integers, also under torch.jit.trace, which fixes whatever they decide."""
-    if tracing():
+    if not torch.jit.is_scripting() and tracing():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            return tuple(int(n) for n in x.shape)
-    return tuple(x.shape)
+            return [int(n) for n in x.shape]
+    return list(x.shape)
 
 
 def he_init(*layers: nn.Conv1d | nn.Conv2d | nn.Conv3d, mode: str = "fan_in") -> None:

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALLER, untouched
-from attninject.blocks.fast.pointwise import pointwise
 
 from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, pool
 from .channel import ChannelAttention
 from .fast import bam as fast_bam
 from .fast import channel as fast_channel
 from .fast import spatial as fast_spatial
-from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, zero
 from .options import Backend, Init, Int, Reduction, given
 from .spatial import SpatialAttention
 
@@ -87,10 +86,8 @@ class CBAM(Block):
         gate = self.joint(x)
         if gate is not None:
             return scale(x, gate)
-        halves = (
-            (self.channel, self.spatial) if self.order == "channel_first" else (self.spatial, self.channel)
-        )
-        y = halves[1](halves[0](x))
+        first = self.order == "channel_first"
+        y = self.spatial(self.channel(x)) if first else self.channel(self.spatial(x))
         return x + y if self.skip else y
 
     def fast_applies(self, x: Tensor) -> bool:
@@ -103,7 +100,7 @@ class CBAM(Block):
         """x: (B, C, *S) → the same shape; what lies between the halves is never kept."""
         channel, spatial = self.channel, self.spatial
         conduits, descriptors = fast_channel.squeeze(x, channel.pools)
-        m = channel.gate(channel.merged(descriptors, pointwise)).to(x.dtype)
+        m = channel.gate(channel.merged(descriptors, quick=True)).to(x.dtype)
         conduits, pooled = fast_spatial.refine(x, m, conduits)
         return fast_spatial.rescale(x, m, spatial.gate(spatial.read(*pooled)), conduits)
 
@@ -122,7 +119,7 @@ class CBAM(Block):
         return {"channel": self.channel.attention(x * spatial)["gate"], "spatial": spatial}
 
 
-class ConvNormReLU(nn.Module):
+class ConvNormReLU(Normed):
     """relu(BN(conv(x))), size kept; any batch ≥ 1 in train mode (`gate.normalize`)."""
 
     def __init__(
@@ -144,7 +141,7 @@ class ConvNormReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, inputs, *S) → (B, outputs, *S)."""
-        return F.relu(normalize(self.norm, self.conv(x)))
+        return F.relu(self.normed(self.conv(x)))
 
 
 class BAM(Block):

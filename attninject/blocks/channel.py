@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALL, SMALLER
-from attninject.blocks.fast.pointwise import Caller, call, pointwise
+from attninject.blocks.fast.pointwise import pointwise
 
 from .base import CONV, Block, Facts, he_init, hidden_width, pool
 from .fast import channel as fast
@@ -20,7 +20,8 @@ from .options import Backend, Init, Int, Reduction, given
 class ChannelMLP(Block):
     """Shared by SE and CBAM's channel attention: descriptor → C / r → C logits → one gate per channel."""
 
-    pools: tuple[str, ...]
+    if TYPE_CHECKING:
+        pools: list[str]
 
     def build(self, *, reduction: float, bias: bool, divisor: int, gate: GateKind) -> None:
         """Make the layers, as 1×1 convolutions under timm's names, so that weights interchange."""
@@ -30,11 +31,13 @@ class ChannelMLP(Block):
         self.fc2 = conv(hidden, self.channels, 1, bias=bias)
         self.gate = Gate(gate, identity=self.identity)
 
-    def mlp(self, descriptor: Tensor, run: Caller = call) -> Tensor:
-        """(B, C, 1, …) → logits of the same shape, float32 or wider."""
-        return at_least_float32(run(self.fc2, F.relu(run(self.fc1, descriptor))))
+    def mlp(self, descriptor: Tensor, quick: bool = False) -> Tensor:
+        """(B, C, 1, …) → logits of the same shape, float32 or wider; `quick`: by `pointwise`."""
+        if quick and not torch.jit.is_scripting():
+            return at_least_float32(pointwise(self.fc2, F.relu(pointwise(self.fc1, descriptor))))
+        return at_least_float32(self.fc2(F.relu(self.fc1(descriptor))))
 
-    def merged(self, descriptors: Sequence[Tensor], run: Caller = call) -> Tensor:
+    def merged(self, descriptors: list[Tensor], quick: bool = False) -> Tensor:
         """One descriptor (B, C, 1, …) for each of `pools` → gate logits of that shape."""
         raise NotImplementedError
 
@@ -53,7 +56,7 @@ class ChannelMLP(Block):
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         conduits, descriptors = fast.squeeze(x, self.pools)
-        return fast.scale(x, self.gate(self.merged(descriptors, pointwise)), conduits)
+        return fast.scale(x, self.gate(self.merged(descriptors, quick=True)), conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: (B, C, 1, …)."""
@@ -90,7 +93,7 @@ class SE(ChannelMLP):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(**given(locals()))
-        self.pools = ("avg", "max") if squeeze == "both" else (squeeze,)
+        self.pools = ["avg", "max"] if squeeze == "both" else [squeeze]
         self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
         self.initialise()
 
@@ -98,10 +101,10 @@ class SE(ChannelMLP):
         """He initialisation (the paper follows arXiv:1502.01852), zero biases."""
         he_init(self.fc1, self.fc2)
 
-    def merged(self, descriptors: Sequence[Tensor], run: Caller = call) -> Tensor:
+    def merged(self, descriptors: list[Tensor], quick: bool = False) -> Tensor:
         """Mean and maximum are averaged, then go through the MLP."""
-        first, *others = descriptors
-        return self.mlp(0.5 * first + 0.5 * others[0] if others else first, run)
+        both = len(descriptors) == 2
+        return self.mlp(0.5 * descriptors[0] + 0.5 * descriptors[1] if both else descriptors[0], quick)
 
 
 class ChannelAttention(ChannelMLP):
@@ -135,7 +138,7 @@ class ChannelAttention(ChannelMLP):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(**given(locals()))
-        self.pools = ("avg", "max") if pool == "both" else (pool,)
+        self.pools = ["avg", "max"] if pool == "both" else [pool]
         self.build(reduction=reduction, bias=bias, divisor=divisor, gate=gate)
         self.initialise()
 
@@ -145,7 +148,7 @@ class ChannelAttention(ChannelMLP):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def merged(self, descriptors: Sequence[Tensor], run: Caller = call) -> Tensor:
+    def merged(self, descriptors: list[Tensor], quick: bool = False) -> Tensor:
         """Each goes through the MLP; the logits are added."""
-        first, *others = (self.mlp(descriptor, run) for descriptor in descriptors)
-        return first + others[0] if others else first
+        logits = [self.mlp(descriptor, quick) for descriptor in descriptors]
+        return logits[0] + logits[1] if len(logits) == 2 else logits[0]

@@ -7,9 +7,9 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from .attend import Additive, rows, unrows, wide
+from .attend import Additive, linear, rows, unrows, wide
 from .base import BATCH_NORM, CONV, Facts, hidden_width
-from .gate import at_least_float32, normalize, zero
+from .gate import Normed, at_least_float32, zero
 from .options import Init, Int, Reduction, given
 from .precision import full_precision
 
@@ -57,7 +57,7 @@ class DoubleAttention(Additive):
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, C, *S) → softmax(B) over positions and softmax(V) over descriptors: (B, n, N), float32."""
-        b, v = (at_least_float32(layer(x).flatten(2)) for layer in (self.gather, self.distribute))
+        b, v = at_least_float32(self.gather(x).flatten(2)), at_least_float32(self.distribute(x).flatten(2))
         return torch.softmax(b, 2), torch.softmax(v, 1)
 
     def branch(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class DoubleAttention(Additive):
         return {"gather": gathering, "distribute": distributing}
 
 
-class ExternalAttention(Additive):
+class ExternalAttention(Additive, Normed):
     """External attention: x + BN(W₂ A M_v), A the doubly normalised W₁x M_kᵀ, M_k and M_v learnt memories.
 
     arXiv:2105.02358, eq. 5-6 and 7-9: per memory slot a softmax over positions, then per position division
@@ -129,16 +129,22 @@ class ExternalAttention(Additive):
 
     def weights(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → A: (B, N, S), float32 or wider; each position's S weights sum to 1."""
-        z = wide(self.keys, at_least_float32(rows(self.query(x))))
-        with full_precision(z):
-            return torch.softmax(torch.log_softmax(z, 1), 2)
+        t = at_least_float32(rows(self.query(x)))
+        if torch.jit.is_scripting():
+            return twofold(linear(t, self.keys.weight, None))
+        with full_precision(t):
+            return twofold(wide(self.keys, t))
 
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → what the memory gives, the same shape."""
         t = self.values(self.weights(x).to(self.values.weight.dtype))
-        y = self.out(unrows(t, x))
-        return y if self.norm is None else normalize(self.norm, y)
+        return self.normed(self.out(unrows(t, x)))
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, N, S), the weights of each position over the memory's slots."""
         return {"rows": self.weights(x).to(x.dtype)}
+
+
+def twofold(z: Tensor) -> Tensor:
+    """Softmax over positions, divided by its sum over slots: z: (B, N, S) → the same shape."""
+    return torch.softmax(torch.log_softmax(z, 1), 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from .base import CONV, Block, Facts, hidden_width
 from .fast import affinity as fast
 from .gate import at_least_float32
 from .options import Backend, Init, Int, Reduction, given
-from .precision import full_precision
+from .precision import product
 
 
 class Weighted(Additive):
     """Shared by both halves: x + γ · gathered(x), γ a learnt number that starts at zero, as published."""
 
-    gamma: nn.Parameter
+    if TYPE_CHECKING:
+        gamma: nn.Parameter
 
     def init_identity(self) -> None:
         """Set γ to 0."""
@@ -82,7 +83,7 @@ class PositionAttention(Weighted):
 
     def gathered(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the attended D, the same shape."""
-        q, k, v = (rows(layer(x)).unsqueeze(1) for layer in (self.query, self.key, self.value))
+        q, k, v = [rows(t).unsqueeze(1) for t in [self.query(x), self.key(x), self.value(x)]]
         return unrows(attend(q, k, v, 1.0).squeeze(1), x)
 
     def fast_applies(self, x: Tensor) -> bool:
@@ -134,14 +135,13 @@ class ChannelAffinity(Weighted):
 
     def weights(self, flat: Tensor) -> Tensor:
         """flat: (B, C, N), float32 or wider → (B, C, C); each row sums to 1."""
-        energy = flat @ flat.transpose(1, 2)
+        energy = product(flat, flat.transpose(1, 2))
         return torch.softmax(-energy if self.invert else energy, 2)
 
     def gathered(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → mixtures of channels, the same shape, float32 or wider."""
         flat = at_least_float32(x).flatten(2)
-        with full_precision(x):
-            return torch.unflatten(self.weights(flat) @ flat, 2, x.shape[2:])
+        return torch.unflatten(product(self.weights(flat), flat), 2, x.shape[2:])
 
     def fast_applies(self, x: Tensor) -> bool:
         """In full precision."""
@@ -153,8 +153,7 @@ class ChannelAffinity(Weighted):
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, C, C), the weights that channel i gives to each j; they sum to 1."""
-        with full_precision(x):
-            return {"rows": self.weights(at_least_float32(x).flatten(2)).to(x.dtype)}
+        return {"rows": self.weights(at_least_float32(x).flatten(2)).to(x.dtype)}
 
 
 class DANet(Block):

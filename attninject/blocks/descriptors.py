@@ -27,7 +27,7 @@ from .base import (
 )
 from .fast import channel as fast_channel
 from .fast import context as fast_context
-from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, zero
 from .options import Backend, Init, Int, Number, Odd, Positive, Reduction, given
 
 
@@ -147,7 +147,7 @@ class GCT(GateBlock):
         return self.gate(column(self.gamma * (s / size) + self.beta, x))
 
 
-class SRM(GateBlock):
+class SRM(GateBlock, Normed):
     """Style-based recalibration: x · g(BN(w_c · [mean of x_c, deviation of x_c])), one pair w_c per channel.
 
     arXiv:1903.10829, section 3: style pooling, then style integration (the channel-wise fully connected layer
@@ -192,7 +192,7 @@ class SRM(GateBlock):
         """x: (B, C, *S) → (B, C, 1, …)."""
         variance, mean = torch.var_mean(at_least_float32(x), positions(x), correction=0)
         style = torch.stack([mean, variance.clamp(min=1e-12).sqrt()], 2).to(x.dtype)
-        return self.gate(normalize(self.norm, column((self.cfc * style).sum(2), x)))
+        return self.gate(self.normed(column((self.cfc * style).sum(2), x)))
 
 
 class ContextMLP(nn.Module):
@@ -277,7 +277,7 @@ class GC(Block):
         if weights is None:
             return pool(x, "avg")
         mixed = torch.bmm(x.flatten(2), weights)  # of a view in both memory formats
-        return mixed.view(*x.shape[:2], *(1,) * (x.ndim - 2))
+        return mixed.view(list(x.shape[:2]) + [1] * (x.ndim - 2))
 
     def fused(self, s: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The context (B, C, 1, …) → factor and summand of the same shape, None where not used."""
@@ -396,10 +396,12 @@ class GE(GateBlock):
         if self.mode == "theta_minus":
             return window_means(x, self.extent) if self.extent else pool(x, "avg")
         size = static_shape(x)[2:]
-        if self.feat_size is not None and size != (self.feat_size,) * self.dims:
-            raise BlockError(f"block 'GE' was built for maps of feat_size {self.feat_size}, found {size}")
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = normalize(norm, conv(F.relu(x) if i else x))
+        if self.feat_size is not None:
+            if size != [self.feat_size] * self.dims:
+                raise BlockError(f"block 'GE' was built for maps of feat_size {self.feat_size}, found {size}")
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):  # noqa: B905 (not in TorchScript)
+            x = conv(F.relu(x) if i else x)
+            x = norm(x) if torch.jit.is_scripting() else normalize(norm, x)
         return x
 
     def factor(self, x: Tensor) -> Tensor:
@@ -420,15 +422,15 @@ def window_means(x: Tensor, extent: int) -> Tensor:
     """
 
     if x.ndim == 4:
-        return _pool2d(x, extent, extent)
+        return _pool2d(x, [extent, extent])
     if x.ndim == 3:
-        return _pool2d(x.unsqueeze(3), extent, 1).squeeze(3)
+        return _pool2d(x.unsqueeze(3), [extent, 1]).squeeze(3)
     depth = static_shape(x)[2]
-    planes = _pool2d(x.flatten(1, 2), extent, extent)
+    planes = _pool2d(x.flatten(1, 2), [extent, extent])
     rows, sides = torch.unflatten(planes, 1, (-1, depth)).flatten(3), static_shape(planes)[2:]
-    return torch.unflatten(_pool2d(rows, extent, 1), 3, sides)
+    return torch.unflatten(_pool2d(rows, [extent, 1]), 3, sides)
 
 
-def _pool2d(x: Tensor, *extents: int) -> Tensor:
+def _pool2d(x: Tensor, extents: list[int]) -> Tensor:
     kernel, padding = [2 * e - 1 for e in extents], [e - 1 for e in extents]
-    return F.avg_pool2d(x, kernel, list(extents), padding, count_include_pad=False)
+    return F.avg_pool2d(x, kernel, extents, padding, count_include_pad=False)

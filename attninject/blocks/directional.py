@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALL
-from attninject.blocks.fast.pointwise import Caller, call, pointwise
+from attninject.blocks.fast.pointwise import pointwise
 
 from .base import (
     BATCH_NORM,
@@ -26,7 +26,7 @@ from .base import (
     positions,
 )
 from .fast import axes as fast
-from .gate import Gate, GateKind, at_least_float32, normalize, scale, scale_groups, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, scale_groups, zero
 from .options import Backend, Init, Int, Odd, Reduction, given
 
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
@@ -40,12 +40,14 @@ def _vmapped() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def reduce_axes(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
+def reduce_axes(x: Tensor, kind: str, axes: list[int]) -> Tensor:
     """`mean` or `amax` over some axes, which stay as 1.
 
     In channels_last the axes are permuted first: torch's reductions then walk through memory in order, about
     eight times as fast.
     """
+    if torch.jit.is_scripting():
+        return _reduced(x, kind, axes)
     last = None if _vmapped() else _CHANNELS_LAST.get(x.ndim)
     if last is None or not x.is_contiguous(memory_format=last) or x.is_contiguous():
         return _reduced(x, kind, axes)
@@ -53,8 +55,8 @@ def reduce_axes(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
     return _reduced(x.movedim(1, -1), kind, moved).movedim(-1, 1)
 
 
-def _reduced(x: Tensor, kind: str, axes: Sequence[int]) -> Tensor:
-    return (x.mean if kind == "mean" else x.amax)(tuple(axes), keepdim=True)
+def _reduced(x: Tensor, kind: str, axes: list[int]) -> Tensor:
+    return x.mean(axes, keepdim=True) if kind == "mean" else x.amax(axes, keepdim=True)
 
 
 def strips(x: Tensor) -> list[Tensor]:
@@ -62,28 +64,32 @@ def strips(x: Tensor) -> list[Tensor]:
     axes = positions(x)
     if len(axes) == 1:
         return [x]
-    return [reduce_axes(x, "mean", [other for other in axes if other != axis]) for axis in axes]
+    return [reduce_axes(x, "mean", axes[:i] + axes[i + 1 :]) for i in range(len(axes))]
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     """Strips in one row, so that one layer serves all: → (B, C, ΣS, 1, …), of as many axes as the strips."""
     if len(parts) == 2:  # the same in fewer operations
         return torch.cat([parts[0], parts[1].transpose(2, 3)], 2)
-    return torch.cat([part.flatten(2) for part in parts], 2)[(..., *(None,) * (parts[0].ndim - 3))]
+    row = torch.cat([part.flatten(2) for part in parts], 2)
+    return row.view(list(row.shape) + [1] * (parts[0].ndim - 3))
 
 
 def parted(row: Tensor, x: Tensor) -> list[Tensor]:
     """The inverse of `joined` for x: (B, C, *S): each strip along its own axis again."""
-    sizes = x.shape[2:]  # not fixed, even by torch.jit.trace
+    sizes = list(x.shape[2:])  # not fixed, even by torch.jit.trace
     if len(sizes) == 2:
-        first, second = torch.split(row, list(sizes), 2)
+        first, second = torch.split(row, sizes, 2)
         return [first, second.transpose(2, 3)]
-    parts = torch.split(row.flatten(2), list(sizes), 2)
-    shapes = [[n if i == axis else 1 for i in range(len(sizes))] for axis, n in enumerate(sizes)]
-    return [torch.unflatten(part, 2, shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = []
+    for axis, part in enumerate(torch.split(row.flatten(2), sizes, 2)):
+        shape = [1] * len(sizes)
+        shape[axis] = sizes[axis]
+        parts.append(torch.unflatten(part, 2, shape))
+    return parts
 
 
-class Coordinate(Block):
+class Coordinate(Block, Normed):
     """Coordinate attention: x · g(F_h f_h) · g(F_w f_w), f = hswish(BN(F₁ [z_h, z_w])).
 
     arXiv:2103.02907, eq. 4-5 (z_h, z_w: means of x along the other axis), 6 (F₁ to a width of
@@ -125,11 +131,18 @@ class Coordinate(Block):
         """Zero the last layer of every axis: all gates are 1, and each passes the others' gradient on."""
         zero(*self.excite)
 
-    def read(self, means: Sequence[Tensor], x: Tensor, run: Caller = call) -> list[Tensor]:
-        """The strips of x → logits of one gate per axis, of the strip's shape, float32 or wider."""
-        f = F.hardswish(normalize(self.norm, run(self.conv1, joined(means))))
-        parts = zip(self.excite, parted(f, x), strict=True)
-        return [at_least_float32(run(layer, part)) for layer, part in parts]
+    def read(self, means: list[Tensor], x: Tensor, quick: bool = False) -> list[Tensor]:
+        """The strips of x → logits of one gate per axis, of the strip's shape, float32 or wider.
+
+        `quick`: by `pointwise`.
+        """
+        row = joined(means)
+        row = pointwise(self.conv1, row) if quick and not torch.jit.is_scripting() else self.conv1(row)
+        parts = parted(F.hardswish(self.normed(row)), x)
+        for i, layer in enumerate(self.excite):
+            z = pointwise(layer, parts[i]) if quick and not torch.jit.is_scripting() else layer(parts[i])
+            parts[i] = at_least_float32(z)
+        return parts
 
     def gates(self, x: Tensor) -> list[Tensor]:
         """x: (B, C, *S) → one gate per axis, (B, C, H, 1) and (B, C, 1, W) in 2D, float32 or wider."""
@@ -145,7 +158,7 @@ class Coordinate(Block):
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · the gates."""
         conduits, means = fast.strips(x)
-        factors = [fast.opened(self.gate, z, x) for z in self.read(means, x, pointwise)]
+        factors = [fast.opened(self.gate, z, x) for z in self.read(means, x, quick=True)]
         return fast.scale(x, factors, conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
@@ -200,16 +213,19 @@ class Strip(GateBlock):
 
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → (B, C, *S)."""
-        y = [conv(strip) for conv, strip in zip(self.convs, strips(x), strict=True)]
+        y = strips(x)
+        for i, conv in enumerate(self.convs):
+            y[i] = conv(y[i])
         if self.norms is not None:
-            y = [normalize(norm, strip) for norm, strip in zip(self.norms, y, strict=True)]
+            for i, norm in enumerate(self.norms):
+                y[i] = norm(y[i]) if torch.jit.is_scripting() else normalize(norm, y[i])
         total = y[0]
         for strip in y[1:]:
             total = total + strip
         return self.gate(at_least_float32(self.fuse(total if self.norms is None else F.relu(total))))
 
 
-class PlaneGate(nn.Module):
+class PlaneGate(Normed):
     """BN(conv k([max; mean] over one axis)): the logits of a gate over the axes that are left."""
 
     def __init__(self, axis: int, dims: int, kernel_size: int) -> None:
@@ -220,8 +236,8 @@ class PlaneGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same with 1 for the pooled axis, float32 or wider."""
-        pooled = [reduce_axes(x, kind, [self.axis]).squeeze(self.axis) for kind in ("amax", "mean")]
-        z = normalize(self.norm, self.conv(torch.stack(pooled, 1)))
+        pooled = [reduce_axes(x, kind, [self.axis]).squeeze(self.axis) for kind in ["amax", "mean"]]
+        z = self.normed(self.conv(torch.stack(pooled, 1)))
         return at_least_float32(z).squeeze(1).unsqueeze(self.axis)
 
 
@@ -274,10 +290,11 @@ class Triplet(GateBlock):
 
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → (B, C, *S)."""
-        first, *others = self.gates(x)
-        for gate in others:
-            first = first + gate
-        return first / len(self.planes)
+        gates = self.gates(x)
+        total = gates[0]
+        for gate in gates[1:]:
+            total = total + gate
+        return total / len(gates)
 
 
 class EMAAttention(Block):

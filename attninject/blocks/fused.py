@@ -42,6 +42,8 @@ def formula(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """softmax(scale · q kᵀ) v, fused: q: (B, h, N, d), k: (B, h, M, d), v: (B, h, M, d) → (B, h, N, d)."""
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     looked_through = torch.compiler.is_compiling() or tracing()
     if not looked_through and _needs_formula(q, k, v):
         return formula(q, k, v, scale, mask)

@@ -22,7 +22,7 @@ once, to the dtype of the input they multiply.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 GateKind = Literal["sigmoid", "hard_sigmoid", "tanh", "relu"]
-GATES: dict[GateKind, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "sigmoid": (torch.sigmoid, lambda z: 2 * torch.sigmoid(z)),
-    "hard_sigmoid": (F.hardsigmoid, lambda z: 2 * F.hardsigmoid(z)),
-    "tanh": (torch.tanh, lambda z: 1 + torch.tanh(z)),
-    "relu": (F.relu, lambda z: F.relu(1 + z)),
-}
-"""Kind → (published function, its identity form: exactly 1 at 0)."""
+GATES: tuple[GateKind, ...] = get_args(GateKind)
+
+
+def factor(z: Tensor, kind: str, identity: bool) -> Tensor:
+    """g(z), the published function of a kind or its identity form, which is exactly 1 at 0."""
+    if kind == "relu":
+        return F.relu(1 + z) if identity else F.relu(z)
+    if kind == "tanh":
+        return 1 + torch.tanh(z) if identity else torch.tanh(z)
+    y = torch.sigmoid(z) if kind == "sigmoid" else F.hardsigmoid(z)
+    return 2 * y if identity else y
 
 
 def at_least_float32(z: Tensor) -> Tensor:
@@ -47,7 +51,7 @@ def at_least_float32(z: Tensor) -> Tensor:
 class Gate(nn.Module):
     """g(z), published or in its identity form; no parameters.
 
-    `kind` is a key of `GATES`. `identity` picks the form that is 1 at z = 0. `skip`: the published factor is
+    `kind` is one of `GATES`. `identity` picks the form that is 1 at z = 0. `skip`: the published factor is
     1 + g(z); its identity form is the same as without the skip.
     """
 
@@ -60,7 +64,7 @@ class Gate(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: any shape → the factor, same shape, float32 or wider."""
-        y = GATES[self.kind][int(self.identity)](at_least_float32(z))
+        y = factor(at_least_float32(z), self.kind, self.identity)
         return 1 + y if self.skip and not self.identity else y
 
     def extra_repr(self) -> str:
@@ -125,6 +129,26 @@ def zero(*layers: nn.Module | None) -> None:
                 p.zero_()
 
 
+_DIVIDING = {"_WeightNorm", "_SpectralNorm"}  # torch's parametrizations
+
+
+def divided_zeros(module: nn.Module) -> list[str]:
+    """Layers in a module whose weight is zero and stands under weight or spectral norm, which divides by it."""
+    found = []
+    for name, layer in module.named_modules():
+        g, whole = getattr(layer, "weight_g", None), None
+        if hasattr(layer, "weight_u"):
+            whole = getattr(layer, "weight_orig", None)
+        for held in getattr(layer, "parametrizations", {}).values():
+            if any(type(p).__name__ in _DIVIDING for p in held):
+                g, whole = getattr(held, "original0", g), getattr(held, "original", whole)
+        divided = (g is not None and not g.is_meta and not bool(g.all())) or (
+            whole is not None and not whole.is_meta and not bool(whole.any())
+        )
+        found += [name] * divided
+    return found
+
+
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(x)`, also where a batch norm in train mode has one value per channel.
 
@@ -144,6 +168,20 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
         y: Tensor = norm(x)
         return y
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+class Normed(nn.Module):
+    """What a module does with its `norm`: through `normalize`, in a form that TorchScript can compile."""
+
+    if TYPE_CHECKING:
+        norm: nn.Module | None
+
+    def normed(self, z: Tensor) -> Tensor:
+        """The norm's result, or z where there is none."""
+        if self.norm is None:
+            return z
+        y: Tensor = self.norm(z) if torch.jit.is_scripting() else normalize(self.norm, z)
+        return y
 
 
 def _synchronises(norm: nn.Module) -> bool:

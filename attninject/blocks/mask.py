@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, static_shape
-from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
 from .options import Init, Int, Reduction, given
 
 
-class NormReLUConv(nn.Module):
+class NormReLUConv(Normed):
     """conv(relu(BN(x))), size kept: a layer of a pre-activation residual unit."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, dims: int, bias: bool = False) -> None:
@@ -23,7 +23,7 @@ class NormReLUConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, inputs, *S) → (B, outputs, *S)."""
-        y: Tensor = self.conv(F.relu(normalize(self.norm, x)))
+        y: Tensor = self.conv(F.relu(self.normed(x)))
         return y
 
 
@@ -111,12 +111,15 @@ class ResidualAttention(Block):
 
     def logits(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the mask before σ, (B, C, *S), float32 or wider."""
-        y, passed, sizes = x, [], []
+        y = x
+        passed: list[Tensor] = []
+        sizes: list[list[int]] = []
         for i, down in enumerate(self.down):
             sizes.append(static_shape(y)[2:])
             y = down(max_pool(y))
-            if i < len(self.skips):
-                passed.append(self.skips[i](y))
+            for j, skip in enumerate(self.skips):
+                if i == j:
+                    passed.append(skip(y))
         for up in self.up:
             y = resize(up(y), sizes.pop())
             if passed:
@@ -144,17 +147,17 @@ def max_pool(x: Tensor) -> Tensor:
     for axis in range(2, x.ndim):
         half = (static_shape(x)[axis] + 1) // 2
         padded = F.pad(x, [0, 0] * (x.ndim - 1 - axis) + [1, 1], value=float("-inf"))
-        a, b, c = (strided(padded, axis, start, half) for start in range(3))
+        a, b, c = [strided(padded, axis, start, half) for start in range(3)]
         x = torch.maximum(torch.maximum(a, b), c)
     return x
 
 
 def strided(x: Tensor, axis: int, start: int, count: int) -> Tensor:
     """Every other entry of an axis: start, start + 2, …, `count` of them."""
-    return x[(slice(None),) * axis + (slice(start, start + 2 * count - 1, 2),)]
+    return x.transpose(0, axis)[start : start + 2 * count - 1 : 2].transpose(0, axis)
 
 
-def resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
+def resize(x: Tensor, size: list[int]) -> Tensor:
     """Linear interpolation to another size, half-pixel centres: (B, C, *S) → (B, C, *size).
 
     In 1D and 3D through the two-dimensional kernel: the others have no deterministic backward on a GPU.
@@ -228,21 +231,19 @@ class RecurrentGate(Block):
     def cell(self, e: Tensor, h: Tensor) -> Tensor:
         """e, h: (B, hidden, *S) → the next state; its gates in float32 or wider."""
         both = torch.cat([e, h], 1)
-        u, r = (
-            torch.sigmoid(at_least_float32(layer(both))).to(h.dtype) for layer in (self.update, self.reset)
-        )
+        u = torch.sigmoid(at_least_float32(self.update(both))).to(h.dtype)
+        r = torch.sigmoid(at_least_float32(self.reset(both))).to(h.dtype)
         new = torch.tanh(at_least_float32(self.candidate(torch.cat([e, r * h], 1)))).to(h.dtype)
         return h + u * (new - h)
 
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the last step's gate (B, C, *S), float32 or wider."""
         e = self.read(x)
-        h = torch.zeros_like(e)
-        for step in range(self.steps):
-            h = self.cell(e, h)
+        h = self.cell(e, torch.zeros_like(e))
+        gate = self.gate(self.out(h))
+        for _ in range(1, self.steps):
+            h = self.cell(self.read(scale(x, gate)), h)
             gate = self.gate(self.out(h))
-            if step + 1 < self.steps:
-                e = self.read(scale(x, gate))
         return gate
 
     def transform(self, x: Tensor) -> Tensor:

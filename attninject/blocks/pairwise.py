@@ -15,23 +15,25 @@ from .attend import (
     attend,
     attention_rows,
     exporting,
+    linear,
     project,
     relu_of_sums,
     rows,
+    saturated,
     unrows,
 )
 from .base import BATCH_NORM, CONV, Block, Facts, hidden_width, static_shape
 from .fast import affinity, pairs
-from .gate import at_least_float32, normalize, zero
+from .gate import Normed, at_least_float32, zero
 from .options import Backend, Init, Int, Reduction, given
-from .precision import autocasting, full_precision
+from .precision import autocasting, full_precision, product
 
 SOFTMAX_MODES = ("embedded_gaussian", "gaussian")
 FEW = 1024
 """Positions up to which a softmax by blocks is faster than the fused one, which wants its rows copied."""
 
 
-class NonLocal(Block):
+class NonLocal(Block, Normed):
     """Non-local block: x + BN(W y), y_i = Σ_j f(x_i, x_j) g(x_j) / C(x).
 
     arXiv:1711.07971, eq. 1, 6 (the residual form) and the four f of its eq. 2-5 by `mode`:
@@ -87,6 +89,7 @@ class NonLocal(Block):
         width = hidden_width(channels, reduction, divisor)
         conv, embedded = CONV[dims], mode != "gaussian"
         self.mode, self.sub_sample, self.width = mode, sub_sample, width if embedded else channels
+        self.bounded = mode in SOFTMAX_MODES
         self.scale = (width if embedded else channels) ** -0.5 if scale else 1.0
         self.theta = conv(channels, width, 1, bias=bias) if embedded else None
         self.phi = conv(channels, width, 1, bias=bias) if embedded else None
@@ -142,36 +145,37 @@ class NonLocal(Block):
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
         theta, phi, g = self.embed(x)
-        if self.mode in SOFTMAX_MODES:
-            q, k, v = (t.unsqueeze(1) for t in (theta, phi, g))  # one head: (B, 1, N, d)
+        if self.bounded:
+            q, k, v = [t.unsqueeze(1) for t in [theta, phi, g]]  # one head: (B, 1, N, d)
             return self.added(x, attend(q, k, v, self.scale).squeeze(1))
         return self.added(x, self.unbounded(theta, phi, g))
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         """x + BN(W y) for rows y: (B, N, e); a transposed map counts as rows and is not copied."""
-        if self.mode in SOFTMAX_MODES:
+        if self.bounded:
             z: Tensor = self.out(unrows(y, x))
+        elif torch.jit.is_scripting():
+            z = saturated(unrows(linear(y, self.out.weight, self.out.bias), x), x.dtype)
         else:
             z = project(self.out, y, x)
-            if self.norm is not None and self.training and self.out.weight.dtype == torch.float16:
-                z = z.clamp(-255, 255)  # whose squares, the norm's statistics, float16 can hold
-        if self.norm is not None:
-            z = normalize(self.norm, z)
-        return x + z.to(x.dtype)
+        halved = self.training and self.out.weight.dtype == torch.float16
+        if halved and not self.bounded and self.norm is not None:
+            z = z.clamp(-255, 255)  # whose squares, the norm's statistics, float16 can hold
+        return x + self.normed(z).to(x.dtype)
 
     def fast_applies(self, x: Tensor) -> bool:
         """Without a softmax always; with one on a CPU and in full precision, for few positions.
 
         Elsewhere torch's fused kernels are faster, or nothing was measured.
         """
-        if self.mode not in SOFTMAX_MODES:
+        if not self.bounded:
             return True
         few = x.shape[2:].numel() <= FEW and x.is_contiguous()
         return x.device.type == "cpu" and full(x) and (few or self.others(x) <= self.width)
 
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape; all maps stay laid out as x."""
-        if self.mode not in SOFTMAX_MODES:
+        if not self.bounded:
             return self.added(x, self.cheapest(x))
         theta, phi, g = self.fast_maps(x)
         if self.others(x) <= self.width:
@@ -244,15 +248,14 @@ class NonLocal(Block):
 
     def unbounded(self, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         """Rows of the embeddings → y: (B, N, e) of the modes without softmax, float32 or wider."""
-        theta, phi, g = (at_least_float32(t) for t in (theta, phi, g))
-        factor = self.scale / phi.shape[1]
-        with full_precision(theta):
-            if self.mode == "dot_product":
-                return theta @ (phi.transpose(1, 2) @ (factor * g))
-            a, b = self.halves(theta, phi)
-            if exporting():
-                return F.relu(a.unsqueeze(2) + b.unsqueeze(1)) @ (factor * g)
-            return relu_of_sums(a, b, factor * g)
+        theta, phi, g = [at_least_float32(t) for t in [theta, phi, g]]
+        g = self.scale / phi.shape[1] * g
+        if self.mode == "dot_product":
+            return product(theta, product(phi.transpose(1, 2), g))
+        a, b = self.halves(theta, phi)
+        if exporting():
+            return product(F.relu(a.unsqueeze(2) + b.unsqueeze(1)), g)
+        return relu_of_sums(a, b, g)
 
     def halves(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """The two summands of the concatenation form: w_aᵀ θ (B, N) and w_bᵀ φ (B, M)."""
@@ -266,7 +269,7 @@ class NonLocal(Block):
         Under a softmax they sum to 1; without one they stay float32, which half precision might not hold.
         """
         theta, phi, _ = (at_least_float32(t) for t in self.embed(x))
-        if self.mode in SOFTMAX_MODES:
+        if self.bounded:
             return {"rows": attention_rows(theta, phi, self.scale).to(x.dtype)}
         with full_precision(x):
             if self.mode == "dot_product":

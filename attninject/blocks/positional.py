@@ -10,16 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALL, untouched
-from attninject.blocks.fast.pointwise import pointwise
 
-from .base import BATCH_NORM, CONV, Block, Facts, GateBlock, hidden_width, pool, positions, static_shape
+from .base import BATCH_NORM, CONV, Block, Facts, GateBlock, count, hidden_width, pool, positions
 from .channel import SE
 from .fast import context as fast
-from .gate import Gate, GateKind, at_least_float32, normalize, scale, scale_groups, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, scale_groups, zero
 from .options import Backend, Init, Int, Odd, Positive, Reduction, given
 
 
-class PointwiseSAM(GateBlock):
+class PointwiseSAM(GateBlock, Normed):
     """YOLOv4's spatial attention, point by point: x · g(W x + b), W a 1×1 convolution of all channels.
 
     arXiv:2004.10934, section 3.4 and figure 5 (CBAM's pooled descriptors are dropped, so each position of
@@ -58,8 +57,7 @@ class PointwiseSAM(GateBlock):
 
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → (B, C, *S)."""
-        z = self.conv(x)
-        return self.gate(at_least_float32(z if self.norm is None else normalize(self.norm, z)))
+        return self.gate(at_least_float32(self.normed(self.conv(x))))
 
 
 class SimAM(GateBlock):
@@ -98,8 +96,7 @@ class SimAM(GateBlock):
         """x: (B, C, *S) → (B, C, *S)."""
         wide = at_least_float32(x)  # squares overflow in float16
         squares = (wide - pool(wide, "avg")).square()
-        count = max(math.prod(static_shape(x)[2:]) - 1, 1)
-        variance = squares.sum(positions(x), keepdim=True) / count
+        variance = squares.sum(positions(x), keepdim=True) / max(count(x) - 1, 1)
         return self.gate(squares / (4 * (variance + self.e_lambda)) + 0.5)
 
 
@@ -146,10 +143,8 @@ class SGE(Block):
         axes = positions(c)
         centred = c - c.mean(axes, keepdim=True)
         # the norm's gradient at zero is zero, the root's is not finite
-        deviation = (
-            torch.linalg.vector_norm(centred, 2, axes, keepdim=True) / math.prod(static_shape(c)[2:]) ** 0.5
-        )
-        column = (-1, *(1,) * len(axes))
+        deviation = torch.linalg.vector_norm(centred, 2, axes, keepdim=True) / count(c) ** 0.5
+        column = [-1] + [1] * len(axes)
         z = self.weight.view(column) * (centred / (deviation + 1e-5)) + self.bias.view(column)
         return self.gate(z)
 
@@ -265,8 +260,10 @@ class GAM(Block):
 
     def spatial(self, y: Tensor) -> Tensor:
         """y: (B, C, *S) → the second half's gate, (B, C, *S), float32 or wider."""
-        z = self.conv2(F.relu(normalize(self.norm1, self.conv1(y))))
-        return self.gate(at_least_float32(normalize(self.norm2, z)))
+        z = self.conv1(y)
+        z = self.norm1(z) if torch.jit.is_scripting() else normalize(self.norm1, z)
+        z = self.conv2(F.relu(z))
+        return self.gate(at_least_float32(self.norm2(z) if torch.jit.is_scripting() else normalize(self.norm2, z)))
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
@@ -349,7 +346,7 @@ class SCSE(Block):
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · (g_c + g_s)."""
         conduits, (mean, z) = fast.squeeze_project(x, self.spatial)
-        c, s = self.gate(self.channel.merged([mean], pointwise)), self.gate(at_least_float32(z))
+        c, s = self.gate(self.channel.merged([mean], quick=True)), self.gate(at_least_float32(z))
         return fast.scale_by_sum(x, c, s, conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, free of autocast; in a scripted network, which has an autocast of its own, just the product."""
+    if torch.jit.is_scripting():
+        return a @ b
+    with full_precision(a):
+        return a @ b
+
+
 def full_precision(t: Tensor) -> AbstractContextManager[object]:
     """Autocast switched off on t's device; nothing where it is off, which keeps exported graphs flat."""
     kind = t.device.type

@@ -54,6 +54,7 @@ class SCA(Block):
         self.spatial_value = conv(channels, width, 1)
         self.spatial_context = nn.Linear(channels, width, bias=False)
         self.spatial_score = conv(width, 1, 1)
+        self.whole = self.identity
         self.gate = None if gate == "softmax" else Gate(gate, identity=self.identity)
         self.initialise()
 
@@ -64,7 +65,7 @@ class SCA(Block):
     def factors(self, z: Tensor) -> Tensor:
         """Logits z: (B, 1, *S) or (B, C, 1, …) → the factors, float32 or wider."""
         z = at_least_float32(z)
-        return self.gate(z) if self.gate is not None else distribution(z, self.identity)
+        return self.gate(z) if self.gate is not None else distribution(z, self.whole)
 
     def channel(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → β: (B, C, 1, …)."""
@@ -80,9 +81,11 @@ class SCA(Block):
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
-        for half in self.halves():
-            x = scale(x, half(x))
-        return x
+        if self.order == "channel_first":
+            y = scale(x, self.channel(x))
+            return scale(y, self.spatial(y))
+        y = scale(x, self.spatial(x))
+        return scale(y, self.channel(y))
 
     def halves(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """Both halves in the order chosen."""

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, pool, static_shape
+from .base import BATCH_NORM, CONV, Block, Facts, count, he_init, hidden_width, pool, static_shape
 from .both import ConvNormReLU
-from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
 from .options import Branches, Count, Init, Int, Reduction, given
 
 
-class SK(Block):
+class SK(Block, Normed):
     """Selective kernel: Σ_i a_i · u_i, u_i = relu(BN(conv_i(x))) of different kernel and dilation.
 
     arXiv:1903.06586, eq. 1-6: s = mean of Σ u_i over positions, z = relu(BN(W s)) of width
@@ -76,21 +76,22 @@ class SK(Block):
             if isinstance(layer, CONV[self.dims]):
                 he_init(layer, mode="fan_out")
 
-    def weights(self, features: Sequence[Tensor]) -> Tensor:
+    def weights(self, features: list[Tensor]) -> Tensor:
         """The branches' features, M of (B, C, *S) → (B, M, C, 1, …), summing to 1 over M, in float32."""
         fused = features[0]
         for u in features[1:]:
             fused = fused + u
-        z = F.relu(normalize(self.norm, self.fc_reduce(pool(fused, "avg"))))
+        z = F.relu(self.normed(self.fc_reduce(pool(fused, "avg"))))
         logits = torch.unflatten(self.fc_select(z), 1, (len(self.paths), self.channels))
         return torch.softmax(at_least_float32(logits), 1)
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
         features = [path(x) for path in self.paths]
-        y, *others = (scale(u, a) for u, a in zip(features, self.weights(features).unbind(1), strict=True))
-        for other in others:
-            y = y + other
+        weights = self.weights(features).unbind(1)
+        y = scale(features[0], weights[0])
+        for i in range(1, len(features)):
+            y = y + scale(features[i], weights[i])
         return y.to(x.dtype)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ class SK(Block):
         return {"branches": self.weights([path(x) for path in self.paths]).to(x.dtype)}
 
 
-class Scale(nn.Module):
+class Scale(Normed):
     """BN(conv([max of x; mean of x])) with one kernel and one dilation: logits of one scale."""
 
     def __init__(self, kernel: int, dilation: int, dims: int, bias: bool, norm: bool) -> None:
@@ -109,8 +110,7 @@ class Scale(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """pooled: (B, 2, *S) → (B, 1, *S)."""
-        z = self.conv(pooled)
-        return z if self.norm is None else normalize(self.norm, z)
+        return self.normed(self.conv(pooled))
 
 
 class MultiScaleSpatial(Block):
@@ -225,7 +225,9 @@ class DynamicCapacity(Block):
         coarse = hidden_width(channels, reduction, divisor)
         fine = hidden_width(channels, fine_reduction, divisor)
         conv = CONV[dims]
-        self.k, self.kernel_size = k, kernel_size
+        # of a fraction whole numbers, since the number of positions may be symbolic in export
+        part = Fraction(k).limit_denominator(10_000)
+        self.k, self.numerator, self.denominator, self.kernel_size = k, part.numerator, part.denominator, kernel_size
         self.coarse1 = conv(channels, coarse, 1, bias=bias)
         self.coarse2 = conv(coarse, channels, 1, bias=bias)
         self.score = conv(coarse, 1, 1, bias=bias)
@@ -248,15 +250,14 @@ class DynamicCapacity(Block):
         """How many of n positions get the fine path: at least one, at most all."""
         if self.k >= 1:
             return min(int(self.k), n)
-        part = Fraction(self.k).limit_denominator(10_000)  # whole numbers, since n may be symbolic in export
-        return max(1, n * part.numerator // part.denominator)
+        return max(1, n * self.numerator // self.denominator)
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, C, *S) of N positions → z: (B, C, N), float32 or wider, and the fine positions (B, 1, k)."""
         c = self.coarse1(x)
         z = at_least_float32(self.coarse2(F.relu(c))).flatten(2)
         s = at_least_float32(self.score(c)).flatten(2)
-        top, index = torch.topk(s, self.count(math.prod(static_shape(x)[2:])), dim=2)
+        top, index = torch.topk(s, self.count(count(x)), dim=2)
         fine = self.fine2(F.relu(self.fine1(patches(x, index[:, 0], self.kernel_size))))
         at = index.expand(-1, self.channels, -1)
         coarse = z.gather(2, at)
@@ -284,11 +285,11 @@ def patches(x: Tensor, index: Tensor, kernel: int) -> Tensor:
     """
     size, edge = static_shape(x)[2:], kernel // 2
     offsets = torch.arange(kernel, device=x.device)
-    at, unit = index.new_zeros(()).expand(*index.shape, 1), math.prod(size)
+    at, unit = index.new_zeros([1]).expand(list(index.shape) + [1]), count(x)
     for n in size:  # Horner's rule over the axes of the padded map
         unit = unit // n
         here = (index // unit % n).unsqueeze(2) + offsets
         at = (at.unsqueeze(3) * (n + 2 * edge) + here.unsqueeze(2)).flatten(2)
-    padded = F.pad(x, (edge,) * (2 * len(size))).flatten(2)
+    padded = F.pad(x, [edge] * (2 * len(size))).flatten(2)
     found = padded.gather(2, at.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1))
     return torch.unflatten(found, 2, at.shape[1:]).transpose(1, 2).flatten(2)

@@ -22,7 +22,7 @@ from .attend import (
 from .base import Facts, column, hidden_width, static_shape
 from .gate import at_least_float32, zero
 from .options import Init, Int, Reduction, given
-from .precision import full_precision
+from .precision import full_precision, product
 
 
 class SelfAttention(Additive):
@@ -74,7 +74,7 @@ class SelfAttention(Additive):
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the attended values, the same shape."""
         t = rows(x)
-        q, k, v = (layer(t).unsqueeze(1) for layer in (self.query, self.key, self.value))
+        q, k, v = self.query(t).unsqueeze(1), self.key(t).unsqueeze(1), self.value(t).unsqueeze(1)
         return unrows(attend(q, k, v, self.scale).squeeze(1), x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
@@ -131,12 +131,13 @@ class MultiHeadSelfAttention(Additive):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, C, *S) → queries, keys, values: (B, h, N, d) each."""
-        q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(rows(x)).chunk(3, 2))
+        q, k, v = [split_heads(t, self.num_heads) for t in self.qkv(rows(x)).chunk(3, 2)]
         return q, k, v
 
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the heads' mixture, the same shape."""
-        return unrows(self.proj(merge_heads(attend(*self.heads(x), self.scale))), x)
+        q, k, v = self.heads(x)
+        return unrows(self.proj(merge_heads(attend(q, k, v, self.scale))), x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, h, N, N), per head; they sum to 1 over the last axis."""
@@ -256,29 +257,29 @@ class GeneralizedAttention(Additive):
 
         N is 1 where no chosen term depends on the query. All three are float32 or wider.
         """
-        here, there = rows(x), rows(every_second(x) if self.sub_sample else x)
-        query, key = (
-            None if layer is None else at_least_float32(bounded(self.split(layer(t)), 1.0))
-            for layer, t in ((self.query, here), (self.key, there))
-        )
+        here = rows(x)
+        there = rows(every_second(x)) if self.sub_sample else here
+        query = None if self.query is None else self.compared(self.query(here))
+        key = None if self.key is None else self.compared(self.key(there))
         value = at_least_float32(self.split(self.value(there)))
-        batch, heads, count, _ = value.shape
-        asked, offered = [], []
-        with full_precision(x):
-            if key is not None:
-                asked.append(added(query if self.query_in_content else None, self.key_bias, value))
-                offered.append(key)
-            if self.position is not None:
-                q = added(query if self.query_in_geometry else None, self.position_bias, value)
-                q, k = self.turned(q, self.position.weight.to(q.dtype), x)
-                asked.append(q)
-                offered.append(k.expand(batch, heads, count, -1))
-            queries = 1 if self.one_row else here.shape[1]
-            return (
-                torch.cat([t.expand(batch, heads, queries, -1) for t in asked], 3),
-                torch.cat(offered, 3),
-                value,
-            )
+        batch, heads, count = value.shape[:3]
+        asked: list[Tensor] = []
+        offered: list[Tensor] = []
+        if key is not None:
+            asked.append(added(query if self.query_in_content else None, self.key_bias, value))
+            offered.append(key)
+        if self.position is not None:
+            q = added(query if self.query_in_geometry else None, self.position_bias, value)
+            q, k = self.turned(q, self.position.weight.to(q.dtype), x)
+            asked.append(q)
+            offered.append(k.expand(batch, heads, count, -1))
+        queries = 1 if self.one_row else here.shape[1]
+        every = [t.expand(batch, heads, queries, -1) for t in asked]
+        return torch.cat(every, 3), torch.cat(offered, 3), value
+
+    def compared(self, t: Tensor) -> Tensor:
+        """(B, N, C) → what goes into logits: (B, h, N, d), float32 or wider."""
+        return at_least_float32(bounded(self.split(t), 1.0))
 
     def turned(self, q: Tensor, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the positional terms compare: (·, h, N, e) and (M, e), e = 2 T · dims.
@@ -288,7 +289,7 @@ class GeneralizedAttention(Additive):
             c_s sin ω(k − q) + c_c cos ω(k − q)
                 = sin ωk · (c_s cos ωq + c_c sin ωq) + cos ωk · (c_c cos ωq − c_s sin ωq).
         """
-        c = q @ torch.unflatten(weight, 0, (self.num_heads, -1))
+        c = product(q, torch.unflatten(weight, 0, (self.num_heads, -1)))
         c_s, c_c = torch.unflatten(c, -1, (self.dims, 2, self.frequencies)).unbind(-2)
         grid = coordinates(x, q.dtype)
         steps = torch.arange(self.frequencies, device=x.device, dtype=q.dtype)
@@ -299,12 +300,17 @@ class GeneralizedAttention(Additive):
         turned = torch.cat([c_s * cos + c_c * sin, c_c * cos - c_s * sin], -1)
         return turned.flatten(-2), torch.cat([there.sin(), there.cos()], -1).flatten(-2)
 
+    def attended(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the heads' values (B, h, N, d), N = 1 where one row serves all."""
+        q, k, v = self.match(x)
+        if torch.jit.is_scripting():
+            return attend(q, k, v, 1.0)
+        with full_precision(x):
+            return attend(q, k, v, 1.0)
+
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the attended values: the same shape, or (B, C, 1, …) where one row serves all."""
-        q, k, v = self.match(x)
-        with full_precision(x):
-            y = merge_heads(attend(q, k, v, 1.0))
-        y = self.proj(y.to(self.proj.weight.dtype))
+        y = self.proj(merge_heads(self.attended(x)).to(self.proj.weight.dtype))
         return column(y.squeeze(1), x) if self.one_row else unrows(y, x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
@@ -321,9 +327,11 @@ def _head_bias(heads: int, width: int) -> nn.Parameter:
 
 def added(query: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
     """The sum of those that are there, (B, h, N, d) or (1, h, 1, d), in the dtype of `like`."""
-    present = [t.to(like.dtype) for t in (query, bias) if t is not None]
-    total = present[0] if len(present) == 1 else present[0] + present[1]
-    return total if total.ndim == 4 else total.unsqueeze(0)
+    if query is None:
+        assert bias is not None
+        return bias.to(like.dtype).unsqueeze(0)
+    total = query.to(like.dtype)
+    return total if bias is None else total + bias.to(like.dtype)
 
 
 def every_second(x: Tensor) -> Tensor:
@@ -334,4 +342,4 @@ def every_second(x: Tensor) -> Tensor:
 def coordinates(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Each position's place along each axis: x: (B, C, *S) → (1, dims, *S)."""
     axes = [torch.arange(n, device=x.device, dtype=dtype) for n in static_shape(x)[2:]]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0)
+    return torch.stack(torch.meshgrid(axes, indexing="ij")).unsqueeze(0)

@@ -11,11 +11,11 @@ from attninject.blocks.fast.dispatch import SMALLER
 
 from .base import BATCH_NORM, CONV, Block, Facts, he_init
 from .fast import spatial as fast
-from .gate import Gate, GateKind, at_least_float32, normalize, scale, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
 from .options import Backend, Init, given
 
 
-class SpatialAttention(Block):
+class SpatialAttention(Block, Normed):
     """CBAM's spatial attention: x · g(BN(conv k×k([max of x; mean of x]))), pooled over the channels.
 
     arXiv:1807.06521, eq. 3. `kernel_size` and `bias` are the convolution's, `norm` is the batch norm behind it,
@@ -74,9 +74,8 @@ class SpatialAttention(Block):
 
     def read(self, largest: Tensor, mean: Tensor) -> Tensor:
         """Maximum and mean over the channels, (B, 1, *S) → gate logits (B, 1, *S), float32 or wider."""
-        pooled = (largest, mean) if self.concat == "max_mean" else (mean, largest)
-        z = self.conv(torch.cat(pooled, 1))
-        return at_least_float32(z if self.norm is None else normalize(self.norm, z))
+        pooled = [largest, mean] if self.concat == "max_mean" else [mean, largest]
+        return at_least_float32(self.normed(self.conv(torch.cat(pooled, 1))))
 
     def logits(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → gate logits (B, 1, *S), float32 or wider."""

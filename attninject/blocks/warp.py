@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import CONV, Block, Facts, hidden_width, static_shape
+from .base import CONV, Block, Facts, hidden_width, positions, static_shape
 from .gate import at_least_float32, zero
 from .options import Init, Int, Reduction, given
 
@@ -86,7 +85,7 @@ class SpatialTransformer(Block):
         """
         f = F.relu(self.conv(x))
         means = [f] + [f * p for p in centres(static_shape(f)[2:], f)]
-        z = torch.cat([m.mean(tuple(range(2, x.ndim))) for m in means], 1)
+        z = torch.cat([m.mean(positions(x)) for m in means], 1)
         z = at_least_float32(self.fc2(F.relu(self.fc1(z.to(f.dtype)))))
         if self.mode == "affine":
             return torch.unflatten(z, 1, (self.dims, self.dims + 1))
@@ -95,63 +94,66 @@ class SpatialTransformer(Block):
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""
-        return sample(x, offsets(self.theta(x), static_shape(x)[2:]), border=self.padding == "border")
+        return sample(x, offsets(self.theta(x), static_shape(x)[2:]), self.padding == "border")
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `offset`: (B, dims, *S), in pixels, float32 or wider: where each position looks."""
         return {"offset": offsets(self.theta(x), static_shape(x)[2:])}
 
 
-def centres(size: tuple[int, ...], like: Tensor) -> list[Tensor]:
+def centres(size: list[int], like: Tensor) -> list[Tensor]:
     """p̂ along each axis of a map, from −1 + 1/n to 1 − 1/n, shaped to broadcast against (B, C, *size)."""
     made = []
     for axis, n in enumerate(size):
         p = torch.arange(n, device=like.device, dtype=at_least_float32(like[:0]).dtype)
-        made.append(((2 * p + 1) / n - 1).to(like.dtype).view(-1, *[1] * (len(size) - 1 - axis)))
+        made.append(((2 * p + 1) / n - 1).to(like.dtype).view([-1] + [1] * (len(size) - 1 - axis)))
     return made
 
 
-def offsets(theta: Tensor, size: tuple[int, ...]) -> Tensor:
+def offsets(theta: Tensor, size: list[int]) -> Tensor:
     """θ − (I, 0): (B, dims, dims + 1) → pixels to move from each position of a map: (B, dims, *size)."""
     places = centres(size, theta)
     moved = []
-    for row, n in zip(theta.unbind(1), size, strict=True):
-        *linear, total = row.view(*row.shape, *[1] * len(size)).unbind(1)
-        for weight, place in zip(linear, places, strict=True):
+    for row, n in zip(theta.unbind(1), size):  # noqa: B905 (not in TorchScript)
+        weights = row.view(list(row.shape) + [1] * len(size)).unbind(1)
+        total = weights[-1]
+        for weight, place in zip(weights[:-1], places):  # noqa: B905
             total = total + weight * place
         moved.append(total * (n / 2))
     return torch.stack(moved, 1)
 
 
-def sample(x: Tensor, offset: Tensor, *, border: bool) -> Tensor:
+def sample(x: Tensor, offset: Tensor, border: bool) -> Tensor:
     """x: (B, C, *S) interpolated at p + offset, (B, dims, *S) in pixels, for each position p: same shape.
 
     The corners are found from the offset alone, floor and remainder, and p is added in whole numbers: a
     coordinate p + 0 that went through floating point could miss p by a rounding.
     """
     size = static_shape(x)[2:]
-    corners = [_corners(move, n, axis, len(size), border) for axis, (move, n) in
-               enumerate(zip(offset.unbind(1), size, strict=True))]  # fmt: skip
+    moves, dims = offset.unbind(1), len(size)
+    corners = [_neighbours(moves[axis], size[axis], axis, dims, border) for axis in range(dims)]
     flat = x.flatten(2)
-    parts = []
-    for (at, weight), *others in itertools.product(*corners):
-        for n, (index, w) in zip(size[1:], others, strict=True):
-            at, weight = at * n + index, weight * w
+    y: Tensor | None = None
+    for corner in range(1 << dims):
+        at, weight = corners[0][corner >> (dims - 1)]
+        for axis in range(1, dims):
+            index, w = corners[axis][(corner >> (dims - 1 - axis)) % 2]
+            at, weight = at * size[axis] + index, weight * w
         found = flat.gather(2, at.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1)).view(x.shape)
-        parts.append(found * weight.unsqueeze(1).to(x.dtype))
-    y, *rest = parts
-    for part in rest:
-        y = y + part
+        part = found * weight.unsqueeze(1).to(x.dtype)
+        y = part if y is None else y + part
+    assert y is not None
     return _laid_out_like(x, y)
 
 
-def _corners(move: Tensor, n: int, axis: int, dims: int, border: bool) -> list[tuple[Tensor, Tensor]]:
-    """Both neighbours along one axis: (index, weight) pairs, (B, *S) each. The weight outside is 0."""
+def _neighbours(move: Tensor, n: int, axis: int, dims: int, border: bool) -> list[tuple[Tensor, Tensor]]:
+    """Both along one axis: (index, weight) pairs, (B, *S) each. The weight outside is 0."""
     move = move.clamp(-(n + 1), n + 1)  # further is as far outside, and must not overflow a whole number
     floor = move.floor()
-    here = torch.arange(n, device=move.device).view(-1, *[1] * (dims - 1 - axis))
-    pairs = []
-    for step, weight in ((0, 1 - (move - floor)), (1, move - floor)):
+    here = torch.arange(n, device=move.device).view([-1] + [1] * (dims - 1 - axis))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for step in range(2):
+        weight = move - floor if step else 1 - (move - floor)
         index = here + floor.long() + step
         inside = weight if border else weight * ((index >= 0) & (index < n))
         pairs.append((index.clamp(0, n - 1), inside))
@@ -160,6 +162,8 @@ def _corners(move: Tensor, n: int, axis: int, dims: int, border: bool) -> list[t
 
 def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format of x."""
+    if torch.jit.is_scripting():
+        return y
     last = LAYOUTS.get(x.ndim)
     if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,9 @@ from .options import Init, Int, given
 class TwinsAttention(Additive):
     """Shared by both halves: normalise, attend with heads, mix, add."""
 
-    proj: nn.Linear
-    pre_norm: nn.LayerNorm | None
+    if TYPE_CHECKING:
+        proj: nn.Linear
+        pre_norm: nn.LayerNorm | None
 
     def build(self, num_heads: int, norm: bool) -> None:
         """Make what both have: the norm in front and the output layer."""
@@ -111,15 +112,16 @@ class TwinsLSA(TwinsAttention):
         """
         t = self.channels_last(x)
         qkv = self.qkv(partition(t, self.window_size)).chunk(3, 2)
-        inside = None
-        if exporting() or any(n % self.window_size for n in static_shape(x)[2:]):
-            ones = torch.ones_like(t[:1, ..., :1], dtype=torch.bool).expand(t.shape[0], *t.shape[1:-1], 1)
+        inside: Tensor | None = None
+        if may_miss(static_shape(x)[2:], self.window_size):
+            ones = torch.ones_like(t[:1, ..., :1], dtype=torch.bool).expand(list(t.shape[:-1]) + [1])
             inside = partition(ones, self.window_size).transpose(1, 2).unsqueeze(1)
         return [self.heads(part) for part in qkv], inside
 
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the attended values, the same shape."""
-        (q, k, v), inside = self.windows(x)
+        qkv, inside = self.windows(x)
+        q, k, v = qkv
         return self.mix(attend(q, k, v, self.scale, inside), x)
 
     def mix(self, heads: Tensor, x: Tensor) -> Tensor:
@@ -188,7 +190,8 @@ class TwinsGSA(TwinsAttention):
 
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the attended values, the same shape."""
-        return unrows(self.proj(merge_heads(attend(*self.match(x), self.scale))), x)
+        q, k, v = self.match(x)
+        return unrows(self.proj(merge_heads(attend(q, k, v, self.scale))), x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, h, N, M), per head, over the M cells; they sum to 1."""
@@ -251,12 +254,22 @@ class Twins(Block):
         }
 
 
+def may_miss(size: list[int], side: int) -> bool:
+    """Whether `side` does not divide some of the sizes; in an export, where they are free, it may always be so."""
+    if exporting():
+        return True
+    return any([n % side > 0 for n in size])  # noqa: C419 (TorchScript has no generators)
+
+
 def filled(t: Tensor, side: int) -> Tensor:
     """(B, *S, C) → zeros behind the end of each axis of S up to a multiple of `side`."""
-    missing = [-n % side for n in static_shape(t)[1:-1]]
-    if not exporting() and not any(missing):
+    size = static_shape(t)[1:-1]
+    if not may_miss(size, side):
         return t
-    return F.pad(t, [0, 0, *(p for n in reversed(missing) for p in (0, n))])
+    padding = [0, 0]
+    for n in size[::-1]:
+        padding += [0, -n % side]
+    return F.pad(t, padding)
 
 
 def partition(t: Tensor, side: int) -> Tensor:
@@ -265,17 +278,18 @@ def partition(t: Tensor, side: int) -> Tensor:
     dims = t.ndim - 2
     for axis in range(dims):
         t = torch.unflatten(t, 1 + 2 * axis, (-1, side))
-    order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
+    order = [0] + list(range(1, 2 * dims, 2)) + list(range(2, 2 * dims + 1, 2)) + [2 * dims + 1]
     return t.permute(order).flatten(1 + dims, -2).flatten(0, dims)
 
 
 def assemble(t: Tensor, x: Tensor, side: int) -> Tensor:
     """Undo `partition`: (B · W, L, C) → (B, C, *S), the shape of x, the filling cut off."""
     size = static_shape(x)[2:]
-    counts = [-(-n // side) for n in size]
-    t = t.reshape(x.shape[0], *counts, *[side] * len(size), t.shape[2])
     dims = len(size)
-    order = [0, 2 * dims + 1, *(i for axis in range(dims) for i in (1 + axis, 1 + dims + axis))]
+    t = t.reshape([x.shape[0]] + [-(-n // side) for n in size] + [side] * dims + [t.shape[2]])
+    order = [0, 2 * dims + 1]
+    for axis in range(dims):
+        order += [1 + axis, 1 + dims + axis]
     t = t.permute(order)
     for axis, n in enumerate(size):
         t = t.flatten(2 + axis, 3 + axis).narrow(2 + axis, 0, n)

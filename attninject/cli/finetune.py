@@ -90,11 +90,17 @@ def run(args: argparse.Namespace) -> None:
             raise RunError(f"{overrides['out']} holds no run to go on with ({SETTINGS} is missing)")
     if file is None and "model" not in overrides:
         args.parser.error("give an experiment FILE, or --model and --out")
+    from attninject.errors import ExperimentError
     from attninject.training.devices import leave_processes
     from attninject.training.engine import run_experiment
     from attninject.training.experiment import read_experiment
 
-    experiment = read_experiment(file, overrides)
+    try:
+        experiment = read_experiment(file, overrides)
+    except ExperimentError as error:
+        if all(fault.message.startswith("flags, ") for fault in error.faults):  # a flag's value: a usage error
+            args.parser.error("; ".join(map(str, error.faults)))
+        raise
     result = run_experiment(experiment, resume=args.resume, say=silent if args.json else say)
     leave_processes()
     if not result.main:

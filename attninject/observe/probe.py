@@ -187,6 +187,8 @@ def _why_failed(model: nn.Module, example: Any, tries: list[Inputs], last: Excep
             advice = f"; it takes {inspect.signature(model.forward)}"
         advice += "; give example_inputs= that the model accepts"
     reason = str(last).splitlines()[0] if str(last) else ""
+    if "NestedTensor" in reason:  # tensors of several lengths in one, which no record describes
+        advice += "; build nn.TransformerEncoder with enable_nested_tensor=False"
     return (
         f"{type(model).__name__} fails its own forward on inputs of shape {shapes}: "
         f"{type(last).__name__}: {reason}{advice}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from attninject.anatomy.dataflow import Spot
 from attninject.blocks import registry
 from attninject.errors import LayoutError
@@ -55,3 +58,10 @@ def _unknown(scene: Scene, spot: Spot) -> str:
     known = len(scene.record.shape(spot.value)) in RANK.values()
     fix = "say it with layout:" if known else "blocks need 3 to 5 axes, so name a site before"
     return f"{why}; {fix}"
+
+
+def packs_tokens(carrier: nn.Module, model: nn.Module) -> bool:
+    """Whether a carrier is in an encoder of torch's that may hand nested tensors to its layers."""
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+    inside = any(m is carrier for encoder in encoders for layer in encoder.layers for m in layer.modules())
+    return inside and torch.backends.mha.get_fastpath_enabled()

@@ -25,7 +25,7 @@ from attninject.surgery.location import Location
 from attninject.wording import listed
 
 from .cost import injected_parameters, macs_of, site_cost
-from .layout_check import layout_for
+from .layout_check import layout_for, packs_tokens
 from .locating import locate, parted, refuse_partly_matched, token_source
 from .matching import match
 from .naming import Names
@@ -167,6 +167,12 @@ class _Planner:
             self.notes.append(
                 f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
                 "which bypass blocks: there a block changes nothing and learns nothing"
+            )
+        if packed := [site.name for site, at in rows.values() if packs_tokens(at.carrier, self.scene.model)]:
+            self.notes.append(
+                f"{label}: {listed(packed)} would stand inside nn.TransformerEncoder, which in eval mode without gradients "
+                "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
+                "with enable_nested_tensor=False"
             )
         if between := [site.name for site, at in rows.values() if at.insertion.splits]:
             self.notes.append(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import OWN, Insertion
 from .layout_adapters import note_extent, run_block
 from .local_graph import DECISION_NAMES, MISSING, PRESENT, AttributeRead, LocalGraph
+from .scripting import ENTRY
 
 
 class ForwardWriter:
@@ -37,15 +40,21 @@ class ForwardWriter:
             "_base": base.forward,
             **DECISION_NAMES,
             "_remake": remake,
+            "torch": torch,
             "run_block": run_block,
             "with_item": with_item,
             "note_extent": note_extent,
         }
+        self._globals: dict[str, Any] = getattr(base.forward, "__globals__", {})
         self.parameters = list(own.parameters.values()) if own else _parameters(base.forward)
 
     def source(self) -> str:
         """The text of `forward`, and before it its inner functions."""
         lines = [f"def forward({self._header()}):"]
+        lines += [
+            "    if torch.jit.is_scripting():",
+            f"        return self.{ENTRY}({self._arguments().removeprefix('self').removeprefix(', ')})",
+        ]
         if self.local:
             lines += self._guards(self.local)
         around = [i for i in self.edit if i.target is None]
@@ -75,9 +84,24 @@ class ForwardWriter:
                 star = True
             if p.default is not p.empty:
                 self.names[f"_default_{p.name}"] = p.default
-                text += f"=_default_{p.name}"
+                annotation = self._annotation(p)
+                text += f"{annotation} = _default_{p.name}" if annotation else f"=_default_{p.name}"
+            else:
+                text += self._annotation(p)
             parts.append(text)
         return ", ".join(parts)
+
+    def _annotation(self, p: inspect.Parameter) -> str:
+        """What the original says of a parameter, where TorchScript would otherwise take it for a tensor."""
+        text = p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, "__name__", "")
+        if p.annotation is p.empty or text in ("Tensor", "torch.Tensor"):
+            return ""
+        if not isinstance(p.annotation, (str, type)):
+            text = f"_type_{p.name}"
+            self.names[text] = p.annotation
+        else:
+            self.names.update((n, v) for n, v in self._globals.items() if n in re.findall(r"\w+", text))
+        return f": {text}"
 
     def _arguments(self) -> str:
         parts = ["self"]

@@ -8,6 +8,7 @@ they are cached, and rebuilt on unpickling from the original class and the recor
 
 from __future__ import annotations
 
+import __future__
 import copy
 import copyreg
 import inspect
@@ -26,7 +27,7 @@ from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.observe.example_inputs import Inputs
 from attninject.observe.probe import run
 
-from . import own_forward
+from . import own_forward, scripting
 from .codegen import ForwardWriter
 from .faithfulness import check
 from .injected_state import CONTAINERS, OWN, Injected, Insertion, as_original, extended_since, injected_in
@@ -73,7 +74,8 @@ def generate(
     source, names = writer.source(), writer.names
     filename = f"<attninject {base.__module__}.{base.__qualname__} {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    exec(compile(source, filename, "exec"), names)  # the text is ours, made from the graph
+    flags = __future__.annotations.compiler_flag  # types are for TorchScript, which reads them in the source
+    exec(compile(source, filename, "exec", flags=flags), names)  # the text is ours, made from the graph
     attributes = {
         "_attninject": Injected(base, edit, writer.local, watched),
         "__module__": base.__module__,
@@ -81,6 +83,8 @@ def generate(
         "__doc__": base.__doc__,
         "forward": names["forward"],
         "_attninject_generated": names["forward"],
+        scripting.ENTRY: scripting.Scripted(base, edit, writer.local, own is not None),
+        scripting.ORIGINAL: scripting.original(base),
         "__reduce_ex__": _reduce,
         "__copy__": lambda self: _copy(self, lambda state: state),
         **own_forward.guards(base, edit, _regenerate),

@@ -32,6 +32,11 @@ def run_block(
     if getattr(block, "_attninject_disabled", False):
         return x
     call: Callable[[Any], Any] = _Leaf(block) if isinstance(x, fx.Proxy) else block
+    if call is block and getattr(x, "is_nested", False):
+        raise LayoutError(
+            "a block was given a nested tensor, whose samples have lengths of their own; where it comes from "
+            "nn.TransformerEncoder with a padding mask, build that with enable_nested_tensor=False"
+        )
     if grid is None and kind in ("NCHW", "NCL", "NCDHW"):
         return call(x)
     if kind in ("NHWC", "NDHWC"):

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from attninject.errors import CannotRewriteError
 
@@ -54,7 +55,11 @@ def guards(
             base.__delattr__(self, name)
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if name == "bias" and param is not None and self._parameters.get("bias", param) is None:
+        old = self._parameters.get(name)
+        if param is not None and (
+            (name == "bias" and old is None and "bias" in self._parameters)
+            or (name == "weight" and old is not None and _rescaled(old, param))
+        ):
             _refuse_fold(base, edit)
         base.register_parameter(self, name, param)
 
@@ -66,6 +71,26 @@ def guards(
 
 def _gains_bias(old: Any, new: Any) -> bool:
     return getattr(old, "bias", 0) is None and getattr(new, "bias", None) is not None
+
+
+def _rescaled(old: Tensor, new: Tensor) -> bool:
+    """Whether weights (O, I, …), or (I, O, …), changed by one factor per output channel, as folding a norm does it.
+
+    Where a channel has but one weight, any change looks like that, and none is taken for it.
+    """
+    if old.shape != new.shape or old.ndim < 2 or old.is_meta or new.is_meta:
+        return False
+    with torch.no_grad():
+        return _by_rows(old, new) or _by_rows(old.transpose(0, 1), new.transpose(0, 1))
+
+
+def _by_rows(old: Tensor, new: Tensor) -> bool:
+    if old[0].numel() < 2:
+        return False
+    a, b = (t.detach().double().cpu().flatten(1) for t in (old, new))
+    factor = (a * b).sum(1, keepdim=True) / a.square().sum(1, keepdim=True).clamp_min(1e-300)
+    near = 1e-3 * b.abs().amax(1, keepdim=True)
+    return bool(((b - factor * a).abs() <= near).all()) and not torch.allclose(a, b, rtol=1e-6)
 
 
 def _refuse_fold(base: type[nn.Module], edit: tuple[Insertion, ...]) -> None:

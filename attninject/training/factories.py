@@ -8,9 +8,13 @@ import torch
 from torch import nn
 
 from attninject.errors import ExperimentError, Fault
+from attninject.wording import did_you_mean, nearest_hint
 
 from .experiment import Training
 from .groups import param_groups
+
+SCHEDULERS = ("cosine", "tanh", "step", "constant", "multistep", "plateau", "poly", "wsd", "rsqrt", "none")
+"""timm's, for the nearest word: its factory lists none."""
 
 
 def rates(train: Training) -> dict[str, Any]:
@@ -25,10 +29,8 @@ def make_optimizer(model: nn.Module, train: Training) -> torch.optim.Optimizer:
 
     known = [str(name) for name in list_optimizers()]
     if train.optimizer.removeprefix("lookahead_") not in known:
-        from attninject.wording import nearest
-
-        near = ", ".join(nearest(train.optimizer, known))
-        raise ExperimentError([Fault(f"train, optimizer: timm has no {train.optimizer!r}; nearest: {near}")])
+        near = nearest_hint(train.optimizer, known)
+        raise ExperimentError([Fault(f"train, optimizer: timm has no {train.optimizer!r}{near}")])
     groups = param_groups(model, **rates(train))
     try:
         made = create_optimizer_v2(
@@ -53,6 +55,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, train: Training, steps: int
     """Any of timm's schedulers, stepped per update, `steps` to an epoch; None: the rates stay."""
     from timm.scheduler import create_scheduler_v2
 
+    near = "" if train.scheduler in SCHEDULERS else did_you_mean(train.scheduler, SCHEDULERS)
     # timm's steps stand at 0.3, 0.6 and 0.9 of 300 epochs; in a run of ten none would ever come
     steps_at: dict[str, Any] = {
         "step": {"decay_epochs": 0.3 * train.epochs},
@@ -66,10 +69,10 @@ def make_scheduler(optimizer: torch.optim.Optimizer, train: Training, steps: int
         )  # fmt: skip
     except (ValueError, AssertionError, TypeError) as error:
         raise ExperimentError(
-            [Fault(f"train, scheduler: timm refuses {train.scheduler!r}: {error}")]
+            [Fault(f"train, scheduler: timm refuses {train.scheduler!r}: {error}{near}")]
         ) from error
     if scheduler is None and train.scheduler not in ("none", "None", ""):
-        raise ExperimentError([Fault(f"train, scheduler: timm has no {train.scheduler!r}")])
+        raise ExperimentError([Fault(f"train, scheduler: timm has no {train.scheduler!r}{near}")])
     return scheduler
 
 

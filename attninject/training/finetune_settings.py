@@ -7,6 +7,7 @@ of the command line for every row. The defaults stand in the dataclasses of `exp
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from attninject.recipe.frozen import FrozenDict
 from attninject.recipe.loading import load_recipe, recipe_names
 from attninject.recipe.patterns import compile_pattern
 from attninject.recipe.report import BAD, Node, Report
+from attninject.wording import did_you_mean
 
 from .words import WORDS
 
@@ -48,6 +50,35 @@ def _kind(node: Node, report: Report) -> Any:
 def _maybe(check: Checker) -> Checker:
     """The same, or null."""
     return lambda node, report: None if node.value is None else check(node, report)
+
+
+_POLICIES = {
+    "rand": {"m": int, "n": int, "p": float, "mstd": float, "mmax": int, "inc": int},
+    "augmix": {"m": int, "w": int, "d": int, "a": float, "b": int, "mstd": float},
+    **dict.fromkeys(("v0", "v0r", "original", "originalr", "3a"), {"mstd": float}),
+}
+"""Policies of timm's `auto_augment`, and what their sections take; timm passes over a section without a number."""
+_SETS = ("weights", "3a", "3aw")  # what timm's `rand` draws from: a section t…
+
+
+def _policy(node: Node, report: Report) -> Any:
+    if not isinstance(node.value, str):
+        return report.expected(node, "a policy of timm's, as rand-m9-mstd0.5-inc1")
+    policy, *sections = node.value.split("-")
+    if policy not in _POLICIES:
+        what = f"a policy of timm's ({', '.join(_POLICIES)}), as rand-m9-mstd0.5-inc1"
+        return report.expected(node, what, did_you_mean(policy, _POLICIES))
+    takes = _POLICIES[policy]
+    for section in sections:
+        if policy == "rand" and section.startswith("t") and section[1:] in _SETS:
+            continue
+        key, number = re.fullmatch(r"([a-z]*)(.*)", section, re.DOTALL).groups()  # type: ignore[union-attr]
+        pattern = r"-?\d+" if takes.get(key) is int else r"\d+(\.\d+)?|inf"
+        if key not in takes or not re.fullmatch(pattern, number):
+            form = ", ".join(f"{name}{1 if kind is int else 0.5}" for name, kind in takes.items())
+            hint = did_you_mean(key, takes) if key not in takes else ""
+            return report.expected(node, f"sections such as {form} behind {policy!r}", hint)
+    return node.value
 
 
 def _what(node: Node, report: Report) -> Any:
@@ -130,7 +161,7 @@ DATA: Table = {
     "size": (_maybe(integer("an image size in pixels", 8)), "image size; default: the model's own, digits: 32"),
     "augment": (choice("an augmentation", ("default", "none")),
         "default: timm's random crop, flip and colour jitter; none: resize only"),
-    "auto_augment": (_maybe(words), "timm's policy, as rand-m9-mstd0.5-inc1"),
+    "auto_augment": (_maybe(_policy), "timm's policy, as rand-m9-mstd0.5-inc1"),
     "color_jitter": (_from_zero, "strength of timm's colour jitter"),
     "hflip": (_number("a probability", 0, 1), "probability of a horizontal flip"),
     "reprob": (_number("a probability", 0, 1), "probability of random erasing"),

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attninject.blocks.gate import divided_zeros
 from attninject.errors import NonFiniteError, RunError
+from attninject.wording import listed
 
 from . import devices, factories, gate_movement, resuming, runs
 from .data.loaders import Loaders, batches
@@ -153,7 +155,10 @@ class Run:
         """Gradients, and an update where the loss is finite; see `Learner.backward`."""
         loss, skipped = self.learner.backward(batches)
         if not np.isfinite(loss):
-            raise NonFiniteError(f"the loss became {loss} at step {self.state.step + 1}; {self.files.kept()}")
+            zeros = divided_zeros(self.learner.nets.model)
+            why = f" ({listed(zeros)}: a zero weight, which weight or spectral norm divides by)" if zeros else ""
+            step = self.state.step + 1
+            raise NonFiniteError(f"the loss became {loss} at step {step}{why}; {self.files.kept()}")
         self.learner.update()
         return loss, skipped
 

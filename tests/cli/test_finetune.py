@@ -204,7 +204,10 @@ def test_data_may_be_a_folder(images: Path, tmp_path: Path) -> None:
             "give one of the two",
         ),
         ([*GIVEN, "--block", "se"], 2, "--block se needs --after, --before or --place"),
-        ([*GIVEN, "--recipe", "see"], 1, "no shipped recipe 'see'; did you mean se"),
+        ([*GIVEN, "--data-auto-augment", "augmx-m3"], 2, "found 'augmx-m3'; did you mean augmix?"),
+        ([*GIVEN, "--data-auto-augment", "rand-mtsd0.5"], 2, "sections such as m1, n1, p0.5"),
+        ([*GIVEN, "--data-augment", "non"], 2, "did you mean none?"),
+        ([*GIVEN, "--recipe", "see"], 2, "no shipped recipe 'see'; did you mean se"),
         (["--model", MODEL], 1, "`out` missing"),
         (["missing.yaml"], 1, "missing.yaml: no such file"),
         (["--resume", "--out", "gone"], 1, "gone holds no run to go on with"),
@@ -437,3 +440,20 @@ def test_start_of_a_run_is_its_first_epochs(run, images: Path, tmp_path: Path) -
     base = build(MODEL, "none", 3)
     assert all(torch.equal(start.state_dict()[key], value) for key, value in base.state_dict().items())
     assert any(not torch.equal(start.state_dict()[key], value) for key, value in end.state_dict().items())
+
+
+def test_policies_are_those_of_timm() -> None:
+    """Whatever policy passes the check, timm builds; an unknown one does not get that far."""
+    from timm.data import create_transform
+
+    from attninject.recipe.report import BAD, Node, Report
+    from attninject.training.finetune_settings import DATA
+
+    check = DATA["auto_augment"][0]
+    good = ("rand-m9-n3-mstd0.5-inc1", "rand-m9-tweights", "rand-t3a-p0.5-mmax12", "augmix-m5-w4-d2", "v0",
+            "original-mstd0.5", "v0r", "originalr", "3a")  # fmt: skip
+    for policy in good:
+        assert check(Node(policy), Report()) == policy
+        create_transform(32, is_training=True, auto_augment=policy)
+    for policy in ("nope", "rand-nope", "rand-m", "rand-mx", "v0-m3", "original-", "rand-tnope", ""):
+        assert check(Node(policy), Report()) is BAD, policy

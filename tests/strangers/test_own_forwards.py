@@ -230,6 +230,25 @@ def test_folding_across_a_carried_block_is_refused() -> None:
         torch.testing.assert_close(fuse(model)(x), base, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 3, padding=1)])
+def test_folding_into_a_layer_with_bias_is_refused_too(layer: nn.Module) -> None:
+    """It is known by its factors, one per channel; weights that are loaded or trained are not of that kind."""
+    model = scrambled(nn.Sequential(nn.Sequential(layer, nn.BatchNorm2d(8)), nn.ReLU()))
+    x = torch.randn(2, 8, 6, 6)
+    ai.inject(model, **se(after="0.0"), example_inputs=x)
+    stir(model)
+    before, carrier = model(x), model[0][0]
+    assert ai.injected(carrier)
+    with pytest.raises(errors.CannotRewriteError, match="would reach across it"):
+        fuse_conv_bn_eval(carrier, model[0][1], transpose=isinstance(layer, nn.ConvTranspose2d))
+    assert torch.equal(model(x), before)
+    state = {k: v + torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    for again in (model.state_dict(), state):
+        model.load_state_dict(again, assign=True)
+    carrier.weight = nn.Parameter(carrier.weight * 2 + 1)
+    assert calls_of(model, x) == {"0.0.se": 1}
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_folding_across_a_block_in_a_graph_is_refused() -> None:
     """By torch's helper for lists of names, and by taking the norm away."""

@@ -18,7 +18,7 @@ class Squeeze(FastFunction):
     """x → its means and maxima over positions, and two conduits: for g, of x's shape, and for the factor."""
 
     @staticmethod
-    def forward(x: Tensor, kinds: tuple[str, ...]) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, kinds: Sequence[str]) -> tuple[Tensor, ...]:
         """x: (B, C, *S) → conduit of g, conduit of f, and (B, C, 1, …) for each of `kinds`, avg or max."""
         pooled = _pooled(x, kinds)
         return (conduit(x, x.shape), conduit(x, pooled[0].shape), *pooled)
@@ -113,7 +113,7 @@ class Scale(FastFunction):
         return None, df, g, f
 
 
-def squeeze(x: Tensor, kinds: tuple[str, ...]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+def squeeze(x: Tensor, kinds: Sequence[str]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """x: (B, C, *S) → what `scale` needs, and the descriptors (B, C, 1, …) of the `kinds` avg and max."""
     with full_precision(x):
         g_conduit, f_conduit, *pooled = Squeeze.apply(x, kinds)

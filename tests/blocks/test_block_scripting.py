@@ -1,0 +1,39 @@
+"""TorchScript: every block's formula compiles, with the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from block_cases import CASES, DIMS, SIZES, label, noise, scrambled
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
+]
+
+
+def agrees(block, *inputs):
+    """Whether a block and what TorchScript makes of it compute the same, in eval and in train mode."""
+    scripted = torch.jit.script(block)
+    for mode in (False, True):
+        block.train(mode), scripted.train(mode)
+        for x in inputs:
+            torch.testing.assert_close(scripted(x), block(x))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=label(c), marks=[pytest.mark.slow] if c[1] else []) for c in CASES],
+)
+def test_scripted_block(case):
+    """One compiled block serves maps of several sizes and both modes; options beside the defaults: slow tier."""
+    name, args = case
+    agrees(scrambled(name, **args), noise(2, 16, 7, 5), noise(3, 16, 8, 14))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["paper", "blend"])
+@pytest.mark.parametrize(("name", "dims"), DIMS)
+def test_scripted_in_other_dimensions(name, dims, init):
+    """In one, two and three dimensions, as published and blended."""
+    agrees(scrambled(name, dims=dims, init=init), noise(2, 16, *SIZES[dims]))
