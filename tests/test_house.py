@@ -19,8 +19,8 @@ PACKAGE = ROOT / "attninject"
 # From the ground up: a module imports only what stands before it (or beside it, in its own room).
 ORDER = (
     "errors", "terms", "wording", "doctor", "files", "notebook", "layout", "blocks", "observe", "surgery", "anatomy",
-    "recipe", "planning", "api", "compiling", "attention", "inspection", "adapters", "hub", "delta", "package_weights",
-    "models", "training", "sharing", "evidence", "zoo", "bench", "cli", "__main__",
+    "recipe", "planning", "api", "compiling", "attention", "inspection", "adapters", "hub", "site_rules", "delta",
+    "integrations", "package_weights", "models", "training", "sharing", "evidence", "zoo", "bench", "cli", "__main__",
 )  # fmt: skip
 
 TOP = {
