@@ -123,7 +123,7 @@ def load(
         signatures = {key: _slice_signature(file, key) for key in tensors}
         _check_base(base_model, record, signatures, file_path, strict_base)
         plan = _plan(base_model, record, signatures, file_path, example_inputs)
-    api.inject(base_model, plan)
+    api.carry_out(base_model, plan)
     try:
         _check_blocks(base_model, record, signatures, file_path, strict_base)
     except BaseException:

@@ -57,7 +57,9 @@ def check_form(sites: Any) -> None:
             raise ValueError("a site without a name or a rule")
 
 
-def planned(model: nn.Module, sites: Sequence[Mapping[str, Any]], source: object, example_inputs: Any) -> Plan:
+def planned(
+    model: nn.Module, sites: Sequence[Mapping[str, Any]], source: object, example_inputs: Any
+) -> Plan:
     """The rules of `recorded` resolved on a model: the same names in the same layouts.
 
     Args:
@@ -93,7 +95,7 @@ def planned(model: nn.Module, sites: Sequence[Mapping[str, Any]], source: object
 
 def _rule(site: Site, insertion: injected_state.Insertion) -> dict[str, Any]:
     rule: dict[str, Any] = {
-        "block": _block_name(site),
+        "block": block_name(site),
         site.position: site.path,
         "args": site.args,
         "init": site.init,
@@ -109,8 +111,8 @@ def _rule(site: Site, insertion: injected_state.Insertion) -> dict[str, Any]:
     return rule
 
 
-def _block_name(site: Site) -> str:
-    """The name that `load` will look up; a class that is not registered is stored by its own."""
+def block_name(site: Site) -> str:
+    """The name that a reader will look up; a class that is not registered is stored by its own."""
     if isinstance(site.block, str):
         return site.block
     spec = registry.resolve(site.block)
