@@ -48,7 +48,15 @@ def written(folder: Path) -> Path:
 
 def settings(data: Path, name: str, **more: Any) -> dict[str, Any]:
     """What every run here has; the optimizer by name, since `auto` would set the rates by itself."""
-    small = {"imgsz": 64, "batch": 2, "workers": 0, "device": "cpu", "optimizer": "SGD", "lr0": 0.05, "nbs": 2}
+    small = {
+        "imgsz": 64,
+        "batch": 2,
+        "workers": 0,
+        "device": "cpu",
+        "optimizer": "SGD",
+        "lr0": 0.05,
+        "nbs": 2,
+    }
     quiet = {"plots": False, "verbose": False, "project": str(data.parent / "runs"), "name": name}
     return {"data": str(data), "epochs": 1, "warmup_epochs": 0, **small, **quiet, **more}
 
