@@ -150,7 +150,9 @@ def test_timm_and_torchvision_builders_are_imported_in_one_file_only() -> None:
     users = {
         file.name
         for file in PACKAGE.rglob("*.py")
-        if re.search(r"timm\.create_model\(|models\.get_model\(|list_models\(", file.read_text(encoding="utf-8"))
+        if re.search(
+            r"timm\.create_model\(|models\.get_model\(|list_models\(", file.read_text(encoding="utf-8")
+        )
     }
     assert users == {"models.py"}
 

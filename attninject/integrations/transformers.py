@@ -11,13 +11,15 @@ import json
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attninject import api, site_rules
 from attninject.errors import DeltaError
+from attninject.observe.snapshot import rng_kept
 from attninject.planning.support import unwrapped
 from attninject.recipe.loading import RecipeLike
 from attninject.recipe.rules import RuleFields, explains_fields
+from attninject.surgery import injected_state
 from attninject.wording import listed
 
 FORMAT = 1
@@ -109,11 +111,9 @@ def from_pretrained(
             "meta"
         ):  # one of the Auto classes: it alone knows which class this config stands for
             kind = type(kind.from_config(config))
-    beside: dict[str, Tensor] = {}
-    making = _making_blocks(kind, sites, f"the config of {name}", example_inputs, beside)
+    making = _making_blocks(kind, sites, f"the config of {name}", example_inputs)
     model, info = making.from_pretrained(name, *args, config=config, output_loading_info=True, **options)
-    for key, value in beside.items():
-        model.get_buffer(key).copy_(value)
+    _fill_buffers(model)
     blocks = tuple(f"{block}." for block in api.injected(model))
     if missing := [key for key in info["missing_keys"] if key.startswith(blocks)]:
         raise DeltaError(
@@ -123,25 +123,32 @@ def from_pretrained(
     return (model, info) if output_loading_info else model
 
 
-def _making_blocks(
-    kind: Any, sites: list[dict[str, Any]], source: str, example_inputs: Any, beside: dict[str, Tensor]
-) -> Any:
-    """A subclass whose constructor gives a `kind` with blocks: the library then loads them with all the rest.
-
-    What blocks have beside their state dict goes into `beside`, since the library leaves such buffers empty.
-    """
+def _making_blocks(kind: Any, sites: list[dict[str, Any]], source: str, example_inputs: Any) -> Any:
+    """A subclass whose constructor gives a `kind` with blocks: the library then loads them with all the rest."""
 
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
         self.__class__ = kind
         with torch.device("cpu"):  # the library makes its nets under "meta", where planning could not count
             api.carry_out(self, site_rules.planned(self, sites, source, example_inputs))
-        for name, block in api.injected(self).items():
-            kept = block.state_dict()
-            beside.update({f"{name}.{key}": t.clone() for key, t in block.named_buffers() if key not in kept})
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__init__": construct}
     return type(kind.__name__, (kind,), named)
+
+
+def _fill_buffers(model: nn.Module) -> None:
+    """Give blocks what they have beside their state dict, which the library leaves empty: that of blocks made anew."""
+    sites = injected_state.sites_of(model)
+    for name, block in api.injected(model).items():
+        kept = block.state_dict()
+        if beside := [key for key, _ in block.named_buffers() if key not in kept]:
+            site = sites[name]
+            with rng_kept():
+                fresh = api.create_block(
+                    site.block, site.channels, init=site.init, dims=site.layout.dims, **site.args
+                )
+            for key in beside:
+                block.get_buffer(key).copy_(fresh.get_buffer(key))
 
 
 def _config(name: Any, options: dict[str, Any]) -> Any:
