@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
@@ -10,7 +11,7 @@ from torch import nn
 
 from attninject.anatomy.places import PLACES
 from attninject.blocks import registry
-from attninject.errors import NoMatchError, VerificationError
+from attninject.errors import NoMatchError, RebuiltModelWarning, VerificationError
 from attninject.notebook import html_table
 from attninject.observe.verify import equal, outputs
 from attninject.planning import building, planner, support
@@ -81,6 +82,9 @@ def inject(
     Raises:
         ForeignPlanError, StalePlanError: a plan of another model, or of one changed since.
         VerificationError: `verify` found a difference; the model was restored.
+
+    Warns:
+        RebuiltModelWarning: the model's own trainer or loader would make it anew from its config, without blocks.
     """
     if isinstance(recipe, Plan):
         if root or rule.pop("args", None) or rule:
@@ -90,6 +94,17 @@ def inject(
         given.check(model)
     else:
         given = plan(model, recipe, root=root, example_inputs=example_inputs, strict=strict, **rule)
+    if (advice := support.rebuilt_from_config(model)) and not injected_state.injected_blocks(model):
+        warnings.warn(advice, RebuiltModelWarning, stacklevel=2)
+    return carry_out(model, given, verify=verify)
+
+
+def carry_out(model: nn.Module, given: Plan, *, verify: bool = False) -> nn.Module:
+    """What `inject` does once there is a plan of this very model, as it is now; returns the same model.
+
+    Raises:
+        VerificationError: see `inject`.
+    """
     before = outputs(model, given.inputs) if verify else None
     blocks = building.build(given, model)
     change_history.remember(model)

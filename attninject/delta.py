@@ -21,13 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from attninject import adapters, api, hub
-from attninject.blocks import registry
-from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
+from attninject import adapters, api, hub, site_rules
+from attninject.errors import AttnInjectError, DeltaError, UnsupportedModelError
 from attninject.files import digest, installed_versions, raw_bytes, replacing, seal_holds, sealed
 from attninject.planning import support
 from attninject.planning.plan import Plan
-from attninject.planning.planned_site import Site
 from attninject.surgery import change_history, injected_state
 from attninject.wording import listed
 
@@ -57,7 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
     from safetensors import SafetensorError
 
     model, changed = _plain(model)
-    sites = _recorded(model)
+    sites = site_rules.recorded(model)
     if not sites:
         raise DeltaError("the model has no injected blocks, so there is nothing to save: inject first")
     state = _tensors(model)
@@ -125,7 +123,7 @@ def load(
         signatures = {key: _slice_signature(file, key) for key in tensors}
         _check_base(base_model, record, signatures, file_path, strict_base)
         plan = _plan(base_model, record, signatures, file_path, example_inputs)
-    api.inject(base_model, plan)
+    api.carry_out(base_model, plan)
     try:
         _check_blocks(base_model, record, signatures, file_path, strict_base)
     except BaseException:
@@ -252,61 +250,6 @@ def _timm_name(model: nn.Module) -> str | None:
     return f"timm/{architecture}" if isinstance(architecture, str) and architecture else None
 
 
-def _recorded(model: nn.Module) -> list[dict[str, Any]]:
-    """Every injected block as a rule that finds its one site again; several at a site stay in order."""
-    sites = injected_state.sites_of(model)
-    found = []
-    for name, _, insertion in injected_state.insertions(model):
-        site = sites[name]
-        if site is None:
-            raise DeltaError(
-                f"{name} was replaced since its injection, so nobody knows how to make it; eject it first"
-            )
-        found.append(
-            {
-                "qualified": site.name,
-                "mechanism": site.mechanism,
-                "layout": str(site.layout),
-                "rule": _rule(site, insertion),
-            }
-        )
-    return found
-
-
-def _rule(site: Site, insertion: injected_state.Insertion) -> dict[str, Any]:
-    rule: dict[str, Any] = {
-        "block": _block_name(site),
-        site.position: site.path,
-        "args": site.args,
-        "init": site.init,
-        "name": insertion.name,
-        "layout": insertion.layout.kind,
-    }
-    if "::" not in site.path:
-        rule["call"] = site.call
-    if site.input not in (None, 0):
-        rule["input"] = site.input
-    if site.output is not None:
-        rule["output"] = site.output
-    return rule
-
-
-def _block_name(site: Site) -> str:
-    """The name that `load` will look up; a class that is not registered is stored by its own."""
-    if isinstance(site.block, str):
-        return site.block
-    spec = registry.resolve(site.block)
-    if spec.name in registry.list_blocks() and registry.get(spec.name).cls is site.block:
-        return spec.name
-    name = site.block.__name__
-    if name in registry.list_blocks():
-        raise DeltaError(
-            f"{site.name}: its class {name} is not registered, and {name!r} is another block; register the "
-            f"class under a name of its own (ai.register_block) before saving"
-        )
-    return name
-
-
 # --- what is read and believed ------------------------------------------------------------------
 
 
@@ -361,12 +304,7 @@ def _check_form(record: Mapping[str, Any]) -> None:
     for name, texts in {**held, "digests": record.get("digests", {})}.items():
         if not all(isinstance(v, str) for v in texts.values()):
             raise ValueError(f"{name} holds something that is no text")
-    if not isinstance(record["sites"], list) or not record["sites"]:
-        raise ValueError("no sites")
-    for site in record["sites"]:
-        texts = (site["qualified"], site["layout"], site["mechanism"])
-        if not all(isinstance(text, str) for text in texts) or not isinstance(site["rule"], dict):
-            raise ValueError("a site without a name or a rule")
+    site_rules.check_form(record["sites"])
 
 
 def _check_digests(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any], path: Path) -> None:
@@ -440,25 +378,7 @@ def _plan(
     example_inputs: Any,
 ) -> Plan:
     """The record's rules resolved on this model: the same names in the same layouts, and no larger."""
-    rules = [site["rule"] for site in record["sites"]]
-    try:
-        plan = api.plan(model, {"name": "delta", "rules": rules}, example_inputs=example_inputs)
-    except UnsupportedModelError:
-        raise
-    except AttnInjectError as error:
-        register = isinstance(error, RecipeError) and "unknown block" in str(error)
-        raise DeltaError(
-            f"{path}: its recipe does not fit this model: {'; '.join(str(error).splitlines())}"
-            + ("; register the missing block first (ai.register_block)" if register else "")
-        ) from error
-    found = {site.name: str(site.layout) for site in plan.sites}
-    wanted = {site["qualified"]: site["layout"] for site in record["sites"]}
-    if found != wanted:
-        other = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-        raise DeltaError(
-            f"{path}: {other[0]} was {wanted.get(other[0], 'absent')} when it was saved and is "
-            f"{found.get(other[0], 'absent')} in this model; give the example_inputs of the injection"
-        )
+    plan = site_rules.planned(model, record["sites"], path, example_inputs)
     for site in plan.sites:
         held = [_shape_of(s) for key, s in signatures.items() if key.startswith(f"{site.name}.")]
         if site.parameters > sum(_count(shape) for shape in held):

@@ -75,6 +75,10 @@ class TraceRefused(AttnInjectError, RuntimeError):
     """An owner has no faithful local graph; the text says why (it becomes a site's `reason`)."""
 
 
+class RebuiltModelWarning(UserWarning):
+    """The model's own trainer or loader makes it anew from a config, without the blocks; the text says what to do."""
+
+
 # --- plans ------------------------------------------------------------------------------------
 
 
@@ -146,7 +150,7 @@ class HubError(AttnInjectError, OSError):
 
 
 class DeltaError(AttnInjectError, ValueError):
-    """A delta file is damaged, hostile, or belongs to another base model."""
+    """A delta file, or the record in a config, is damaged, hostile, or belongs to another base model."""
 
 
 # --- training ---------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "attninject"
 # From the ground up: a module imports only what stands before it (or beside it, in its own room).
 ORDER = (
     "errors", "terms", "wording", "doctor", "files", "notebook", "layout", "blocks", "observe", "surgery", "anatomy",
-    "recipe", "planning", "api", "compiling", "attention", "inspection", "adapters", "hub", "delta", "package_weights",
-    "models", "training", "sharing", "evidence", "zoo", "bench", "cli", "__main__",
+    "recipe", "planning", "api", "compiling", "attention", "inspection", "adapters", "hub", "site_rules", "delta",
+    "integrations", "package_weights", "models", "training", "sharing", "evidence", "zoo", "bench", "cli", "__main__",
 )  # fmt: skip
 
 TOP = {
@@ -150,7 +150,9 @@ def test_timm_and_torchvision_builders_are_imported_in_one_file_only() -> None:
     users = {
         file.name
         for file in PACKAGE.rglob("*.py")
-        if re.search(r"timm\.create_model\(|get_model\(|list_models\(", file.read_text(encoding="utf-8"))
+        if re.search(
+            r"timm\.create_model\(|models\.get_model\(|list_models\(", file.read_text(encoding="utf-8")
+        )
     }
     assert users == {"models.py"}
 

@@ -171,10 +171,20 @@ def hooked(model: nn.Module) -> list[str]:
 
 def _check_forward(model: nn.Module) -> None:
     if type(model).forward is nn.Module.forward and "forward" not in model.__dict__:
+        name, inside = type(model).__name__, [n for n, child in model.named_children() if _runs(child)]
+        holder = len(inside) == 1 and not isinstance(model, (nn.ModuleList, nn.ModuleDict))
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no forward, so there is no dataflow to put a block into; "
-            "pass the model that calls it"
+            f"{name} has no forward, so there is no dataflow to put a block into; pass "
+            + (
+                f"the network that it holds, {name.lower()}.{inside[0]}"
+                if holder
+                else "the model that calls it"
+            )
         )
+
+
+def _runs(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 def _why_failed(model: nn.Module, example: Any, tries: list[Inputs], last: Exception) -> str:

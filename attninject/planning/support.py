@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,28 @@ def _not_open(module: nn.Module, is_model: bool) -> str | None:
         return "is quantized; inject into the float model, then quantize it"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "is lazy and not initialised; run the model once first"
+    return None
+
+
+def rebuilt_from_config(model: nn.Module) -> str | None:
+    """What becomes of blocks where the model's own library makes it anew from its config, and what to do; or None.
+
+    Two kinds are told by what they carry: `.yaml`, the layers as Ultralytics and the YOLOs before it describe them,
+    from which `train` builds the net that it trains; and `.config` beside `from_pretrained`, as in transformers.
+    """
+    name = type(model).__name__
+    if isinstance(getattr(model, "yaml", None), Mapping):
+        return (
+            f"the trainer of {name} makes the network anew from its config (.yaml), without the blocks: train with "
+            f"yolo.train(..., trainer=attninject.integrations.ultralytics.trainer_for(yolo)); a loop of your own keeps "
+            f"them"
+        )
+    configured = callable(getattr(getattr(model, "config", None), "to_dict", None))
+    if configured and callable(getattr(type(model), "from_pretrained", None)):
+        return (
+            f"{name}.from_pretrained makes the network anew from its config, without the blocks: inject and load with "
+            f"attninject.integrations.transformers, or save and load with ai.save and ai.load"
+        )
     return None
 
 

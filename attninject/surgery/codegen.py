@@ -120,19 +120,31 @@ class ForwardWriter:
 
     def _guards(self, local: LocalGraph) -> list[str]:
         """Lines that make the graph anew when something it depends on is not as it was."""
-        tests = []
-        several = {p.name for p in self.parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        lines, tests = self._of_options(local), []
         for a in local.arguments.constants:
-            if a.name in several:
-                tests.append(f"repr({a.name}) != {a.value!r}" if a.value else a.name)
-            else:
-                tests.append(f"{a.name} {'!=' if isinstance(a.value, str) else 'is not'} {a.value!r}")
+            if isinstance(a.value, str):
+                tests.append(f"{a.name} != {a.value!r}")
+            elif not isinstance(a.value, tuple):
+                tests.append(f"{a.name} is not {a.value!r}")
         for d in local.arguments.decisions:
             tests.append(f"not {d.expression}" if d.outcome else d.expression)
         slots = self._slots()
         guarded = [r for r in local.reads if (r.path, r.name) not in slots and r.value is not PRESENT]
         for n, read in enumerate(guarded):
             tests.append(self._read_test(n, read))
+        return lines + self._unless(tests)
+
+    def _of_options(self, local: LocalGraph) -> list[str]:
+        """Lines that make the graph anew for other options than it has, and give those a name each."""
+        several = {a.name: a.value for a in local.arguments.constants if isinstance(a.value, tuple)}
+        lines = self._unless(
+            [f"tuple({name}) != {keys!r}" if keys else name for name, keys in several.items()]
+        )
+        names = [a.name for a in local.arguments.items if a.option]
+        whole = next((name for name, keys in several.items() if keys), None)
+        return [*lines, f"    {', '.join(names)}, = {whole}.values()"] if names else lines
+
+    def _unless(self, tests: list[str]) -> list[str]:
         if not tests:
             return []
         return [f"    if {' or '.join(tests)}:", f"        return _remake({self._arguments()})"]

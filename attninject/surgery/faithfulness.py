@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from attninject.observe.meta_kernels import execute
 from attninject.observe.record import Call, Op, Record, Ref, map_refs, map_tensors, written_tensors
 from attninject.observe.recorder import Mode
 
-from .local_graph import Effect, LocalGraph
+from .local_graph import Effect, LocalGraph, bound
 
 
 def check(local: LocalGraph, owner: nn.Module, call: Call, record: Record, training: bool) -> LocalGraph:
@@ -84,16 +83,14 @@ class _Replay(Mode):
     def run(self, local: LocalGraph) -> dict[fx.Node, Effect]:
         env: dict[fx.Node, Any] = {}
         effects: dict[fx.Node, Effect] = {}
-        signature = inspect.signature(local.forward)
-        bound = signature.bind(None, *self.call.args, **self.call.kwargs)
-        bound.apply_defaults()
+        given = bound(local.forward, self.call.args, self.call.kwargs)
         with torch.no_grad():
             for node in self.graph.nodes:
                 self.seen = []
                 args = fx.node.map_arg(node.args, env.__getitem__)
                 kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
                 if node.op == "placeholder":
-                    env[node] = map_refs(bound.arguments[str(node.target)], self.twin)
+                    env[node] = map_refs(given[str(node.target)][0], self.twin)
                 elif node.op == "get_attr":
                     env[node] = self.attribute(str(node.target))
                 elif node.op == "call_module":

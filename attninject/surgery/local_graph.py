@@ -30,7 +30,7 @@ class Argument:
     """One parameter of a forward: an input of the graph, or a constant that the graph depends on.
 
     `example`: of an input, what this call gives; a tensor on the meta device for a tensor, MISSING if not known.
-    Of `**options` it is the dict, and `value` the text of it.
+    `option`: its key, if it is one of `**options`; of those themselves, a constant, `value` has the keys in order.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Argument:
     value: Any = None
     tensor: bool = False
     example: Any = field(default=MISSING, compare=False)
+    option: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,42 @@ class Arguments:
         Raises:
             TraceRefused: the forward takes variable arguments and was given some.
         """
-        signature = inspect.signature(forward)
-        bound = signature.bind(None, *args, **kwargs)
-        bound.apply_defaults()
         items = []
-        for name, parameter in list(signature.parameters.items())[1:]:
-            value = bound.arguments[name]
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                if value and not (isinstance(value, dict) and all(map(_plain, value.values()))):
-                    raise TraceRefused("its forward takes variable arguments")
-                items.append(Argument(name, True, repr(value) if value else "", example=value))
-            elif value is None or isinstance(value, (bool, str)):
-                items.append(Argument(name, True, value))
+        for name, (value, parameter) in bound(forward, args, kwargs).items():
+            option = name.removeprefix(_OPTION) if name != parameter.name else ""
+            if option and not option.isidentifier():
+                raise TraceRefused(f"its forward is given an option {option!r}")
+            if option or parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                items.append(_argument(name, value, option))
+            elif parameter.kind is parameter.VAR_POSITIONAL and value:
+                raise TraceRefused("its forward takes variable arguments")
             else:
-                items.append(Argument(name, tensor=isinstance(value, Tensor), example=_example(value)))
+                items.append(Argument(name, True, tuple(value)))
         return Arguments(tuple(items))
+
+
+_OPTION = "_option_"
+
+
+def bound(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[Any, inspect.Parameter]]:
+    """What each parameter of a forward after `self` gets, by name; each of `**options` comes after them, by itself."""
+    signature = inspect.signature(forward)
+    given = signature.bind(None, *args, **kwargs)
+    given.apply_defaults()
+    found: dict[str, tuple[Any, inspect.Parameter]] = {}
+    for name, parameter in list(signature.parameters.items())[1:]:
+        found[name] = (given.arguments[name], parameter)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found.update({_OPTION + key: (value, parameter) for key, value in given.arguments[name].items()})
+    return found
+
+
+def _argument(name: str, value: Any, option: str) -> Argument:
+    if value is None or isinstance(value, (bool, str)):
+        return Argument(name, True, value, option=option)
+    return Argument(name, tensor=isinstance(value, Tensor), example=_example(value), option=option)
 
 
 def _example(value: Any) -> Any:

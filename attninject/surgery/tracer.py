@@ -110,15 +110,14 @@ class _Tracer(fx.Tracer):
         positional, keyword = [], {}
         parameters = inspect.signature(self.forward).parameters
         for argument in self.arguments.items:
-            kind = parameters[argument.name].kind
-            if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                keyword.update(argument.example if isinstance(argument.example, dict) else {})
+            parameter = parameters.get(argument.name)
+            if parameter and parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
             value = argument.value
             if not argument.constant:
                 value = self.create_proxy("placeholder", argument.name, (), {})
-            if kind is inspect.Parameter.KEYWORD_ONLY:
-                keyword[argument.name] = value
+            if parameter is None or parameter.kind is parameter.KEYWORD_ONLY:
+                keyword[argument.option or argument.name] = value
             else:
                 positional.append(value)
 

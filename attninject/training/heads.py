@@ -33,7 +33,8 @@ def head_of(model: nn.Module) -> list[str]:
     """Names of the head's modules; empty where timm says that there is none (`num_classes=0`).
 
     As `freeze(head=…)` said; else timm's own word; else all beside a child named `backbone` (torchvision's
-    detectors and segmenters); else the last Linear; else a child named `classifier`.
+    detectors and segmenters); else the last Linear; else a child named `classifier`, or children whose names
+    end in `_head` (`segmentation_head`).
 
     Raises:
         NoHeadError: none of these is there.
@@ -54,6 +55,8 @@ def head_of(model: nn.Module) -> list[str]:
         return [linears[-1]]
     if "classifier" in children:
         return ["classifier"]
+    if named := [n for n in children if n.endswith("_head")]:
+        return named
     raise NoHeadError(
         f"the head of {type(model).__name__} was not found (no get_classifier, no Linear, no child named "
         f"'classifier'); name it, as in ai.freeze(model, head=\"fc\")"

@@ -148,14 +148,18 @@ class Handing(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Returns a pair; the second item on demand."""
+    """Returns a pair; the second item on demand. A mask and a rate count where they are given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(8, 8, 1)
 
-    def forward(self, x, weights=False, **options):
+    def forward(self, x, weights=False, mask=None, rate=None, **options):
         y = self.conv(x)
+        if mask is not None:
+            y = y * mask
+        if rate is not None:
+            y = y * rate
         return y, y.mean() if weights else None
 
 
@@ -170,22 +174,44 @@ class Options(nn.Module):
         return self.layer(self.stem(x), **options)
 
 
-def test_options_by_name_are_part_of_what_a_graph_is_made_for() -> None:
-    """Plain ones; others than the plan saw make the graph anew, and a tensor among them is refused in words."""
+OPTIONS: list[dict] = [
+    {"weights": True}, {}, {"weights": False, "other": 3}, {"mask": torch.rand(2, 1, 1, 1)}, {"rate": 2},
+    {"mask": torch.rand(2, 1, 1, 1), "rate": 0.5, "weights": True}, {"rate": 0.5, "mask": None},
+]  # fmt: skip
 
+
+@pytest.mark.parametrize("planned", OPTIONS, ids=lambda given: ",".join(given) or "none")
+def test_options_by_name_are_handed_on(planned: dict) -> None:
+    """Tensors and numbers vary from call to call; others than the plan saw make the graph anew."""
     base = Options().eval()
     model, x = copy.deepcopy(base), images()
-    for options in ({}, {"weights": True}):
-        inputs = {"x": x, **options}
-        model = copy.deepcopy(base)
-        plan = ai.plan(model, **se(place="residual_branch"), example_inputs=inputs)
-        assert [(s.path, s.mechanism) for s in plan.sites] == [("layer.mixer", "graph")]
-        ai.inject(model, plan)
-        model = pickle.loads(pickle.dumps(model))
-        for given in ({"weights": True}, {}, {"weights": False, "other": 3}):
-            assert torch.equal(model(x, **given), base(x, **given))
-            with Calls(model) as calls:
-                model(x, **given)
-            assert calls.order == list(ai.injected(model))
-    with pytest.raises(ai.errors.CannotRewriteError, match="variable arguments"):
-        model(x, mask=torch.ones(1))
+    plan = ai.plan(model, **se(place="residual_branch"), example_inputs={"x": x, **planned})
+    assert [(s.path, s.mechanism) for s in plan.sites] == [("layer.mixer", "graph")]
+    ai.inject(model, plan)
+    model = pickle.loads(pickle.dumps(model))
+    for given in OPTIONS:
+        assert torch.equal(model(x, **given), base(x, **given))
+        with Calls(model) as calls:
+            model(x, **given)
+        assert calls.order == list(ai.injected(model))
+
+
+def test_another_number_or_tensor_among_the_options_is_no_other_graph() -> None:
+    """A trainer hands a count on that differs from step to step (`num_items_in_batch`)."""
+    base = Options().eval()
+    model, x = copy.deepcopy(base), images()
+    ai.inject(model, **se(place="residual_branch"), example_inputs=x)
+    kinds = set()
+    for step in range(4):
+        given = {"mask": torch.rand(2, 1, 1, 1), "rate": 2 + step}
+        assert torch.equal(model(x, **given), base(x, **given))
+        kinds.add(type(model.layer))
+    assert len(kinds) == 1
+
+
+def test_an_option_whose_name_is_none_is_refused_in_words() -> None:
+    """Generated code could not hold it."""
+    model = Options().eval()
+    ai.inject(model, **se(place="residual_branch"), example_inputs=images())
+    with pytest.raises(ai.errors.CannotRewriteError, match="is given an option 'a-b'"):
+        model(images(), **{"a-b": 1})
