@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from attninject.observe.record import Call
 from attninject.surgery.injected_state import base_class
 
-from .dataflow import Flow, Spot, kind
+from .dataflow import Flow, Spot
 from .repeated_units import contains, resolution
-from .residual_adds import ResidualAdd
 
 
 def positions(at: tuple[int, ...] | None) -> int:
@@ -87,49 +86,6 @@ def _apart(flow: Flow, row: list[Spot], every: int) -> list[list[Spot]]:
     if shared or len({id(s.module) for s in ends}) < len(ends):
         return [row]
     return [[s for s in row if flow.depends(end.value, s.value)] for end in ends]
-
-
-# --- strides that were traded for dilation -----------------------------------------------------
-
-
-def divided_by_dilation(flow: Flow, row: list[Spot], adds: list[ResidualAdd]) -> list[list[Spot]]:
-    """The units of one resolution, divided where a stride was traded for dilation.
-
-    From there on all have a larger dilation than those before. The stage begins with a unit that changes the number
-    of channels, or projects its shortcut: with the first dilated one, or with the one before, which would have the
-    stride itself and has the old dilation.
-    """
-    units = [s.event for s in row]
-    if not all(isinstance(u, Call) and u.ins for u in units):
-        return [row]
-    calls = [u for u in units if isinstance(u, Call)]
-    dilations: list[int] = []
-    for call in calls:
-        dilations.append(_dilation(flow, call) or (dilations[-1] if dilations else 1))
-    if sorted(dilations) != dilations:
-        return [row]  # a pattern within a stage
-    shape = flow.record.shape
-    owned = (a for a in adds if a.owner.ins)
-    projects = {id(a.owner) for a in owned if flow.weights(flow.only(a.shortcut, a.owner.ins[0]))}
-    wider = [shape(c.ins[0]) != shape(c.outs[0]) or id(c) in projects for c in calls]
-    begins = [0]
-    for n in range(1, len(calls)):
-        if dilations[n] == dilations[n - 1]:
-            continue
-        if wider[n - 1] and n - 1 > begins[-1]:
-            begins.append(n - 1)
-        elif wider[n] or shape(calls[n].ins[0]) != shape(calls[n - 1].outs[0]):
-            begins.append(n)
-    return [row[a:b] for a, b in zip(begins, [*begins[1:], len(row)], strict=True)]
-
-
-def _dilation(flow: Flow, call: Call) -> int:
-    """The largest dilation of a call's convolutions over neighbours; 0 where it has none."""
-    found = [0]
-    for op in call.ops():
-        if kind(op) in ("convolution", "_convolution") and max(flow.record.shape(op.ins[1])[2:]) > 1:
-            found += op.given[0][5]
-    return max(found)
 
 
 # --- what reads the maps -----------------------------------------------------------------------

@@ -14,7 +14,8 @@ from attninject.surgery.injected_state import base_class
 from attninject.surgery.local_graph import public_forwards
 
 from .dataflow import Flow, Spot, operand_of, output_key
-from .encoder import divided_by_dilation, going_up, head, is_head, positions, towers, without_bridge
+from .dilation import divided_by_dilation
+from .encoder import going_up, head, is_head, positions, towers, without_bridge
 from .repeated_units import Units, contains, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
 
@@ -98,7 +99,7 @@ class PlaceMap:
                 if at is not None:
                     rows.setdefault(at, []).append(spot)
         ways = towers(self.flow, rows.values())
-        parts = [part for row in ways for part in divided_by_dilation(self.flow, row, self.adds)]
+        parts = divided_by_dilation(self.flow, ways, self.adds, self.resolution, self._finder.role)
         if len(parts) == 1 and len(row := parts[0]) >= 3:
             return [row[round(len(row) * k / 3) - 1] for k in (1, 2, 3)]
         ends = sorted((part[-1] for part in parts), key=lambda s: s.time)

@@ -214,7 +214,7 @@ class Units:
     def _of_main_role(self) -> list[Call]:
         """Modules of one role, most of two layers or more: the role that has most of the net's layers.
 
-        Of these the classes that recur at one resolution, if any does.
+        Of these the classes that recur beside each other at one resolution, if any does.
         """
         groups: dict[str, list[Call]] = {}
         for call in self.calls:
@@ -222,8 +222,8 @@ class Units:
                 groups.setdefault(self.role(call), []).append(call)
         rows = [group for group in groups.values() if len(group) > 1]
         row = max(rows, key=lambda group: (sum(map(self.weights, group)), len(group)), default=[])
-        at = Counter((base_class(c.module), self.resolution(c)) for c in row)
-        classes = {cls for (cls, _), count in at.items() if count > 1}
+        at = Counter((base_class(c.module), self.resolution(c), id(c.parent)) for c in row)
+        classes = {cls for (cls, *_), count in at.items() if count > 1}
         found = [c for c in row if base_class(c.module) in classes]
         if not found:
             return self._with_siblings(row)

@@ -1,4 +1,4 @@
-"""Ways down and up: U-Nets, detectors, strides traded for dilation, two towers; a small net for each kind."""
+"""Ways down and up: U-Nets, detectors, two towers; a small net for each kind."""
 
 from __future__ import annotations
 
@@ -199,34 +199,3 @@ def test_a_candidate_that_is_no_map_is_left_out(place: str) -> None:
     found = ai.plan(net, block="se", place=place, args={"reduction": 2})
     assert [s.path.split(".")[0] for s in found.sites] == ["units", "units"]
     assert "left aside, since their axes are not those of a map" in found.notes[0]
-
-
-# --- strides traded for dilation ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet10t", "resnet26", "efficientnet_b0", "mobilenetv2_035", "test_convnext"]
-)
-@pytest.mark.parametrize("stride", [8, 16])
-def test_a_dilated_nets_stages_are_those_of_its_twin(name: str, stride: int) -> None:
-    """A stride that was traded for dilation still ends a stage."""
-    plain, dilated = timm.create_model(name), timm.create_model(name, output_stride=stride)
-    rule = {"block": "se", "place": "stage_end"}
-    assert [s.path for s in ai.plan(dilated, **rule).sites] == [s.path for s in ai.plan(plain, **rule).sites]
-
-
-def test_a_pattern_of_dilations_within_a_stage_ends_none() -> None:
-    """Larger and smaller dilations by turns, or larger ones at the same width, are one stage's."""
-
-    class Dilated(nn.Module):
-        def __init__(self, channels: int, dilation: int) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
-
-        def forward(self, x):
-            return x + self.conv(x).relu()
-
-    for pattern in ((1, 2, 1, 4), (1, 2, 4, 8)):
-        row = [Dilated(4, d) for d in pattern]
-        net = nn.Sequential(nn.Conv2d(3, 4, 2, 2), *row, nn.Conv2d(4, 4, 2, 2), Dilated(4, 1))
-        assert sites(net, "stage_end") == ["4", "6"]
