@@ -11,6 +11,7 @@ from torch import nn
 
 from attninject.anatomy.places import PLACES
 from attninject.blocks import registry
+from attninject.blocks.registry import BlockLike
 from attninject.errors import NoMatchError, RebuiltModelWarning, VerificationError
 from attninject.notebook import html_table
 from attninject.observe.verify import equal, outputs
@@ -172,7 +173,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def create_block(
-    block: str | type[nn.Module], channels: int, *, init: Init = "identity", dims: int = 2, **args: Any
+    block: BlockLike, channels: int, *, init: Init = "identity", dims: int = 2, **args: Any
 ) -> nn.Module:
     """A block alone, for inputs (B, channels, *positions) with `dims` spatial dimensions.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any
 
 _MAX_WORD = 200  # characters of a name that are looked at
 
@@ -71,6 +73,18 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """`; did you mean bn3?`, or nothing where nothing is near."""
     close = nearest(word, candidates)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def name_of(block: Any) -> str:
+    """What a block is called: a name itself, a class or function by its own, an instance by its class's.
+
+    >>> name_of("se"), name_of(functools.partial(dict, a=1)), name_of(3)
+    ('se', 'dict', 'int')
+    """
+    while isinstance(block, functools.partial):
+        block = block.func
+    own = block if isinstance(block, str) else getattr(block, "__name__", None)
+    return own if isinstance(own, str) else type(block).__name__
 
 
 def human(count: int) -> str:

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from attninject import blocks
-from attninject.blocks import foreign
+from attninject.blocks import foreign, sources
 from attninject.errors import BlockError, TooFewChannelsError, UnknownBlockError
+from attninject.wording import name_of
 
 from .base import Block, BlockSpec
 from .controls import CONTROLS
@@ -34,9 +35,11 @@ __all__ = [
     "get",
     "is_identity",
     "list_blocks",
+    "reference",
     "refused",
     "register_block",
     "resolve",
+    "source_of",
 ]
 
 
@@ -55,7 +58,8 @@ _BUILT_IN: dict[str, BlockSpec] = {cls.facts.name: BlockSpec.of(cls) for cls in 
 _TIMM: dict[str, foreign.TimmSpec] = {spec.name: spec for spec in foreign.BLOCKS}
 _REGISTERED: dict[str, BlockSpec] = {}
 
-M = TypeVar("M", bound=type[nn.Module])
+M = TypeVar("M", bound=Callable[..., nn.Module])
+BlockLike = str | type[nn.Module] | Callable[..., nn.Module] | nn.Module
 
 
 def list_blocks() -> list[str]:
@@ -92,23 +96,32 @@ def _find(name: str) -> BlockSpec | None:
     return _BUILT_IN.get(name) or _TIMM.get(name) or _REGISTERED.get(name) or CONTROLS.get(name)
 
 
-def resolve(block: str | type[nn.Module]) -> BlockSpec:
-    """The table row of a name or of a class; a class that nobody registered gets one made for it.
+def resolve(block: BlockLike) -> BlockSpec:
+    """The table row of a name, a class or what makes a block; one that nobody registered gets one made for it.
 
     Such a class may say what it supports by class attributes `supported_dims` (default `(2,)`) and `spatial`
-    (default True).
+    (default True); a function by attributes of its own.
     """
     if isinstance(block, str):
         return get(block)
-    if not (isinstance(block, type) and issubclass(block, nn.Module)):
-        raise BlockError(f"a block is a name or a class derived from torch.nn.Module, found {block!r}")
+    if not (_is_class(block) or sources.is_source(block)):
+        raise BlockError(
+            "a block is a name or a class derived from torch.nn.Module, a function or partial that makes one, or an "
+            f"instance, found {block!r}"
+        )
     for spec in (*_BUILT_IN.values(), *_REGISTERED.values(), *CONTROLS.values()):
-        if spec.cls is block:
+        if block in (spec.cls, getattr(spec, "source", None)):
             return spec
-    return _foreign_spec(block.__name__.lower(), block)
+    return _foreign_spec(name_of(block).lower(), block)
 
 
-def _foreign_spec(name: str, cls: type[nn.Module]) -> BlockSpec:
+def _is_class(block: Any) -> bool:
+    return isinstance(block, type) and issubclass(block, nn.Module)
+
+
+def _foreign_spec(name: str, cls: Any) -> BlockSpec:
+    if not _is_class(cls):
+        return sources.spec_of(name, cls)
     dims = tuple(getattr(cls, "supported_dims", (2,)))
     spatial = bool(getattr(cls, "spatial", True))
     summary = (inspect.getdoc(cls) or "").split("\n")[0] if cls.__doc__ else ""
@@ -119,27 +132,33 @@ def _foreign_spec(name: str, cls: type[nn.Module]) -> BlockSpec:
 
 
 def register_block(name: str) -> Callable[[M], M]:
-    """Class decorator: recipes may from now on call this class `name`.
+    """Decorator of a class, or of a function that makes a module: recipes may from now on call it `name`.
 
-    The class is built as `cls(channels, **args)`; `dims` and `init` are passed where its signature has them.
+    It is called as `cls(channels, **args)`; `dims` and `init` are passed where its signature has them.
     A built-in name or one held by another class is refused; the same class again is fine.
     """
     _check_name(name)
 
     def register(cls: M) -> M:
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        if not (_is_class(cls) or sources.is_source(cls)):
             raise BlockError(f"register_block({name!r}) decorates a torch.nn.Module class, found {cls!r}")
         held = _REGISTERED.get(name)
-        if held is not None and _qualified(held.cls) != _qualified(cls):
-            raise BlockError(f"the block name {name!r} is taken by {_qualified(held.cls)}")
+        if held is not None and _qualified(source_of(held)) != _qualified(cls):
+            raise BlockError(f"the block name {name!r} is taken by {_qualified(source_of(held))}")
         _REGISTERED[name] = _foreign_spec(name, cls)
         return cls
 
     return register
 
 
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def source_of(spec: BlockSpec) -> Any:
+    """What is called for a block of this row (or copied, an instance)."""
+    return getattr(spec, "source", spec.cls)
+
+
+def _qualified(block: Any) -> str:
+    said = sources.made_by(block)
+    return f"{said.__module__}.{said.__qualname__}"
 
 
 def _check_name(name: Any) -> None:
@@ -156,10 +175,24 @@ def _check_name(name: Any) -> None:
         raise BlockError(f"{name!r} is an attribute of every torch module and cannot name a child")
 
 
+def reference(block: BlockLike) -> str | type[nn.Module]:
+    """What a model and its files may keep of a block: a name or class as it is, of what makes one a name.
+
+    The name is that under which it was registered, else its own, with `factory/` before it where that is taken.
+    """
+    if isinstance(block, str) or _is_class(block):
+        return block  # type: ignore[return-value]
+    for spec in _REGISTERED.values():
+        if source_of(spec) is block:
+            return spec.name
+    own = name_of(block)
+    return f"factory/{own}" if _find(own) else own
+
+
 # --- checking and building --------------------------------------------------------------------
 
 
-def check_args(name: str | type[nn.Module], args: Mapping[str, Any]) -> list[tuple[str | None, str]]:
+def check_args(name: BlockLike, args: Mapping[str, Any]) -> list[tuple[str | None, str]]:
     """Everything wrong with a block's arguments, without building it: (argument or None, sentence) pairs."""
     spec = resolve(name)
     if issubclass(spec.cls, Block):
@@ -170,7 +203,10 @@ def check_args(name: str | type[nn.Module], args: Mapping[str, Any]) -> list[tup
 def _foreign_faults(spec: BlockSpec, args: Mapping[str, Any]) -> list[tuple[str | None, str]]:
     if isinstance(spec, foreign.TimmSpec):
         return faults(spec.name, spec.options, args)
-    parameters = _parameters(spec.cls)
+    source = source_of(spec)
+    if isinstance(source, nn.Module):
+        return [(n, f"block {spec.name!r} is built already and takes no argument {n!r}") for n in args]
+    parameters = _parameters(source)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     behind_channels = list(parameters.items())[1:]  # the first is the channels, whatever it is called
     named = {n: p for n, p in behind_channels if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -186,12 +222,12 @@ def _foreign_faults(spec: BlockSpec, args: Mapping[str, Any]) -> list[tuple[str 
     return found
 
 
-def _parameters(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
+def _parameters(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(cls).parameters)
 
 
 def create_block(
-    block: str | type[nn.Module],
+    block: BlockLike,
     channels: int,
     *,
     init: str = "identity",
@@ -228,12 +264,17 @@ def _create_foreign(
         )
     if isinstance(spec, foreign.TimmSpec):
         return spec.build(channels, init, args)
-    parameters = _parameters(spec.cls)
-    passed: dict[str, Any] = {"dims": dims} if "dims" in parameters else {}
-    if "init" in parameters:
-        passed["init"] = "paper" if init == "blend" else init
-    module = spec.cls(channels, **passed, **args)
+    source = source_of(spec)
+    if not isinstance(source, nn.Module):
+        args = {**_settings(_parameters(source), init, dims), **args}
+    module = spec.make(channels, args) if isinstance(spec, sources.MadeSpec) else source(channels, **args)
     return Blend(module) if init == "blend" else module
+
+
+def _settings(parameters: Mapping[str, Any], init: str, dims: int) -> dict[str, Any]:
+    """`dims` and `init` for what takes them; behind a blend a block starts as published."""
+    given = {"dims": dims, "init": "paper" if init == "blend" else init}
+    return {name: value for name, value in given.items() if name in parameters}
 
 
 def _refuse(found: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from attninject.blocks import registry
@@ -37,5 +39,5 @@ def _build(site: Site, location: Location, fallback: Tensor) -> nn.Module:
     like = first_float(location.carrier, fallback)
     block.to(device=like.device if location.device.type == "meta" else location.device, dtype=like.dtype)
     block.train(location.carrier.training)
-    block.__dict__[SITE] = site
+    block.__dict__[SITE] = replace(site, block=registry.reference(site.block))
     return block

@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 from attninject.blocks import registry
-from attninject.errors import AttnInjectError, BlockError, IdentityError, TooFewChannelsError
+from attninject.blocks.registry import BlockLike
+from attninject.errors import BlockError, IdentityError, TooFewChannelsError
 from attninject.layout import Layout
-from attninject.observe.example_inputs import Inputs
-from attninject.observe.probe import run
 from attninject.observe.record import Record
 from attninject.observe.snapshot import rng_kept
 from attninject.recipe.frozen import FrozenDict
 from attninject.recipe.rules import Init, Rule
 from attninject.surgery.injected_state import injected_blocks
+from attninject.wording import name_of
+
+from . import trial
 
 
 def injected_parameters(model: nn.Module) -> int:
@@ -30,23 +32,23 @@ def injected_parameters(model: nn.Module) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _cost(
-    block: str | type, args: FrozenDict, init: Init, channels: int, dims: int, positions: tuple[int, ...]
+    block: BlockLike, args: FrozenDict, init: Init, channels: int, dims: int, positions: tuple[int, ...]
 ) -> tuple[int, int]:
+    return _tried(block, args, init, channels, dims, positions)
+
+
+def _tried(
+    block: BlockLike, args: FrozenDict, init: Init, channels: int, dims: int, positions: tuple[int, ...]
+) -> tuple[int, int]:
+    """Parameters and MACs of a block that is built and tried."""
+
+    def build(device: str) -> nn.Module:
+        with torch.device(device):
+            return registry.create_block(block, channels, init=init, dims=dims, **args).eval()
+
     with rng_kept():
-        try:
-            with torch.device("meta"):
-                built = registry.create_block(block, channels, init=init, dims=dims, **args)
-        except AttnInjectError:
-            raise
-        except Exception:  # a foreign class may not know the meta device
-            built = registry.create_block(block, channels, init=init, dims=dims, **args)
-    built.eval()
-    parameters = sum(p.numel() for p in built.parameters())
-    try:
-        x = torch.empty((1, channels, *positions), device="meta")
-        return parameters, macs_of(run(built, Inputs((x,)), "meta"))
-    except Exception:
-        return parameters, 0
+        built, record = trial.tried(build, name_of(block), (1, channels, *positions))
+    return sum(p.numel() for p in built.parameters()), macs_of(record)
 
 
 def site_cost(rule: Rule, layout: Layout, shape: tuple[int, ...], where: str) -> tuple[int, int]:
@@ -74,28 +76,36 @@ def site_cost(rule: Rule, layout: Layout, shape: tuple[int, ...], where: str) ->
 
 def _block_cost(rule: Rule, channels: int, dims: int, positions: tuple[int, ...]) -> tuple[int, int]:
     spec = registry.resolve(rule.block)
-    if spec.family != "registered":
-        return _cost(rule.block, rule.args, rule.init, channels, dims, positions)
-    cls: type = spec.cls  # not the name, which may be registered anew for an edited class
-    cost = _cost(cls, rule.args, rule.init, channels, dims, positions)
-    if rule.init == "identity":
-        _check_foreign(cls, rule.args, channels, dims)
-    return cost
+    own = spec.family != "registered"
+    source = (
+        rule.block if own else registry.source_of(spec)
+    )  # a name may be registered anew for an edited class
+    kept = isinstance(source, nn.Module)  # an instance, which may change, and must not be held for ever
+    failed: Exception | None = None
+    try:
+        found = (_tried if kept else _cost)(source, rule.args, rule.init, channels, dims, positions)
+    except trial.Fails as error:
+        failed = error
+    if rule.init == "identity" and not own:
+        (_check_foreign.__wrapped__ if kept else _check_foreign)(source, rule.args, channels, dims)
+    if failed is not None:
+        raise BlockError(str(failed)) from failed
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_foreign(block: type, args: FrozenDict, channels: int, dims: int) -> None:
+def _check_foreign(block: BlockLike, args: FrozenDict, channels: int, dims: int) -> None:
     with rng_kept():
         built = registry.create_block(block, channels, init="identity", dims=dims, **args)
     try:
         kept = registry.is_identity(built, channels, dims)
     except Exception as error:
         raise IdentityError(
-            f"{block.__name__} fails on a random map of {channels} channels: {type(error).__name__}: {error}"
+            f"{name_of(block)} fails on a random map of {channels} channels: {type(error).__name__}: {error}"
         ) from error
     if not kept:
         raise IdentityError(
-            f"{block.__name__} changes the function at init; ask for init: blend (x + α(f(x) − x), α = 0) "
+            f"{name_of(block)} changes the function at init; ask for init: blend (x + α(f(x) − x), α = 0) "
             "or init: paper (as it is)"
         )
 

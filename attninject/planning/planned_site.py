@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,6 +10,7 @@ from attninject.layout import Layout
 from attninject.recipe.frozen import FrozenDict
 from attninject.recipe.rules import Init
 from attninject.terms import Mechanism, Position
+from attninject.wording import name_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Site:
         position: `after` or `before`.
         call: which call of the module within one run of its owner, from 1.
         owner: name of the module whose forward contains the site; "" for the model.
-        block: the block's registered name, or the class.
+        block: the block's registered name, the class, or what makes or is the block.
         args: the block's arguments.
         init: `identity`, `paper` or `blend`.
         name: qualified name of the new module.
@@ -40,7 +42,7 @@ class Site:
     position: Position
     call: int
     owner: str
-    block: str | type
+    block: str | Callable[..., Any]
     args: FrozenDict
     init: Init
     name: str
@@ -58,7 +60,7 @@ class Site:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["block"] = self.block if isinstance(self.block, str) else self.block.__name__
+        data["block"] = name_of(self.block)
         data["args"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
         data["shape"] = list(self.shape)
         data["layout"] = str(self.layout)

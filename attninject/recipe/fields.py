@@ -7,6 +7,7 @@ A recipe may come from a stranger: nothing in it is imported, evaluated or fetch
 
 from __future__ import annotations
 
+import functools
 import keyword
 from collections.abc import Mapping
 from functools import cache
@@ -22,7 +23,7 @@ from .checks import Checker, boolean, checked_fields, choice, distinct, integer,
 from .frozen import FrozenDict
 from .patterns import compile_pattern
 from .report import BAD, Node, Report
-from .rules import CallWord, Every, Init, Per, PickWord, Recipe, Rule
+from .rules import CallWord, Every, Init, Per, PickWord, Recipe, Rule, tree_of
 
 # --- the checks of a field: node in, value or BAD out ----------------------------------------
 
@@ -104,10 +105,10 @@ def _block(node: Node, report: Report) -> Any:
         good = issubclass(node.value, nn.Module)
         return node.value if good else report.expected(node, "a subclass of torch.nn.Module")
     if not isinstance(node.value, str):
-        from torch import nn
+        from attninject.blocks import sources
 
-        hint = "; give the class, not an instance" if isinstance(node.value, nn.Module) else ""
-        return report.expected(node, "the name of a block", hint)
+        good = sources.is_source(node.value)
+        return node.value if good else report.expected(node, "the name of a block")
     from attninject.blocks import registry
 
     try:
@@ -237,7 +238,19 @@ def rule_from(node: Node, report: Report) -> Rule | None:
         check_block_args(block, args, values.get("args", FrozenDict()), report.within("args"))
     if len(report.faults) > before or BAD in values.values():
         return None
-    return _with_usable_name(Rule(**values), node, report)
+    return _with_usable_name(Rule(**_without_partial(values)), node, report)
+
+
+def _without_partial(values: dict[str, Any]) -> dict[str, Any]:
+    """A partial of a class with plain keywords alone is the class with `args`, which can be written and read."""
+    block = values["block"]
+    if not isinstance(block, functools.partial) or not isinstance(block.func, type) or block.args:
+        return values
+    silent = Report()
+    keywords = plain_args(tree_of(block.keywords, silent), silent)
+    if silent.faults:
+        return values
+    return {**values, "block": block.func, "args": FrozenDict({**keywords, **values.get("args", {})})}
 
 
 def _check_together(node: Node, values: Mapping[str, Any], report: Report) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from attninject.blocks.options import Init as Init
 from attninject.recipe import yaml_text
+from attninject.wording import name_of
 
 from .block_args import check_block_args, plain_args
 from .frozen import FrozenDict
@@ -32,7 +33,7 @@ class RuleFields(TypedDict, total=False):
     """The fields of one rule, as keywords of `inject` and `plan` or as keys in a dict; None is "not given".
 
     Attributes:
-        block: a block's name, as "cbam", or a class: cls(channels, **args).
+        block: a block's name, as "cbam", or a class, function or partial: cls(channels, **args); an instance is copied.
         after: pattern of modules or operations whose result is replaced: "layer[1-4].*.bn3".
         before: pattern of modules or operations whose input is replaced, for that one call.
         place: a family of sites with the same meaning on every model: "residual_branch".
@@ -52,7 +53,7 @@ class RuleFields(TypedDict, total=False):
         optional: True: may match nothing.
     """
 
-    block: str | _Class | None
+    block: str | Callable[..., Any] | None
     after: _Patterns | None
     before: _Patterns | None
     place: str | None
@@ -117,7 +118,7 @@ class Every:
 class Rule:
     """A block, its arguments, and where it goes; made and checked by `load_recipe` and `rule_from_fields`."""
 
-    block: str | type
+    block: str | Callable[..., Any]
     after: tuple[str, ...] | None = None
     before: tuple[str, ...] | None = None
     place: str | None = None
@@ -138,8 +139,8 @@ class Rule:
 
     @property
     def block_name(self) -> str:
-        """The block's registered name, or the name of its class."""
-        return self.block if isinstance(self.block, str) else self.block.__name__
+        """The block's registered name, or the name of its class or of the function that makes it."""
+        return name_of(self.block)
 
     @property
     def child_name(self) -> str:

@@ -242,7 +242,7 @@ def test_a_class_serves_as_block():
             {"block": int, "after": "x"},
             ["block: expected a subclass of torch.nn.Module, found the class int"],
         ),
-        ({"block": nn.ReLU(), "after": "x"}, ["found a ReLU; give the class, not an instance"]),
+        ({"block": nn.ReLU(), "after": "x", "args": {"k": 1}}, ["built already and takes no argument 'k'"]),
         ({"block": Forward, "after": "x"}, ["'forward' is reserved", "set `name`"]),
         (
             {"block": "se", "after": "x", "args": {"bias": object()}},

@@ -59,10 +59,10 @@ ai.inject(net, block="se", after="layer[1-4].*.bn3", args={"reduction": 8}, per=
 ai.inject(net, block=nn.Identity, place="stage_end", init="blend", stages=[2, -1], pick={"every": 2})
 ai.inject(net, ai.plan(net, {"block": "se", "after": "x"}), verify=True)
 ai.inject(net, ai.load_recipe({"rules": [{"block": "se", "after": "x"}]}), args={"reduction": 8})
-ai.plan(net, dict(block="se", after="x"), root="backbone")
+ai.plan(net, dict(block="se", after="x"), root="backbone"); ai.plan(net, block=nn.Identity(), after="x")
 ai.inject(net, block="se", aftr="x")
 ai.plan(net, block="se", after="x", init="identiy")
-ai.plan(net, block=nn.Identity(), after="x")
+ai.plan(net, block=3, after="x")
 ai.inject(net, block="se", after="x", min_channels="64")
 """
 
