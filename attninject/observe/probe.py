@@ -171,20 +171,24 @@ def hooked(model: nn.Module) -> list[str]:
 
 def _check_forward(model: nn.Module) -> None:
     if type(model).forward is nn.Module.forward and "forward" not in model.__dict__:
-        name, inside = type(model).__name__, [n for n, child in model.named_children() if _runs(child)]
-        holder = len(inside) == 1 and not isinstance(model, (nn.ModuleList, nn.ModuleDict))
+        name, inside = type(model).__name__, _network_in(model)
         raise UnsupportedModelError(
             f"{name} has no forward, so there is no dataflow to put a block into; pass "
-            + (
-                f"the network that it holds, {name.lower()}.{inside[0]}"
-                if holder
-                else "the model that calls it"
-            )
+            + (f"the network that it holds, {name.lower()}.{inside}" if inside else "the model that calls it")
         )
 
 
-def _runs(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
+def _network_in(model: nn.Module) -> str:
+    """The child with most parameters among those with a forward: what a Lightning module trains; empty: none."""
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        return ""
+    sizes = {
+        name: sum(p.numel() for p in child.parameters())
+        for name, child in model.named_children()
+        if type(child).forward is not nn.Module.forward or "forward" in child.__dict__
+    }
+    largest = max(sizes, key=lambda name: sizes[name], default="")
+    return largest if len(sizes) == 1 or sizes.get(largest) else ""
 
 
 def _why_failed(model: nn.Module, example: Any, tries: list[Inputs], last: Exception) -> str:

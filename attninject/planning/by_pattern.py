@@ -162,9 +162,20 @@ class _Search:
         item = _item({**dict(enumerate(call.args)), **call.kwargs}, key)
         if not isinstance(item, Ref):
             raise NoTensorError(
-                f"{self.label}: operand {key!r} of {name} is no tensor; choose another with input:"
+                f"{self.label}: operand {key!r} of {name} is no tensor; {self._instead(call, item)}"
             )
         return Spot(call, "before", item.value, operand=key)
+
+    def _instead(self, call: Call, operand: Any) -> str:
+        """What to do about an operand that is no tensor: of a list of them, name who made one."""
+        values = [r.value for r in refs(operand)]
+        makers = (
+            next((c for c in self.scene.record.calls if v in c.outs and c.start < call.start), None) for v in values
+        )
+        names = [self.scene.path(c.module) for c in makers if c is not None]
+        if not names:
+            return "choose another with input:"
+        return f"several tensors enter in it; take `after` with what made one of them: {listed(names, 4)}"
 
     # --- operations in a forward ---------------------------------------------------------------
 
