@@ -154,7 +154,9 @@ class Block(nn.Module):
         least = self.fast_from
         fast = least is not None and dispatch.takes_fast_form(x, self.backend, least) and self.fast_applies(x)
         y = self.fast_transform(x) if fast else self.transform(x)
-        return y if self.init != "blend" else self.blended(x, y)  # a string is asked for sooner than a parameter
+        return (
+            y if self.init != "blend" else self.blended(x, y)
+        )  # a string is asked for sooner than a parameter
 
     def blended(self, x: Tensor, y: Tensor) -> Tensor:
         """x + α(y − x) where `init` is `blend`, else y."""

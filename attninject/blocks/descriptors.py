@@ -396,7 +396,7 @@ class GE(GateBlock):
         if self.mode == "theta_minus":
             return window_means(x, self.extent) if self.extent else pool(x, "avg")
         size = static_shape(x)[2:]
-        if self.feat_size is not None:
+        if self.feat_size is not None:  # noqa: SIM102 (TorchScript tells by it whether there is a number)
             if size != [self.feat_size] * self.dims:
                 raise BlockError(f"block 'GE' was built for maps of feat_size {self.feat_size}, found {size}")
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):  # noqa: B905 (not in TorchScript)

@@ -263,7 +263,9 @@ class GAM(Block):
         z = self.conv1(y)
         z = self.norm1(z) if torch.jit.is_scripting() else normalize(self.norm1, z)
         z = self.conv2(F.relu(z))
-        return self.gate(at_least_float32(self.norm2(z) if torch.jit.is_scripting() else normalize(self.norm2, z)))
+        return self.gate(
+            at_least_float32(self.norm2(z) if torch.jit.is_scripting() else normalize(self.norm2, z))
+        )
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""

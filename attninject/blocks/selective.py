@@ -227,7 +227,12 @@ class DynamicCapacity(Block):
         conv = CONV[dims]
         # of a fraction whole numbers, since the number of positions may be symbolic in export
         part = Fraction(k).limit_denominator(10_000)
-        self.k, self.numerator, self.denominator, self.kernel_size = k, part.numerator, part.denominator, kernel_size
+        self.k, self.numerator, self.denominator, self.kernel_size = (
+            k,
+            part.numerator,
+            part.denominator,
+            kernel_size,
+        )
         self.coarse1 = conv(channels, coarse, 1, bias=bias)
         self.coarse2 = conv(coarse, channels, 1, bias=bias)
         self.score = conv(coarse, 1, 1, bias=bias)
@@ -285,7 +290,7 @@ def patches(x: Tensor, index: Tensor, kernel: int) -> Tensor:
     """
     size, edge = static_shape(x)[2:], kernel // 2
     offsets = torch.arange(kernel, device=x.device)
-    at, unit = index.new_zeros([1]).expand(list(index.shape) + [1]), count(x)
+    at, unit = index.new_zeros([1]).expand(list(index.shape) + [1]), count(x)  # noqa: RUF005
     for n in size:  # Horner's rule over the axes of the padded map
         unit = unit // n
         here = (index // unit % n).unsqueeze(2) + offsets

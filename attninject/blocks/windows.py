@@ -114,7 +114,7 @@ class TwinsLSA(TwinsAttention):
         qkv = self.qkv(partition(t, self.window_size)).chunk(3, 2)
         inside: Tensor | None = None
         if may_miss(static_shape(x)[2:], self.window_size):
-            ones = torch.ones_like(t[:1, ..., :1], dtype=torch.bool).expand(list(t.shape[:-1]) + [1])
+            ones = torch.ones_like(t[:1, ..., :1], dtype=torch.bool).expand(list(t.shape[:-1]) + [1])  # noqa: RUF005
             inside = partition(ones, self.window_size).transpose(1, 2).unsqueeze(1)
         return [self.heads(part) for part in qkv], inside
 
@@ -278,7 +278,7 @@ def partition(t: Tensor, side: int) -> Tensor:
     dims = t.ndim - 2
     for axis in range(dims):
         t = torch.unflatten(t, 1 + 2 * axis, (-1, side))
-    order = [0] + list(range(1, 2 * dims, 2)) + list(range(2, 2 * dims + 1, 2)) + [2 * dims + 1]
+    order = [0] + list(range(1, 2 * dims, 2)) + list(range(2, 2 * dims + 1, 2)) + [2 * dims + 1]  # noqa: RUF005
     return t.permute(order).flatten(1 + dims, -2).flatten(0, dims)
 
 

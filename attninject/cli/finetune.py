@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         experiment = read_experiment(file, overrides)
     except ExperimentError as error:
-        if all(fault.message.startswith("flags, ") for fault in error.faults):  # a flag's value: a usage error
+        if all(
+            fault.message.startswith("flags, ") for fault in error.faults
+        ):  # a flag's value: a usage error
             args.parser.error("; ".join(map(str, error.faults)))
         raise
     result = run_experiment(experiment, resume=args.resume, say=silent if args.json else say)

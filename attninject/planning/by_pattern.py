@@ -170,7 +170,8 @@ class _Search:
         """What to do about an operand that is no tensor: of a list of them, name who made one."""
         values = [r.value for r in refs(operand)]
         makers = (
-            next((c for c in self.scene.record.calls if v in c.outs and c.start < call.start), None) for v in values
+            next((c for c in self.scene.record.calls if v in c.outs and c.start < call.start), None)
+            for v in values
         )
         names = [self.scene.path(c.module) for c in makers if c is not None]
         if not names:

@@ -170,9 +170,9 @@ class _Planner:
             )
         if packed := [site.name for site, at in rows.values() if packs_tokens(at.carrier, self.scene.model)]:
             self.notes.append(
-                f"{label}: {listed(packed)} would stand inside nn.TransformerEncoder, which in eval mode without gradients "
-                "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
-                "with enable_nested_tensor=False"
+                f"{label}: {listed(packed)} would stand inside nn.TransformerEncoder, which in eval mode without "
+                "gradients packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are "
+                "given, build it with enable_nested_tensor=False"
             )
         if between := [site.name for site, at in rows.values() if at.insertion.splits]:
             self.notes.append(

@@ -7,8 +7,8 @@ they are cached, and rebuilt on unpickling from the original class and the recor
 """
 
 from __future__ import annotations
-
 import __future__
+
 import copy
 import copyreg
 import inspect

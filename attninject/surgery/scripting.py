@@ -7,8 +7,8 @@ is no such text, it names the reason, which TorchScript prints as it refuses.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import inspect
 import itertools
@@ -90,9 +90,7 @@ def _refused(base: type[nn.Module], reason: str) -> list[str]:
     return [f"return cannot_be_scripted({f'{base.__qualname__}: {reason}'!r})"]
 
 
-def _refusal(
-    base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, own: bool
-) -> str:
+def _refusal(base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, own: bool) -> str:
     """Why TorchScript cannot have this forward; empty if it can, as far as can be told without the text."""
     if own:
         return "a forward was assigned to this instance"
@@ -215,7 +213,7 @@ def _call(insertion: Insertion, value: str) -> str:
 
 def _described(layout: tuple[Any, ...]) -> tuple[Any, ...]:
     """Kind, prefix and grid (empty: none), or nothing where the value is as the block wants it."""
-    if not layout or layout[0] in ("NCL", "NCDHW") and len(layout) == 1:
+    if not layout or (layout[0] in ("NCL", "NCDHW") and len(layout) == 1):
         return ()
     kind, prefix, grid = (*layout, 0, None)[:3] if len(layout) == 1 else layout
     return kind, prefix, list(grid or ())
@@ -229,7 +227,8 @@ def as_map(x: Tensor, kind: str, prefix: int, grid: list[int]) -> Tensor:
     sequence = tokens if kind == "NCL" else tokens.transpose(1, 2)
     if len(grid) == 0:
         return sequence
-    return sequence.unflatten(2, fitted(sequence.shape[2], grid))
+    y: Tensor = sequence.unflatten(2, fitted(sequence.shape[2], grid))
+    return y
 
 
 def as_value(y: Tensor, x: Tensor, kind: str, prefix: int, grid: list[int]) -> Tensor:

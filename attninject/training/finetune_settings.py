@@ -55,7 +55,7 @@ def _maybe(check: Checker) -> Checker:
 _POLICIES = {
     "rand": {"m": int, "n": int, "p": float, "mstd": float, "mmax": int, "inc": int},
     "augmix": {"m": int, "w": int, "d": int, "a": float, "b": int, "mstd": float},
-    **dict.fromkeys(("v0", "v0r", "original", "originalr", "3a"), {"mstd": float}),
+    **{key: {"mstd": float} for key in ("v0", "v0r", "original", "originalr", "3a")},
 }
 """Policies of timm's `auto_augment`, and what their sections take; timm passes over a section without a number."""
 _SETS = ("weights", "3a", "3aw")  # what timm's `rand` draws from: a section t…

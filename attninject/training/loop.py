@@ -156,7 +156,11 @@ class Run:
         loss, skipped = self.learner.backward(batches)
         if not np.isfinite(loss):
             zeros = divided_zeros(self.learner.nets.model)
-            why = f" ({listed(zeros)}: a zero weight, which weight or spectral norm divides by)" if zeros else ""
+            why = (
+                f" ({listed(zeros)}: a zero weight, which weight or spectral norm divides by)"
+                if zeros
+                else ""
+            )
             step = self.state.step + 1
             raise NonFiniteError(f"the loss became {loss} at step {step}{why}; {self.files.kept()}")
         self.learner.update()

@@ -6,6 +6,8 @@ import pytest
 import torch
 from block_cases import CASES, DIMS, SIZES, label, noise, scrambled
 
+from attninject.blocks import foreign
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
@@ -29,6 +31,15 @@ def test_scripted_block(case):
     """One compiled block serves maps of several sizes and both modes; options beside the defaults: slow tier."""
     name, args = case
     agrees(scrambled(name, **args), noise(2, 16, 7, 5), noise(3, 16, 8, 14))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", foreign.BLOCKS, ids=lambda spec: spec.name)
+def test_timm_block_is_scripted(spec):
+    """As timm builds it, and blended."""
+    pytest.importorskip("timm")
+    for init in ("paper", "blend"):
+        agrees(scrambled(spec.name, init=init), noise(2, 16, 8, 8))
 
 
 @pytest.mark.slow

@@ -71,7 +71,9 @@ def test_a_loss_that_is_not_finite_for_it_names_the_layer():
     """Where nobody changed the mode in between."""
     from attninject.errors import NonFiniteError
 
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    )
     ai.inject(model, block="se", after="1", example_inputs=noise(2, 3, 32, 32))
     for block in ai.injected(model).values():
         parametrizations.weight_norm(block.fc2)

@@ -242,7 +242,9 @@ def test_folding_into_a_layer_with_bias_is_refused_too(layer: nn.Module) -> None
     with pytest.raises(errors.CannotRewriteError, match="would reach across it"):
         fuse_conv_bn_eval(carrier, model[0][1], transpose=isinstance(layer, nn.ConvTranspose2d))
     assert torch.equal(model(x), before)
-    state = {k: v + torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    state = {
+        k: v + torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()
+    }
     for again in (model.state_dict(), state):
         model.load_state_dict(again, assign=True)
     carrier.weight = nn.Parameter(carrier.weight * 2 + 1)

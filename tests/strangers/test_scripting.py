@@ -88,7 +88,9 @@ def test_every_way_in_is_scripted(where):
 def test_scripted_resnet(place):
     """torch.jit.script of torchvision's resnet18 with blocks, as without."""
     x = torch.randn(2, 3, 32, 32)
-    agrees(ai.inject(torchvision.models.resnet18(num_classes=3), block="se", place=place, example_inputs=x), x)
+    agrees(
+        ai.inject(torchvision.models.resnet18(num_classes=3), block="se", place=place, example_inputs=x), x
+    )
 
 
 def test_scripted_transformer():

@@ -26,7 +26,9 @@ def tokens() -> torch.Tensor:
     return torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("where", [{"after": "layers.0"}, {"before": "layers.1"}, {"after": "layers.*"}], ids=str)
+@pytest.mark.parametrize(
+    "where", [{"after": "layers.0"}, {"before": "layers.1"}, {"after": "layers.*"}], ids=str
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_block_at_a_layer_runs_on_the_fast_path_too(where, masked):
     """Once per site, with the numbers of the slow path; the identity at first."""
@@ -49,7 +51,9 @@ def test_inside_a_layer_the_fast_path_is_named():
         ai.plan(encoder(), block="se", after="layers.0.norm1", example_inputs=tokens())
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        model = ai.inject(encoder(norm_first=True), block="se", after="layers.0.norm1", example_inputs=tokens())
+        model = ai.inject(
+            encoder(norm_first=True), block="se", after="layers.0.norm1", example_inputs=tokens()
+        )
         with torch.no_grad():
             assert calls_of(model, tokens()) == {"layers.0.se": 1}
     finally:
@@ -71,4 +75,6 @@ def test_nested_tensors_are_refused_with_the_setting_that_helps():
             model(x, src_key_padding_mask=MASK)
     model.use_nested_tensor = False
     with torch.no_grad():
-        torch.testing.assert_close(model(x, src_key_padding_mask=MASK), encoder()(x, src_key_padding_mask=MASK))
+        torch.testing.assert_close(
+            model(x, src_key_padding_mask=MASK), encoder()(x, src_key_padding_mask=MASK)
+        )
