@@ -49,6 +49,8 @@ def test_a_module_without_a_forward_names_the_network_in_it():
 def test_a_list_as_operand_points_to_what_made_its_tensors():
     """By the outermost names, which take the block."""
     x = torch.randn(1, 3, 8, 8)
-    with pytest.raises(errors.NoTensorError, match=r"operand 0 of head is no tensor; .*`after`.*: first, second$"):
+    with pytest.raises(
+        errors.NoTensorError, match=r"operand 0 of head is no tensor; .*`after`.*: first, second$"
+    ):
         ai.plan(Net(), block="se", before="head", example_inputs=x)
     assert len(ai.plan(Net(), block="se", after=["first", "second"], example_inputs=x).sites) == 2
