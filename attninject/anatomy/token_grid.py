@@ -239,9 +239,15 @@ def _compact(numbers: Tensor) -> Tensor:
 
 
 def _joined(op: Op, args: Any, kwargs: Any) -> Tensor:
-    """A concatenation; what repeats along the last axis in all parts does so in the whole."""
+    """A concatenation; what repeats along its own axis (two images as one batch) or the last one does so in the whole."""
     parts: list[Tensor] = list(args[0])
     axis: int = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    single = [p.narrow(axis, 0, 1) for p in parts]
+    repeat = all(p.stride(axis) == 0 or p.shape[axis] == 1 for p in parts)
+    if repeat and all(torch.equal(s, single[0]) for s in single[1:]):
+        whole = list(single[0].shape)
+        whole[axis] = sum(p.shape[axis] for p in parts)
+        return single[0].expand(whole)
     if not all(p.stride(-1) == 0 or p.shape[-1] == 1 for p in parts):
         return torch.cat(parts, axis)
     thin = [p[..., :1] for p in parts]

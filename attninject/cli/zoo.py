@@ -44,7 +44,7 @@ def _add_checks(group: argparse._ArgumentGroup) -> None:
         action="append",
         type=word(PLACES, "place"),
         metavar="PLACE",
-        help="may be repeated; default: stage_end, and residual_branch or where there is none block_end",
+        help="may be repeated; default: every place",
     )
     group.add_argument(
         "--level",
@@ -102,6 +102,7 @@ def _sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
     from attninject.zoo import coverage, tables
 
     names = _names(args)
+    _check_block(args)
     asked = coverage.Asked(tuple(args.places or coverage.DEFAULT_PLACES), args.block, args.level, args.meta)
     limits = coverage.Limits(args.timeout, _bytes(args))
     todo = names
@@ -113,6 +114,17 @@ def _sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
         return fresh
     wanted = set(names)
     return tables.strongest(r for r in coverage.read(args.out) if r["model"] in wanted)
+
+
+def _check_block(args: argparse.Namespace) -> None:
+    """A block that nobody knows is a usage error here: no model could show anything else."""
+    from attninject.blocks import registry
+    from attninject.errors import UnknownBlockError
+
+    try:
+        registry.get(args.block)
+    except UnknownBlockError as error:
+        args.parser.error(str(error))
 
 
 def _names(args: argparse.Namespace) -> list[str]:

@@ -16,7 +16,7 @@ from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.layout import Layout
 from attninject.observe.record import Call, Op
 from attninject.surgery.injected_state import CONTAINERS, Insertion, base_class
-from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets
+from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets, uncalled_forwards
 from attninject.surgery.location import Location
 from attninject.wording import listed
 
@@ -49,9 +49,9 @@ def locate(scene: Scene, spot: Spot, path: str) -> Location:
             return _operation_in_root(scene, spot, path, reason)
         return _at_module(scene, spot, path, reason)
     except CannotRewriteError:
-        if owner is None or _not_rewritable(scene, owner) or _shared(scene, owner):
+        if owner is None or _not_rewritable(scene, owner, parted=True) or _shared(scene, owner):
             raise
-        # a graph that asks about arguments is only made where one must be
+        # a graph that asks about arguments, checkpoints, or joins parted forwards is only made where one must be
         with contextlib.suppress(TraceRefused):
             return _in_graph(scene, scene.graph(owner.module, decide=True), owner, spot, path)
         raise
@@ -77,8 +77,11 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     return own and fits and torch.backends.mha.get_fastpath_enabled()
 
 
-def _not_rewritable(scene: Scene, owner: Call | None) -> str:
-    """Why an owner's graph is never rewritten; empty if it may be."""
+def _not_rewritable(scene: Scene, owner: Call | None, parted: bool = False) -> str:
+    """Why an owner's graph is never rewritten; empty if it may be.
+
+    `parted`: it may be where all other forwards are parts that the forward itself calls.
+    """
     if owner is None:
         return "the root itself"
     module = owner.module
@@ -92,7 +95,7 @@ def _not_rewritable(scene: Scene, owner: Call | None) -> str:
         return f"owner is a batch norm ({type(module).__name__}), which converting or freezing norms replaces"
     if hasattr(module, "parametrizations"):
         return f"owner is parametrized ({type(module).__name__}): its class is swapped when that ends"
-    if others := public_forwards(base_class(module)):
+    if others := (uncalled_forwards if parted else public_forwards)(base_class(module)):
         return f"owner has other forwards ({', '.join(others[:2])})"
     return ""
 

@@ -54,6 +54,8 @@ class AttributeReads:
     def __init__(self, owner: nn.Module, hidden: frozenset[str], grad: bool) -> None:
         self.owner, self.hidden, self.thread = owner, hidden, threading.get_ident()
         self.grad, self.asks_grad = grad, False
+        self.parts: dict[str, Callable[..., Any]] = {}  # methods of the owner that are one step of its graph
+        self.checkpoints = False  # whether it ran a checkpoint, where `guarded` lets it
         self.on = False
         self.found: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
         self.iterates = False
@@ -77,6 +79,8 @@ class AttributeReads:
         if module is self.owner:
             if name in self.hidden:
                 return None
+            if name in self.parts:
+                return self.parts[name]
             self.iterates |= name in _ITERATION
         try:
             value = object.__getattribute__(module, name)
@@ -133,11 +137,35 @@ def _traceable(factory: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+def _run_through(name: str, reads: AttributeReads) -> Any:
+    """In place of a part of `torch.utils.checkpoint`: what it was given simply runs."""
+    original: Any = getattr(torch.utils.checkpoint, name)
+
+    def noted() -> bool:
+        here = threading.get_ident() == reads.thread
+        reads.checkpoints |= here
+        return here
+
+    class Function:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return function(*args) if noted() else original.apply(function, preserve, *args)
+
+    def around(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if noted():
+            yield
+        else:
+            yield from original(*args, **kwargs)
+
+    return Function if name == "CheckpointFunction" else around
+
+
 @contextlib.contextmanager
 def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     """Record attribute reads and questions; refuse what a graph would silently lose: writes, checkpoints, contexts.
 
-    `sized`: a tensor made of a size that is part of the graph is part of it too.
+    `sized`: a tensor made of a size that is part of the graph is part of it too, and so is what a checkpoint runs,
+    which `reads` notes.
     Other threads may go on making modules; calling one, torch.fx's own patch would be in their way.
     """
 
@@ -149,19 +177,18 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
 
         return refused
 
-    children = "it checkpoints its children"
     refusals: list[tuple[Any, str, str]] = [
-        *(
-            (torch.utils.checkpoint, name, children)
-            for name in _CHECKPOINTS
-            if hasattr(torch.utils.checkpoint, name)
-        ),
         (torch._C, "_set_grad_enabled", GRAD_MODE),
         (torch.amp.autocast_mode.autocast, "__enter__", "its forward sets autocast"),
         (nn.Module, "__setattr__", "its forward writes an attribute"),
         (nn.Module, "__delattr__", "its forward writes an attribute"),
     ]
+    checkpoints = [name for name in _CHECKPOINTS if hasattr(torch.utils.checkpoint, name)]
+    if not sized:
+        refusals += [(torch.utils.checkpoint, name, "it checkpoints its children") for name in checkpoints]
     patches = [(place, name, refuse(why, getattr(place, name))) for place, name, why in refusals]
+    if sized:
+        patches += [(torch.utils.checkpoint, name, _run_through(name, reads)) for name in checkpoints]
     patches.append((torch, "is_grad_enabled", reads.is_grad_enabled))
     patches += [(torch, name, _traceable(getattr(torch, name))) for name in _FACTORIES if sized]
     saved = [(place, name, getattr(place, name)) for place, name, _ in patches]

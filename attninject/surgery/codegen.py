@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 
 from .graph_edit import edit_graph, layout_arguments, with_item
@@ -174,9 +175,18 @@ class ForwardWriter:
         if self.local.train is not self.local.eval:
             text += self._graph_source("_run_train", self.local.train)
             if self.around_result:
-                return text, [f"    return (_run_train if self.training else _run_eval)({given})"]
-            lines = ["    if self.training:", f"        return _run_train({given})"]
-        return text, [*lines, f"    return _run_eval({given})"]
+                return text, [
+                    f"    return {self._run('(_run_train if self.training else _run_eval)', given)}"
+                ]
+            lines = ["    if self.training:", f"        return {self._run('_run_train', given)}"]
+        return text, [*lines, f"    return {self._run('_run_eval', given)}"]
+
+    def _run(self, name: str, given: str) -> str:
+        """The call of an inner function; checkpointed as a whole where the original checkpoints parts of it."""
+        if self.local is None or not self.local.checkpointed:
+            return f"{name}({given})"
+        self.names["_checkpoint"] = torch.utils.checkpoint.checkpoint
+        return f"_checkpoint({name}, {given}, use_reentrant=False)"
 
     def _graph_source(self, name: str, graph: fx.Graph) -> str:
         edited = edit_graph(graph, tuple(i for i in self.edit if i.target), self.base)

@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from attninject.errors import TraceRefused
 from attninject.observe.meta_kernels import execute
 from attninject.observe.record import Call, Op, Record, Ref, map_refs, map_tensors, written_tensors
-from attninject.observe.recorder import Mode
+from attninject.observe.recorder import Mode, calls_through
+from attninject.observe.snapshot import stand_ins
 
-from .local_graph import Effect, LocalGraph, bound
+from .local_graph import Effect, LocalGraph, bound, run_part
 
 
 def check(local: LocalGraph, owner: nn.Module, call: Call, record: Record, training: bool) -> LocalGraph:
@@ -32,15 +33,16 @@ def check(local: LocalGraph, owner: nn.Module, call: Call, record: Record, train
         TraceRefused: they differ.
     """
     graph = local.train if training else local.eval
-    effects = _Replay(graph, owner, call, record).run(local)
+    effects = _Replay(graph, owner, call, record, training).run(local)
     if training and local.train is not local.eval:
         return dataclasses.replace(local, train_effects=effects)
     return dataclasses.replace(local, effects=effects)
 
 
 class _Replay(Mode):
-    def __init__(self, graph: fx.Graph, owner: nn.Module, call: Call, record: Record) -> None:
+    def __init__(self, graph: fx.Graph, owner: nn.Module, call: Call, record: Record, training: bool) -> None:
         super().__init__()
+        self.training = training
         self.graph, self.owner, self.call, self.record = graph, owner, call, record
         self.events = iter(call.events)
         self.current: dict[int, int] = {}
@@ -117,21 +119,28 @@ class _Replay(Mode):
             return value
         if id(value) not in self.record.stand_ins:
             raise TraceRefused(f"its graph reads {path}, which is no tensor of the model")
-        known = self.record.constant_of.get(id(value))
+        return self.held(value)
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor of the owner."""
+        known = self.record.constant_of.get(id(tensor))
         if known is not None:
             return self.twin(Ref(known))
-        tensor = torch.empty_like(value, device="meta")
-        self.keep.append(tensor)
-        return tensor
+        self.keep.append(made := torch.empty_like(tensor, device="meta"))
+        return made
 
     def child(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        event = self.expect(Call, str(node.target))
-        if event.module is not self.modules.get(str(node.target)):
-            raise TraceRefused(f"its graph calls {node.target} where its forward calls another module")
+        return self.called(self.modules.get(str(node.target)), args, kwargs, str(node.target))
+
+    def called(self, module: nn.Module | None, args: Any, kwargs: Any, name: str) -> Any:
+        """The recorded result of a child's call."""
+        event = self.expect(Call, name)
+        if event.module is not module:
+            raise TraceRefused(f"its graph calls {name} where its forward calls another module")
         given = map_tensors((args, kwargs), lambda t: Ref(self.current.get(id(t), -1)))
         if _nested(given) != _nested((event.args, event.kwargs)):
-            raise TraceRefused(f"its graph gives {node.target} other inputs than its forward does")
-        self.seen = list(event.ops())
+            raise TraceRefused(f"its graph gives {name} other inputs than its forward does")
+        self.seen += event.ops()
         written = (o for op in self.seen if op.writes for o in op.outs)
         for value in written:  # has a new version
             twin = id(self.record.values[value].twin)
@@ -141,6 +150,8 @@ class _Replay(Mode):
 
     def operation(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
+            if node.target is run_part:
+                return self.part(args, kwargs)
             with self:
                 if node.op == "call_function":
                     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -149,6 +160,17 @@ class _Replay(Mode):
             raise
         except Exception as error:
             raise TraceRefused(f"its graph fails on the probe's values ({error})") from error
+
+    def part(self, args: Any, kwargs: Any) -> Any:
+        """Run a method of the owner, with the recorded results in place of the children here too."""
+
+        def child(_: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return self.called(module, args, kwargs, type(module).__name__)
+
+        with stand_ins(self.owner, self.held), calls_through(child):
+            self.owner.__dict__["training"] = self.training
+            with self:
+                return run_part(*args, **kwargs)
 
     def finish(self, out: Any) -> None:
         if next(self.events, None) is not None:

@@ -105,7 +105,7 @@ def _subclass(base: type[nn.Module], attributes: dict[str, Any]) -> type[nn.Modu
 def _local_key(local: LocalGraph) -> Any:
     """Equal for graphs of the same text, globals and conditions."""
     reads = tuple(sorted((r.path, r.name, _value_key(r.value)) for r in local.reads))
-    return local.arguments, reads, *(_graph_key(g) for g in local.graphs)
+    return local.arguments, local.checkpointed, reads, *(_graph_key(g) for g in local.graphs)
 
 
 _graph_keys: weakref.WeakKeyDictionary[fx.Graph, Any] = weakref.WeakKeyDictionary()

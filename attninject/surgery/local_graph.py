@@ -268,6 +268,9 @@ class LocalGraph:
     reads: tuple[AttributeRead, ...]
     effects: Mapping[fx.Node, Effect] = field(default_factory=dict)  # of eval
     train_effects: Mapping[fx.Node, Effect] = field(default_factory=dict)  # of train, if another graph
+    checkpointed: bool = (
+        False  # it checkpoints parts of itself; a generated forward is checkpointed as a whole
+    )
 
     def fits(self, owner: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> bool:
         """Whether a trace of `owner` would give this very graph: same code, arguments and attributes."""
@@ -352,3 +355,27 @@ def public_forwards(cls: type) -> tuple[str, ...]:
         names = (n for n in dir(cls) if n.startswith("forward_"))
         _forwards[cls] = tuple(n for n in names if callable(getattr(cls, n, None)))
     return _forwards[cls]
+
+
+def uncalled_forwards(cls: type) -> tuple[str, ...]:
+    """Those of them that `forward` does not call, itself or through others: who does would pass a rewritten one by."""
+    called = called_forwards(cls)
+    return tuple(n for n in public_forwards(cls) if n not in called)
+
+
+def called_forwards(cls: type) -> frozenset[str]:
+    """Those of them that are parts of `forward`."""
+    found: set[str] = set()
+    waiting = ["forward"]
+    while waiting:
+        method = inspect.unwrap(getattr(cls, waiting.pop()))
+        names = getattr(getattr(method, "__code__", None), "co_names", ())
+        new = [n for n in public_forwards(cls) if n in names and n not in found]
+        found.update(new)
+        waiting += new
+    return frozenset(found)
+
+
+def run_part(part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In a graph: a forward that is a part of the owner's, called by it."""
+    return part(*args, **kwargs)

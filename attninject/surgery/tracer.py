@@ -8,6 +8,7 @@ operations, replayed on the probe's values, are those of the module's own forwar
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -20,7 +21,18 @@ from attninject.errors import TraceRefused
 from attninject.observe.snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
 
 from .attribute_guard import GRAD_MODE, AttributeReads, NoWrites, guarded
-from .local_graph import IN_PLACE, Arguments, AttributeRead, Decision, LocalGraph, expression_of, is_number
+from .injected_state import base_class
+from .local_graph import (
+    IN_PLACE,
+    Arguments,
+    AttributeRead,
+    Decision,
+    LocalGraph,
+    called_forwards,
+    expression_of,
+    is_number,
+    run_part,
+)
 
 _CHECKPOINT_FLAGS = frozenset({"grad_checkpointing", "use_checkpoint", "with_cp", "memory_efficient"})
 
@@ -75,6 +87,9 @@ class _Tracer(fx.Tracer):
         )
         self.decisions: dict[str, bool] = {}
         self.asked: list[fx.Node] = []
+        if decide:
+            called = called_forwards(base_class(reads.owner))
+            reads.parts = {name: functools.partial(self.part, name) for name in called}
         self.known = {id(t) for t in (*reads.owner.parameters(), *reads.owner.buffers())}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -96,6 +111,11 @@ class _Tracer(fx.Tracer):
             return bool(super().to_bool(obj))
         self.asked.append(obj.node)
         return outcome
+
+    def part(self, name: str, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """A method that is a part of the forward: one step of the graph, as a child's call is."""
+        method = self.create_proxy("get_attr", name, (), {})
+        return self.create_proxy("call_function", run_part, (method, *args), kwargs)
 
     def tidy(self) -> None:
         """Take out what only served decisions."""
@@ -164,24 +184,26 @@ def trace(
     """
     was_training = owner.training
     with undoing(lambda: owner.__dict__.update(training=was_training)):
-        first, reads, decisions = _trace_in_mode(owner, forward, arguments, hidden, decide)
+        first, reads, decisions, checkpoints = _trace_in_mode(owner, forward, arguments, hidden, decide)
         second = first
         if any(r.path == "" and r.name == "training" for r in reads):
             owner.__dict__["training"] = not was_training
-            second, more, others = _trace_in_mode(owner, forward, arguments, hidden, decide)
+            second, more, others, too = _trace_in_mode(owner, forward, arguments, hidden, decide)
             reads, decisions = tuple(dict.fromkeys((*reads, *more))), (*decisions, *others)
+            checkpoints |= too
             if _text(second) == _text(first):
                 second = first
     reads = tuple(r for r in reads if (r.path, r.name) != ("", "training"))
     train, eval_ = (first, second) if was_training else (second, first)
-    return LocalGraph(forward, arguments.decided(decisions), eval_, train, reads)
+    return LocalGraph(forward, arguments.decided(decisions), eval_, train, reads, checkpointed=checkpoints)
 
 
 def _text(graph: fx.Graph) -> str:
     return graph.python_code("self").src
 
 
-_Traced = tuple[fx.Graph, tuple[AttributeRead, ...], tuple[Decision, ...]]
+_Traced = tuple[fx.Graph, tuple[AttributeRead, ...], tuple[Decision, ...], bool]
+"""A graph, the attributes read, what was decided, and whether parts of it were checkpointed."""
 
 
 def _trace_in_mode(
@@ -196,14 +218,15 @@ def _trace_in_mode(
     A forward may ask, as a checkpointing wrapper does, and then do the same; where it does not, there is no graph.
     """
     reads = AttributeReads(owner, hidden, torch.is_grad_enabled())
-    graph, found, decisions = _trace_once(owner, forward, arguments, reads, decide)
+    graph, found, decisions, checkpoints = _trace_once(owner, forward, arguments, reads, decide)
     if reads.asks_grad:
         other = AttributeReads(owner, hidden, not reads.grad)
-        twin, more, others = _trace_once(owner, forward, arguments, other, decide)
+        twin, more, others, too = _trace_once(owner, forward, arguments, other, decide)
         if _text(twin) != _text(graph):
             raise TraceRefused(GRAD_MODE)
         found, decisions = tuple(dict.fromkeys((*found, *more))), (*decisions, *others)
-    return graph, found, decisions
+        checkpoints |= too
+    return graph, found, decisions, checkpoints
 
 
 def _trace_once(
@@ -237,11 +260,11 @@ def _trace_once(
     paths = {id(m): name for name, m in owner.named_modules()} if reads.found else {}
     found = []
     for (key, name), (_, value) in reads.found.items():
-        if name in _CHECKPOINT_FLAGS:
+        if name in _CHECKPOINT_FLAGS and not decide:
             raise TraceRefused("it can checkpoint its children")
         if key not in paths:
             raise TraceRefused("it reads attributes of a module outside itself")
         found.append(AttributeRead(paths[key], name, value))
     if not all(r.holds(owner) for r in found):
         raise TraceRefused("it reads an attribute that is another at every look")
-    return graph, tuple(found), tuple(Decision(*d) for d in tracer.decisions.items())
+    return graph, tuple(found), tuple(Decision(*d) for d in tracer.decisions.items()), reads.checkpoints

@@ -23,6 +23,7 @@ from typing import IO, Any
 from torch import nn
 
 from attninject import api, models
+from attninject.anatomy.places import PLACES
 from attninject.errors import (
     AttnInjectError,
     LayoutError,
@@ -42,7 +43,13 @@ LEVELS = ("plan", "cheap", "full")
 CHEAP = ("eval", "train", "gradient", "deepcopy", "pickle")
 ON_META = ("eval", "deepcopy", "pickle")  # of these, what needs no values: calls, keys, copies
 WITHOUT_GRID = "se"  # works in any layout: for where the block asked for needs a grid of positions
-DEFAULT_PLACES = ("stage_end", "residual_branch")
+THOROUGH = (
+    "stage_end",
+    "residual_branch",
+    "block_end",
+)  # the copies are checked here, and what torch makes of it
+ELSEWHERE = ("eval", "train", "gradient")  # of CHEAP, what is checked at the other places
+DEFAULT_PLACES = (*THOROUGH, *sorted(set(PLACES) - set(THOROUGH)))
 INSTEAD = {"residual_branch": "block_end"}  # what is examined on a net that lacks the place asked for
 RETIRE_AFTER = 40  # models per process: torch and the libraries keep some memory of each
 
@@ -108,7 +115,9 @@ def _examine(name: str, asked: Asked, result: dict[str, Any]) -> dict[str, Any]:
         result["device"] = "cpu"  # what it computes next depends on values: they are needed after all
         return _examine(name, asked, result)
     if asked.level == "full" and bare.values:
-        rules = [{"block": e["block"], "place": p} for p, e in found["places"].items() if "sites" in e]
+        entries = {p: e for p, e in found["places"].items() if "sites" in e}
+        chosen = [p for p in THOROUGH[: 2 if "residual_branch" in entries else None] if p in entries]
+        rules = [{"block": entries[p]["block"], "place": p} for p in chosen or entries]
         if rules:
             found["together"] = _together(bare, rules, root)
     found["status"] = _overall(found)
@@ -184,6 +193,8 @@ def _place(
         UnsupportedModelError, ProbeError: no place of this model can be planned.
     """
     entry: dict[str, Any] = {"block": block}
+    if place not in THOROUGH:
+        checks = tuple(c for c in checks if c in ELSEWHERE)
     for block_here in dict.fromkeys((block, WITHOUT_GRID)):
         try:
             plan, found = guarantees.check(bare, {"block": block_here, "place": place, "root": root}, checks)

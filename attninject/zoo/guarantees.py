@@ -350,14 +350,25 @@ class Injected:
 
             return hook
 
+        def keep_given(site: Site) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+                given = {**dict(enumerate(args)), **kwargs}
+                given = _with_copy(given, site.input or 0, lambda copied: found.append((site, copied)))
+                return tuple(given[n] for n in range(len(args))), {k: given[k] for k in kwargs}
+
+            return hook
+
         known = dict(self.model.named_modules())
-        after = [s for s in sites if s.position == "after"]
         handles = []
         with injected_state.as_original(self.model):
             try:
-                for s in after:
-                    at, output = (s.path, s.output) if s.path in known else (s.owner, None)
-                    handles.append(known[at].register_forward_hook(keep(s, output)))
+                for s in sites:
+                    if s.position == "before" and s.path in known:
+                        hooked = known[s.path].register_forward_pre_hook(keep_given(s), with_kwargs=True)
+                    else:
+                        at, output = (s.path, s.output) if s.path in known else (s.owner, None)
+                        hooked = known[at].register_forward_hook(keep(s, output))
+                    handles.append(hooked)
                 loss = _loss(run_seeded(self.model, bare.called, False, gradient=True))
             finally:
                 for handle in handles:
@@ -371,7 +382,7 @@ class Injected:
             for (site, _), gradient in zip(found, gradients, strict=True)
             if gradient is not None and (gradient[:, site.layout.prefix :] != 0).any()
         }
-        return [site.name for site in after if site.name not in read]
+        return [site.name for site in sites if site.name not in read]
 
     def deepcopy(self) -> None:
         """The copy shares nothing with the original, and changing its blocks changes its output."""

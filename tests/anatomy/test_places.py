@@ -124,6 +124,25 @@ def test_a_shared_backbone_has_each_place_once(place: str) -> None:
     ai.inject(model, **rule, verify=True)
 
 
+class Stacked(nn.Module):
+    """Two images in one batch, as networks for optical flow encode them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU())
+        self.units = nn.Sequential(*(torchvision.models.resnet.BasicBlock(8, 8) for _ in range(2)))
+
+    def forward(self, a, b):
+        return self.units(self.stem(torch.cat((a, b)))).chunk(2)
+
+
+def test_a_batch_of_two_images_has_the_layout_of_one() -> None:
+    """The map behind the first layer too, though it has twice the batch that went in."""
+    images = (torch.zeros(2, 3, 224, 224), torch.zeros(2, 3, 224, 224))
+    plan = ai.plan(Stacked(), example_inputs=images, **_rule("stem_end"))
+    assert [(s.path, str(s.layout)) for s in plan.sites] == [("stem", "NCHW")]
+
+
 class Clips(nn.Module):
     """An image backbone over the frames of a clip: one after another, or all in the batch."""
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import attninject as ai
 from attninject import models
+from attninject.anatomy.places import PLACES
 from attninject.cli import main
 from attninject.observe.example_inputs import Inputs
 from attninject.zoo import coverage, guarantees, subjects, tables
@@ -198,13 +199,38 @@ def test_a_randomised_net_has_nothing_at_zero() -> None:
 
 def test_a_row_says_all_about_one_model() -> None:
     """Sites by mechanism, reasons, times, and every promise at every place."""
-    row = coverage.row("timm/test_resnet", coverage.Asked())
+    row = coverage.row("timm/test_resnet", coverage.Asked(("stage_end", "residual_branch")))
     assert (row["status"], row["family"], row["device"]) == ("green", "timm/resnet", "cpu")
     branches, ends = row["places"]["residual_branch"], row["places"]["stage_end"]
     assert (branches["graph"], branches["module"], ends["sites"]) == (4, 0, 4)
     assert ends["reasons"] == {"owner is a container (Sequential)": 4}
     assert row["together"]["checks"] == {"export": {"status": "ok"}, "compile": {"status": "ok"}}
     assert json.loads(json.dumps(row)) == row
+
+
+def test_every_place_is_swept_with_values_and_one_that_a_net_lacks_is_no_failure() -> None:
+    """Of a densely connected net: where it has the place, output, gradient and calls; elsewhere why it has none."""
+    row = coverage.row("timm/test_mambaout", coverage.Asked(level="cheap"))
+    assert row["status"] == "green"
+    assert set(row["places"]) == set(PLACES) == set(coverage.DEFAULT_PLACES)
+    absent = {p for p, e in row["places"].items() if e["status"] == "absent"}
+    assert absent == {"decoder_end"}
+    assert "has no place 'decoder_end'" in row["places"]["decoder_end"]["error"]
+    for place in set(PLACES) - absent:
+        assert {"eval", "train", "once", "gradient"} <= set(row["places"][place]["checks"])
+
+
+def test_a_shortcut_that_nobody_reads_is_told_from_a_block_cut_off() -> None:
+    """Before a module too: the bare model reads no position of what enters it."""
+
+    class Last(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.last(self.body(x))[:, :, 0, 0] * 0 + x.mean((2, 3)).sum(1, keepdim=True))
+
+    found = guarantees.check(
+        bare(Last()), {"block": "cbam", "before": "last", "args": {"reduction": 4}}, coverage.CHEAP
+    )
+    assert found[1]["checks"]["gradient"]["status"] == "bare"
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -438,6 +464,14 @@ def test_a_name_that_no_model_has_is_refused_with_the_nearest(capsys: pytest.Cap
     """Exit code 1 and one paragraph."""
     assert main(["zoo", "timm/resnet_18"]) == 1
     assert "timm/resnet18" in capsys.readouterr().err
+
+
+def test_a_block_that_nobody_knows_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with the nearest name, before any model is built."""
+    with pytest.raises(SystemExit) as stop:
+        main(["zoo", "timm/resnet18", "--block", "cbma"])
+    said = capsys.readouterr().err
+    assert (stop.value.code, said.count("\n"), "did you mean 'cbam'?" in said) == (2, 1, True)
 
 
 @pytest.mark.parametrize(
