@@ -40,7 +40,7 @@ def check(then: Mapping[str, Any], job: Job, processes: int) -> None:
     """
     now = terms(job, processes)
     _check_classes(then["classes"], now["classes"])
-    _check_settings(*map(_with_rate, (then, now)), job)
+    _check_settings(_with_rate(then), _with_rate(now), job)
     if then["batch"] and then["processes"] != processes:
         raise RunError(
             f"the checkpoint is from within an epoch on {then['processes']} processes; there are "
