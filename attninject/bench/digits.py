@@ -122,7 +122,8 @@ def _row(
         torch.manual_seed(seed)
         if NETS[net] is not None:
             api.inject(model, NETS[net])
-    result = finetune(model, data, seed=seed, say=_silent, **{**SECOND, "epochs": epochs})
+    one_rate = {**SECOND, "attn_lr": SECOND["lr"]}  # of the blocks too: the page has been measured so
+    result = finetune(model, data, seed=seed, say=_silent, **{**one_rate, "epochs": epochs})
     start, end = result.history[0], result.history[-1]
     return {
         "seed": seed,

@@ -146,7 +146,7 @@ class _Measure:
         try:
             self.model.to(accelerator.device)
             if self.train.channels_last:
-                self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                self.model.to(memory_format=torch.channels_last)
             coming = batches(self._loader(accelerator.device.type == "cuda"))
             with devices.deterministic(), nullcontext() if blocks else api.disabled(self.model):
                 return evaluate(

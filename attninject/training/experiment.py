@@ -56,6 +56,13 @@ class Data:
     workers: int = 0
 
 
+GATE_RATE = 10.0
+"""The blocks' rate in times `lr`, unless `attn_lr` says another: measured by `python -m attninject.evidence.gate_rates`.
+
+At `lr` itself gates that begin at 1 stay there for the length of a usual fine-tuning, and nothing is learnt of them.
+"""
+
+
 @dataclass(frozen=True)
 class Training:
     """How to train; the meaning of each field stands in `TRAIN`."""
@@ -93,6 +100,11 @@ class Training:
     seed: int = 0
     save_every: int | None = None
     log_every: int = 50
+
+    @property
+    def rate_of_blocks(self) -> float:
+        """`attn_lr`, or its default."""
+        return GATE_RATE * self.lr if self.attn_lr is None else self.attn_lr
 
     def to_dict(self) -> dict[str, Any]:
         """As in an experiment file."""

@@ -19,8 +19,8 @@ SCHEDULERS = ("cosine", "tanh", "step", "constant", "multistep", "plateau", "pol
 
 def rates(train: Training) -> dict[str, Any]:
     """The arguments of `param_groups` and `extend_optimizer`."""
-    names = ("lr", "attn_lr", "head_lr", "weight_decay", "layer_decay")
-    return {name: getattr(train, name) for name in names}
+    names = ("lr", "head_lr", "weight_decay", "layer_decay")
+    return {"attn_lr": train.rate_of_blocks, **{name: getattr(train, name) for name in names}}
 
 
 def make_optimizer(model: nn.Module, train: Training) -> torch.optim.Optimizer:

@@ -174,7 +174,7 @@ TRAIN: Table = {
     "batch_size": (_from_one, "images per process and forward"),
     "accumulate": (_from_one, "forwards per optimizer step; what does not fill an epoch's last step is left out"),
     "lr": (_rate, "learning rate of the backbone"),
-    "attn_lr": (_maybe(_rate), "learning rate of the blocks; default: lr"),
+    "attn_lr": (_maybe(_rate), "learning rate of the blocks; default: ten times lr"),
     "head_lr": (_maybe(_rate), "learning rate of the head; default: lr"),
     "weight_decay": (_from_zero, "weight decay of kernels and matrices"),
     "layer_decay": (_maybe(_number("a factor above 0, at most 1", 0, 1, above=True)),

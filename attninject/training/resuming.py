@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from attninject import api
 from attninject.errors import DataError, RunError
 
 from .job import Job
@@ -21,9 +22,12 @@ def terms(job: Job, processes: int) -> dict[str, Any]:
     made = job.experiment.to_dict() if job.experiment else {}
     made.pop("out", None)
     settings = {**made, "data": asdict(job.data), "train": job.train.to_dict()}
-    found: dict[str, Any] = json.loads(
-        json.dumps({"classes": list(job.images.classes), "processes": processes, "settings": settings})
-    )
+    held = {
+        "classes": list(job.images.classes),
+        "processes": processes,
+        "rate_of_blocks": job.train.rate_of_blocks,
+    }
+    found: dict[str, Any] = json.loads(json.dumps({**held, "settings": settings}))
     return found
 
 
@@ -36,12 +40,21 @@ def check(then: Mapping[str, Any], job: Job, processes: int) -> None:
     """
     now = terms(job, processes)
     _check_classes(then["classes"], now["classes"])
-    _check_settings(then["settings"], now["settings"], job)
+    _check_settings(_with_rate(then), _with_rate(now), job)
     if then["batch"] and then["processes"] != processes:
         raise RunError(
             f"the checkpoint is from within an epoch on {then['processes']} processes; there are "
             f"{processes} now, which would see other images: start as many as then"
         )
+
+
+def _with_rate(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with the blocks' rate as a number: checkpoints without it are of when its default was `lr`."""
+    settings: dict[str, Any] = terms["settings"]
+    train = settings["train"]
+    given = train.get("attn_lr")
+    rate = terms.get("rate_of_blocks", train.get("lr") if given is None else given)
+    return {**settings, "train": {**train, "attn_lr": rate}}
 
 
 def _check_settings(then: Mapping[str, Any], now: Mapping[str, Any], job: Job) -> None:
@@ -50,6 +63,7 @@ def _check_settings(then: Mapping[str, Any], now: Mapping[str, Any], job: Job) -
         for part in ("data", "train")
         for key, value in now[part].items()
         if key not in MAY_CHANGE and then.get(part, {}).get(key) != value
+        if key != "attn_lr" or api.injected(job.model)  # of a run without blocks it changes nothing
     ]
     changed += [
         f"{key}: {then[key]!r} then, {now[key]!r} now"

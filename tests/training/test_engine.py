@@ -184,7 +184,7 @@ def test_clipping_bounds_the_step() -> None:
 
         model.register_forward_pre_hook(step)
         plain = {**QUICK, "optimizer": "momentum", "momentum": 0.0, "scheduler": "none", "weight_decay": 0.0}
-        finetune(model, DATA, **{**plain, "lr": 0.1, **more})
+        finetune(model, DATA, **{**plain, "lr": 0.1, "attn_lr": 0.1, **more})
         return max(found)
 
     assert longest(clip=0.01) <= 0.1 * 0.01 * (1 + 1e-4) < longest()
@@ -555,3 +555,19 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     model = net()
     with pytest.raises(errors.NonFiniteError, match=r"(loss became|no longer finite).*step 0\)"):
         finetune(model, DATA, **{**QUICK, "lr": 1e30}, optimizer="sgd", out=tmp_path / "a")
+
+
+def test_blocks_learn_ten_times_faster_unless_told_otherwise(tmp_path: Path) -> None:
+    """`attn_lr` is ten times `lr` by default; a run begun when it was `lr` goes on with that alone."""
+    from attninject.training.runs import CHECKPOINT, Folder, read
+
+    first = finetune(net(), DATA, **{**QUICK, "epochs": 1}, out=tmp_path / "a").history[0]
+    assert (first["lr.backbone"], first["lr.blocks"]) == (1e-2, pytest.approx(1e-1))
+    assert finetune(net(), DATA, **{**QUICK, "epochs": 1}, attn_lr=0.5).history[0]["lr.blocks"] == 0.5
+    tensors, meta = read(tmp_path / "a" / CHECKPOINT)
+    del meta["rate_of_blocks"]
+    Folder(tmp_path / "a").save(tensors, meta)
+    with pytest.raises(errors.RunError, match=r"attn_lr: 0.01 then, 0.1 now"):
+        finetune(net(), DATA, **QUICK, out=tmp_path / "a", resume=True)
+    gone_on = finetune(net(), DATA, **QUICK, attn_lr=1e-2, out=tmp_path / "a", resume=True)
+    assert gone_on.history[-1]["epoch"] == 2

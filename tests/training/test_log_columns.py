@@ -34,4 +34,6 @@ def test_a_run_goes_on_under_the_columns_of_today(tmp_path: Path) -> None:
     finetune(net(), DATA, **QUICK, out=tmp_path / "a", resume=True)
     log = list(csv.DictReader((tmp_path / "a" / "log.csv").read_text(encoding="utf-8").splitlines()))
     assert not [key for key in log[0] if " " in key or "," in key]
-    assert [float(row["lr.blocks.no_decay"]) for row in log] == [float(row["lr.backbone"]) for row in log]
+    assert [float(row["lr.blocks.no_decay"]) for row in log] == [
+        10 * float(row["lr.backbone"]) for row in log
+    ]
