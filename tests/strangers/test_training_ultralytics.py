@@ -179,6 +179,14 @@ def test_a_trainer_of_ones_own(data: Path) -> None:
     assert all(torch.isfinite(t).all() for t in blocks_of(yolo.model).values())
 
 
+def test_a_trainer_goes_to_other_processes() -> None:
+    """Runs on several devices hand the class on by cloudpickle, with its recipe."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    kind = cloudpickle.loads(cloudpickle.dumps(trainer_for(YOLO("yolo11n.yaml"), **RULE)))
+    assert [rule.block for rule in kind.recipe.rules] == ["cbam"]
+    assert issubclass(kind, KeepsBlocks)
+
+
 @pytest.mark.parametrize(
     "name", ["yolo11n-cls.yaml", "yolo11n-seg.yaml", "yolo11n-pose.yaml", "rtdetr-l.yaml"]
 )
@@ -222,7 +230,8 @@ def test_the_page_says_what_is_so(here: Path, monkeypatch: pytest.MonkeyPatch) -
         key: value for key, value in settings(here, "page").items() if key not in ("data", "project", "name")
     }
     monkeypatch.setattr(YOLO, "train", lambda self, **given: train(self, **{**given, **few}))
-    (fence,) = [f for f in pages.fences("attninject/integrations/README.md") if "needs Ultralytics" in f.mark]
+    marked = [f for f in pages.fences("attninject/integrations/README.md") if "Ultralytics" in f.mark]
+    (fence,) = [f for f in marked if f.mark.endswith("runs it")]
     names: dict[str, Any] = {}
     exec(compile(fence.text, fence.page, "exec"), names)
     assert len(ai.injected(names["yolo"].model)) == 4
