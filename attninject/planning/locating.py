@@ -199,13 +199,13 @@ def _serves_others(scene: Scene, spot: Spot, moved: Spot) -> str:
     assert isinstance(call, Call)
     assert isinstance(carrier, Call)
     named = f"its block would hang on {scene.path(carrier.module)} ({base_class(carrier.module).__name__})"
-    around = scene.path(call.parent.module) if call.parent else ""
+    around = scene.owner(call.parent)
     fix = f"name the module around it{f', {around}' if around else ''}, or give each its own"
     if others := scene.sharing.others(carrier.module):
         return f"{named}, which {listed(others)} {_has(others)} too, and would run there as well; {fix}"
     calls = scene.record.calls_of(carrier.module)
     if len(calls) != len(scene.record.calls_of(call.module)):
-        owners = [scene.path(c.parent.module) or "the model" for c in calls if c.parent]
+        owners = [scene.owner(c.parent) or "the model" for c in calls if c.parent]
         return f"{named}, which is called {len(calls)} times ({listed(_distinct(owners))}); {fix}"
     shapes = [
         scene.record.shape(v) for c in calls for v in (c.outs if moved.position == "after" else c.ins)[:1]

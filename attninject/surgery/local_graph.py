@@ -164,7 +164,7 @@ class Decision:
     outcome: bool
 
 
-_SIZES = frozenset({"shape", "ndim", "size", "dim", "ndimension", "numel"})
+SIZES = frozenset({"shape", "ndim", "size", "dim", "ndimension", "numel"})
 
 
 def expression_of(node: Any, tensors: frozenset[str]) -> str:
@@ -184,10 +184,10 @@ def expression_of(node: Any, tensors: frozenset[str]) -> str:
             return repr(node)
     elif node.op == "placeholder" and node.target not in tensors:
         return str(node.target)
-    elif node.op == "call_method" and node.target in _SIZES and not node.kwargs:
+    elif node.op == "call_method" and node.target in SIZES and not node.kwargs:
         of, *given = node.args
         return f"{_sized(of, tensors)}.{node.target}({', '.join(expression_of(g, tensors) for g in given)})"
-    elif node.target is getattr and node.args[1] in _SIZES:
+    elif node.target is getattr and node.args[1] in SIZES:
         return f"{_sized(node.args[0], tensors)}.{node.args[1]}"
     elif getattr(node.target, "__module__", "") == "_operator" and not node.kwargs:
         name = node.target.__name__  # type: ignore[union-attr]
@@ -201,7 +201,7 @@ def is_number(node: Any, plain: frozenset[str]) -> bool:
         return _plain(node)
     if node.op == "placeholder":
         return node.target in plain
-    if node.target in _SIZES or (node.target is getattr and node.args[1] in _SIZES):
+    if node.target in SIZES or (node.target is getattr and node.args[1] in SIZES):
         return True
     made = getattr(node.target, "__module__", "") == "_operator"
     return made and all(is_number(a, plain) for a in node.args)
