@@ -221,7 +221,7 @@ class Units:
         """
         groups: dict[str, list[Call]] = {}
         for call in self.calls:
-            if not isinstance(call.module, CONTAINERS) and self.weights(call) > 1 and not _recurrent(call):
+            if base_class(call.module) not in CONTAINERS and self.weights(call) > 1 and not _recurrent(call):
                 groups.setdefault(self.role(call), []).append(call)
         rows = [group for group in groups.values() if len({id(c.module) for c in group}) > 1]
         row = max(rows, key=lambda group: (sum(map(self.weights, group)), len(group)), default=[])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.layout import Layout
 from attninject.observe.record import Call, Op
 from attninject.surgery.injected_state import CONTAINERS, Insertion, base_class
-from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets
+from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets, walks_modules
 from attninject.surgery.location import Location
 from attninject.wording import listed
 
@@ -92,6 +93,10 @@ def _not_rewritable(scene: Scene, owner: Call | None) -> str:
         return f"owner is a batch norm ({type(module).__name__}), which converting or freezing norms replaces"
     if hasattr(module, "parametrizations"):
         return f"owner is parametrized ({type(module).__name__}): its class is swapped when that ends"
+    if walks_modules(base_class(module)):
+        return f"owner goes over its own children ({type(module).__name__})"
+    if _sheds_children(module):
+        return f"owner is copied without what hangs on it ({type(module).__name__})"
     if others := public_forwards(base_class(module)):
         return f"owner has other forwards ({', '.join(others[:2])})"
     return ""
@@ -269,8 +274,21 @@ def _carrier(scene: Scene, spot: Spot) -> Spot:
 
 
 def _bears_none(module: nn.Module) -> bool:
-    """Whether no block hangs on it: converting norms replaces them, and ending a parametrization swaps a class."""
-    return isinstance(module, _NormBase) or hasattr(module, "parametrizations")
+    """Whether no block hangs on it: it is replaced, swaps its class, is copied without, or would call it as a layer."""
+    if isinstance(module, _NormBase) or hasattr(module, "parametrizations"):
+        return True
+    return _sheds_children(module) or walks_modules(base_class(module))
+
+
+def _sheds_children(module: nn.Module) -> bool:
+    """Whether a copy, or a pickle, is made from a state of its class's own that has no children (einops' layers)."""
+    if type(module).__getstate__ is object.__getstate__:
+        return False
+    try:
+        state: Any = module.__getstate__()
+    except Exception:
+        return False
+    return isinstance(state, dict) and "_modules" not in state
 
 
 def _beside(scene: Scene, spot: Spot, path: str, reason: str) -> Spot:
@@ -306,6 +324,10 @@ def _beside(scene: Scene, spot: Spot, path: str, reason: str) -> Spot:
 def _bearing(scene: Scene, spot: Spot, call: Call) -> str:
     """Why nothing serves, and what to name instead."""
     what = f"{base_class(call.module).__name__} is parametrized; remove the parametrization first, or"
+    if _sheds_children(call.module):
+        what = f"{base_class(call.module).__name__} is copied and pickled without what hangs on it;"
+    elif walks_modules(base_class(call.module)):
+        what = f"{base_class(call.module).__name__} goes over its own children, so a new one would be called as a layer;"
     if isinstance(call.module, _NormBase):
         what = (
             "a batch norm cannot carry a block, and this one neither ends a Sequential nor has a single module as its "

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -341,6 +342,18 @@ def find(graph: fx.Graph, target: Target) -> fx.Node | None:
         known = graph.__dict__["_attninject_nodes"] = {name: node for node, name in targets(graph).items()}
     node: fx.Node | None = known.get(target)
     return node
+
+
+def walks_modules(cls: type) -> bool:
+    """Whether a class's forward reads `self._modules`, where a block would be one more child to call."""
+    code = getattr(getattr(cls, "forward", None), "__code__", None)
+    todo = [code] if code is not None else []
+    while todo:
+        part = todo.pop()
+        if "_modules" in part.co_names:
+            return True
+        todo += [c for c in part.co_consts if isinstance(c, CodeType)]
+    return False
 
 
 _forwards: dict[type, tuple[str, ...]] = {}

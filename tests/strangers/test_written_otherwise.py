@@ -109,6 +109,74 @@ def test_slices_of_a_sequential() -> None:
     assert planned(Sliced(), images(), place="block_end") == [f"features.{n}" for n in range(5)]
 
 
+# --- layers that are copied from a state of their own ---------------------------------------------
+
+
+class Swap(nn.Module):
+    """Swaps two axes, and is copied from its axes alone, as einops' layers are."""
+
+    def __init__(self, first: int = 1, second: int = 2) -> None:
+        super().__init__()
+        self.axes = first, second
+
+    def forward(self, x):
+        return x.transpose(*self.axes)
+
+    def __getstate__(self):
+        return {"axes": self.axes}
+
+    def __setstate__(self, state):
+        self.__init__(*state["axes"])
+
+
+@pytest.mark.parametrize("where", ["0.0", "0.1", "0", "0.2"])
+def test_a_layer_that_is_copied_without_its_children_carries_no_block(where: str) -> None:
+    """The block hangs beside it, so that a copy of the net has it."""
+    net = nn.Sequential(nn.Sequential(Swap(), nn.Linear(3, 6), Swap()), nn.Conv1d(6, 6, 1))
+    x = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
+    layout = "NLC" if where in ("0.0", "0.1") else "NCL"
+    model = ai.inject(net.eval(), **se(after=where, layout=layout), example_inputs=x)
+    stir(model)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert len(ai.injected(copy.deepcopy(model))) == 1
+
+
+def test_a_layer_that_is_copied_without_its_children_is_named() -> None:
+    """Where nothing beside it serves, the message says what is the matter."""
+    with pytest.raises(ai.errors.CannotRewriteError, match="copied and pickled without what hangs on it"):
+        planned(nn.Sequential(nn.Conv1d(3, 3, 1), Swap(), Swap()), torch.zeros(2, 3, 10), after="1")
+
+
+# --- forwards that go over whatever hangs on a module ----------------------------------------------
+
+
+class Parallel(nn.Sequential):
+    """Joins what each child makes of the input, whichever there are."""
+
+    def forward(self, x):
+        return torch.cat([child(x) for child in self._modules.values()], 1)
+
+
+@pytest.mark.parametrize("where", ["0", "0.1"])
+def test_a_forward_that_goes_over_all_that_hangs_on_it(where: str) -> None:
+    """A block there would be one more branch: it hangs beside the module, before what reads its result."""
+    branches = Parallel(nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1))
+    holds(nn.Sequential(branches, nn.Conv2d(8, 4, 1)), images(), after=where)
+    with pytest.raises(ai.errors.CannotRewriteError, match="goes over its own children"):
+        planned(Twice(branches), images(), after="inner")
+
+
+class Twice(nn.Module):
+    """No module reads the branches."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x).relu()
+
+
 # --- operations that only training has -----------------------------------------------------------
 
 
