@@ -60,6 +60,12 @@ def evident(shape: tuple[int, ...], size: tuple[int, ...]) -> Layout | None:
     return Layout(fitting[0]) if len(fitting) == 1 else None
 
 
+def channels_first(shape: tuple[int, ...]) -> Layout | None:
+    """The layout that convolutions work on, of a tensor whose channels are as many as no extent of its positions."""
+    kind = {3: "NCL", 4: "NCHW", 5: "NCDHW"}.get(len(shape))
+    return Layout(kind) if kind and shape[1] not in shape[2:] else None
+
+
 def _scales(positions: Shape, size: Shape, kind: str, other: tuple[Shape, Shape] | None) -> bool:
     """Do these axes, and not the channel axis, change with the input's size?"""
     if other is None:

@@ -213,8 +213,9 @@ class PlaceMap:
             elsewhere = (
                 resolution(self.record, u.outs[0], u.module) not in (at, None) for u in others if u.outs
             )
-            if len(frame.outs) == 1 and any(elsewhere):
-                break  # not what ends this resolution, but what joins several
+            taken = {resolution(self.record, i) for i in frame.ins} - {None}
+            if (len(frame.outs) == 1 or len(taken) == 1) and any(elsewhere):
+                break  # not what ends this resolution, but what joins several, or goes through them
             joined = [o for o in frame.outs if resolution(self.record, o, frame.module) == at]
             if value not in frame.outs and len(joined) == 1 and self._bypassed(frame, value, joined[0]):
                 value = joined[0]

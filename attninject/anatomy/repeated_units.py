@@ -14,6 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from torch.nn import RNNBase
+
 from attninject.observe.record import Call, Record
 from attninject.surgery.injected_state import CONTAINERS, base_class
 
@@ -40,7 +42,7 @@ def resolution(record: Record, value: int, module: object = None) -> tuple[int, 
     if not record.input_values:
         return None
     shape, given = record.shape(value), record.shape(record.input_values[0])
-    channels = channels_of(module)
+    channels = channels_of(module) or (shape[1] if shape in record.convolved else None)
     layout = measure(shape, *frame(shape, given), channels) if len(shape) > 2 else None
     if layout is None or shape[1:-1] == (1,):
         return None
@@ -83,7 +85,8 @@ class Units:
         """The calls around this one below the root, from inside out."""
         parent = call.parent
         while parent is not None and parent is not self.root:
-            yield parent
+            if id(parent.module) in self.names:  # no slice of a Sequential, made for the call
+                yield parent
             parent = parent.parent
 
     def resolution(self, call: Call) -> tuple[int, ...] | None:
@@ -218,20 +221,30 @@ class Units:
         """
         groups: dict[str, list[Call]] = {}
         for call in self.calls:
-            if not isinstance(call.module, CONTAINERS) and self.weights(call) > 1:
+            if base_class(call.module) not in CONTAINERS and self.weights(call) > 1 and not _recurrent(call):
                 groups.setdefault(self.role(call), []).append(call)
-        rows = [group for group in groups.values() if len(group) > 1]
+        rows = [group for group in groups.values() if len({id(c.module) for c in group}) > 1]
         row = max(rows, key=lambda group: (sum(map(self.weights, group)), len(group)), default=[])
-        at = Counter((base_class(c.module), self.resolution(c), id(c.parent)) for c in row)
-        classes = {cls for (cls, *_), count in at.items() if count > 1}
-        found = [c for c in row if base_class(c.module) in classes]
+        found = self._recurring(row) or self._recurring(self._of_classes(row))
         if not found:
             return self._with_siblings(row)
+        classes = {base_class(c.module) for c in found}
         roles = {self.role(c) for c in found}
         alike = [c for c in self.calls if self.role(c) in roles and base_class(c.module) in classes]
         first = min(alike, key=lambda c: c.start)
         more = self._with_siblings(alike)  # those before the first, at other resolutions, are the stem
         return [c for c in more if c.start >= first.start or self.resolution(c) == self.resolution(first)]
+
+    def _recurring(self, row: list[Call]) -> list[Call]:
+        """Those of a row whose class is there more than once at one resolution."""
+        at = Counter((base_class(c.module), self.resolution(c), id(c.parent)) for c in row)
+        classes = {cls for (cls, *_), count in at.items() if count > 1}
+        return [c for c in row if base_class(c.module) in classes]
+
+    def _of_classes(self, row: list[Call]) -> list[Call]:
+        """All modules of a row's classes, where names do not tell that they play one role: `a3`, `b3`, `a4`."""
+        classes = {base_class(c.module) for c in row}
+        return outermost([c for c in self.calls if base_class(c.module) in classes])
 
     def of_main_class(self) -> list[Call]:
         """Modules of the one class that has most of the net's layers: an encoder's and a decoder's have other roles."""
@@ -262,6 +275,11 @@ class Units:
         wide = any(isinstance(k, tuple) and max(k) > 1 for k in kernels)
         leaf = not any(isinstance(e, Call) for e in call.events)
         return wide and not leaf and self.weights(call) == 1 and not self.reduces(call)
+
+
+def _recurrent(call: Call) -> bool:
+    """Whether an LSTM or the like runs in a call: it reads what the trunk gave as a sequence."""
+    return any(isinstance(m, RNNBase) for m in call.module.modules())
 
 
 def outermost(calls: list[Call]) -> list[Call]:

@@ -410,7 +410,9 @@ def _read(marks: Marks) -> Found | None:
         flat = numbers[0][tuple(slice(None) if a in axes else 0 for a in range(1, numbers.ndim))]
         if len(axes) == 1:
             return _tokens(kind, flat, source) if whole else Found(Layout(kind, ordered=False))
-        is_map = whole and _grid(flat.reshape(-1), source.extents) == tuple(flat.shape)
+        is_map = whole and (
+            _grid(flat.reshape(-1), source.extents) == tuple(flat.shape) or _refined(flat, source.extents)
+        )
         (ordered if is_map else others).append(kind)
     if len(ordered) == 1 or (len(others) == 1 and not ordered):
         return Found(Layout([*ordered, *others][0], ordered=bool(ordered)))
@@ -434,6 +436,17 @@ def _tokens(kind: str, flat: Tensor, source: Source) -> Found:
     if grid is None:
         return Found(Layout(kind, prefix, ordered=False))
     return Found(Layout(kind, prefix, grid), source=source if grid == source.extents else None)
+
+
+def _refined(numbers: Tensor, extents: tuple[int, ...]) -> bool:
+    """Whether these are the map's positions in order, each several times: a map that a pixel shuffle made finer."""
+    if numbers.ndim != len(extents) or not numbers.numel() or numbers.min() < 0:
+        return False
+    for axis, at in enumerate(torch.unravel_index(numbers.reshape(-1), extents)):
+        lines = at.reshape(numbers.shape).movedim(axis, 0).reshape(numbers.shape[axis], -1)
+        if bool((lines != lines[:, :1]).any()) or bool((lines[1:, 0] < lines[:-1, 0]).any()):
+            return False
+    return True
 
 
 def _grid(numbers: Tensor, extents: tuple[int, ...]) -> tuple[int, ...] | None:

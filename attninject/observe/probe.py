@@ -18,7 +18,7 @@ from attninject.terms import ProbeMode
 from .example_inputs import Inputs, candidates
 from .meta_kernels import meta_like, short_recurrences
 from .record import Record, map_tensors
-from .recorder import Recorder, calls_through, iterations
+from .recorder import Recorder, calls_through, direct_forwards, iterations
 from .snapshot import rng_kept, stand_ins, undoing
 
 # --- running -----------------------------------------------------------------------------------
@@ -49,7 +49,8 @@ def run(
         device = next((t.device for t in memo.values()), torch.device("cpu"))
         given = map_tensors((inputs.args, inputs.kwargs), functools.partial(_input, mode=mode, device=device))
         recorder = Recorder(record)
-        with calls_through(recorder.call), iterations(recorder), short_recurrences(mode), recorder:
+        sees = calls_through(recorder.call), direct_forwards(recorder, model), iterations(recorder)
+        with sees[0], sees[1], sees[2], short_recurrences(mode), recorder:
             try:
                 model(*given[0], **given[1])
             except Exception as error:

@@ -65,6 +65,7 @@ class Call:
     end: int = -1
     events: list[Op | Call] = field(default_factory=list)
     runs: dict[int, int] = field(default_factory=dict)  # id of a child -> its calls in this run
+    direct: bool = False  # by `module.forward(…)`, past `__call__` and its hooks
 
     @functools.cached_property
     def ins(self) -> tuple[int, ...]:
@@ -115,6 +116,12 @@ class Record:
     def shape(self, value: int) -> tuple[int, ...]:
         """Shape of a value."""
         return self.values[value].shape
+
+    @functools.cached_property
+    def convolved(self) -> frozenset[tuple[int, ...]]:
+        """Shapes that convolutions gave in this run: channels behind the batch, then positions."""
+        made = (op for op in self.calls[0].ops() if op.name.split(".")[1] in ("convolution", "_convolution"))
+        return frozenset(self.shape(o) for op in made for o in op.outs)
 
 
 def map_tensors(tree: Any, fn: Callable[[Tensor], Any]) -> Any:

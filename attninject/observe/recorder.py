@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -126,7 +128,12 @@ class Recorder(Mode):
         return cast(tuple[Any, dict[str, Any]], kept)
 
     def call(
-        self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        direct: bool = False,
     ) -> Any:
         """Run one module call and note it, its inputs and its results."""
         if threading.get_ident() != self.thread:
@@ -135,7 +142,7 @@ class Recorder(Mode):
         number = 1
         if parent:
             number = parent.runs[id(module)] = parent.runs.get(id(module), 0) + 1
-        call = Call(module, parent, number, next(self.clock))
+        call = Call(module, parent, number, next(self.clock), direct=direct)
         call.args = map_tensors(args, lambda t: Ref(self.value_of(t)))
         call.kwargs = map_tensors(kwargs, lambda t: Ref(self.value_of(t)))
         if parent:
@@ -189,6 +196,35 @@ def calls_through(
         with undoing(lambda: setattr(nn.Module, "__call__", original)):
             nn.Module.__call__ = call  # type: ignore[method-assign]
             yield
+
+
+@contextlib.contextmanager
+def direct_forwards(recorder: Recorder, model: nn.Module) -> Iterator[None]:
+    """Record `module.forward(…)` too, which passes by `__call__`: the classes of the model's modules see it."""
+    kept: dict[type, Any] = {}
+
+    def put_back() -> None:
+        for cls, forward in kept.items():
+            cls.forward = forward  # type: ignore[attr-defined]
+
+    with PATCHING, undoing(put_back):
+        for cls in {base for m in model.modules() for base in type(m).__mro__}:
+            if isinstance(forward := cls.__dict__.get("forward"), FunctionType):
+                kept[cls] = forward
+                cls.forward = _seen(forward, recorder)  # type: ignore[attr-defined]
+        yield
+
+
+def _seen(forward: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    """A forward that notes when another module than the one that runs is asked for it."""
+
+    @functools.wraps(forward)
+    def seen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not recorder.stack or recorder.stack[-1].module is self:
+            return forward(self, *args, **kwargs)
+        return recorder.call(forward, self, args, kwargs, direct=True)
+
+    return seen
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,14 @@ from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.layout import Layout
 from attninject.observe.record import Call, Op
 from attninject.surgery.injected_state import CONTAINERS, Insertion, base_class
-from attninject.surgery.local_graph import LocalGraph, Target, public_forwards, targets, uncalled_forwards
+from attninject.surgery.local_graph import (
+    LocalGraph,
+    Target,
+    public_forwards,
+    targets,
+    uncalled_forwards,
+    walks_modules,
+)
 from attninject.surgery.location import Location
 from attninject.wording import listed
 
@@ -95,6 +103,10 @@ def _not_rewritable(scene: Scene, owner: Call | None, parted: bool = False) -> s
         return f"owner is a batch norm ({type(module).__name__}), which converting or freezing norms replaces"
     if hasattr(module, "parametrizations"):
         return f"owner is parametrized ({type(module).__name__}): its class is swapped when that ends"
+    if walks_modules(base_class(module)):
+        return f"owner goes over its own children ({type(module).__name__})"
+    if _sheds_children(module):
+        return f"owner is copied without what hangs on it ({type(module).__name__})"
     if others := (uncalled_forwards if parted else public_forwards)(base_class(module)):
         return f"owner has other forwards ({', '.join(others[:2])})"
     return ""
@@ -202,13 +214,13 @@ def _serves_others(scene: Scene, spot: Spot, moved: Spot) -> str:
     assert isinstance(call, Call)
     assert isinstance(carrier, Call)
     named = f"its block would hang on {scene.path(carrier.module)} ({base_class(carrier.module).__name__})"
-    around = scene.path(call.parent.module) if call.parent else ""
+    around = scene.owner(call.parent)
     fix = f"name the module around it{f', {around}' if around else ''}, or give each its own"
     if others := scene.sharing.others(carrier.module):
         return f"{named}, which {listed(others)} {_has(others)} too, and would run there as well; {fix}"
     calls = scene.record.calls_of(carrier.module)
     if len(calls) != len(scene.record.calls_of(call.module)):
-        owners = [scene.path(c.parent.module) or "the model" for c in calls if c.parent]
+        owners = [scene.owner(c.parent) or "the model" for c in calls if c.parent]
         return f"{named}, which is called {len(calls)} times ({listed(_distinct(owners))}); {fix}"
     shapes = [
         scene.record.shape(v) for c in calls for v in (c.outs if moved.position == "after" else c.ins)[:1]
@@ -272,8 +284,21 @@ def _carrier(scene: Scene, spot: Spot) -> Spot:
 
 
 def _bears_none(module: nn.Module) -> bool:
-    """Whether no block hangs on it: converting norms replaces them, and ending a parametrization swaps a class."""
-    return isinstance(module, _NormBase) or hasattr(module, "parametrizations")
+    """Whether no block hangs on it: it is replaced, swaps its class, is copied without, or would call it as a layer."""
+    if isinstance(module, _NormBase) or hasattr(module, "parametrizations"):
+        return True
+    return _sheds_children(module) or walks_modules(base_class(module))
+
+
+def _sheds_children(module: nn.Module) -> bool:
+    """Whether a copy, or a pickle, is made from a state of its class's own that has no children (einops' layers)."""
+    if type(module).__getstate__ is object.__getstate__:
+        return False
+    try:
+        state: Any = module.__getstate__()
+    except Exception:
+        return False
+    return isinstance(state, dict) and "_modules" not in state
 
 
 def _beside(scene: Scene, spot: Spot, path: str, reason: str) -> Spot:
@@ -309,6 +334,10 @@ def _beside(scene: Scene, spot: Spot, path: str, reason: str) -> Spot:
 def _bearing(scene: Scene, spot: Spot, call: Call) -> str:
     """Why nothing serves, and what to name instead."""
     what = f"{base_class(call.module).__name__} is parametrized; remove the parametrization first, or"
+    if _sheds_children(call.module):
+        what = f"{base_class(call.module).__name__} is copied and pickled without what hangs on it;"
+    elif walks_modules(base_class(call.module)):
+        what = f"{base_class(call.module).__name__} goes over its own children, so a new one would be called as a layer;"
     if isinstance(call.module, _NormBase):
         what = (
             "a batch norm cannot carry a block, and this one neither ends a Sequential nor has a single module as its "

@@ -195,7 +195,7 @@ class _Planner:
             path=path,
             position=spot.position,
             call=getattr(spot.event, "number", 1),
-            owner=self.scene.path(spot.owner.module) if spot.owner else "",
+            owner=self.scene.owner(spot.owner),
             block=rule.block,
             args=rule.args,
             init=rule.init,

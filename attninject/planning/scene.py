@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from attninject.anatomy.axes import evident, frame, measure
+from attninject.anatomy.axes import channels_first, evident, frame, measure
 from attninject.anatomy.dataflow import Spot
 from attninject.anatomy.liveness import read_positions
 from attninject.anatomy.place_map import PlaceMap
@@ -72,6 +72,12 @@ class Scene:
             "place of a plain list) or name another module"
         )
 
+    def owner(self, call: Call | None) -> str:
+        """The name of the module whose forward made a call; of the one around it for a slice of a Sequential."""
+        while call is not None and call.parent is not None and id(call.module) not in self.paths:
+            call = call.parent
+        return self.path(call.module) if call else ""
+
     def name(self, spot: Spot) -> str:
         """What plans and messages call a spot: `layer1.0.bn3`, or `layer1.0::add` where its operation is known.
 
@@ -125,6 +131,11 @@ class Scene:
         if "forward" in owner.__dict__ or OWN in owner.__dict__:
             raise TraceRefused("the instance has a forward of its own")
         call = self.record.calls_of(owner)[0]
+        for event in call.events:
+            if isinstance(event, Call) and event.direct:
+                raise TraceRefused(
+                    f"it calls {self.path(event.module)}.forward itself, which a graph would inline"
+                )
         known = injected_in(owner)
         forward = base_class(owner).forward
         try:
@@ -197,14 +208,18 @@ class Scene:
         channels = self._declared_channels(spot)
         batch, size = frame(shape, given)
         quick = measure(shape, batch, size, channels)
+        convolved = channels_first(shape) if shape in self.record.convolved else None
         if (
             quick is not None
             and quick.kind != "NLC"
+            and convolved in (None, quick)
             and (shape.count(channels) == 1 or evident(shape, size) == quick)
         ):
             return quick
         if found := self.positions.find(spot.value):
             return found.layout
+        if convolved:
+            return convolved
         twin = self._twin(spot)
         return measure(shape, batch, size, channels, twin) if twin else quick
 

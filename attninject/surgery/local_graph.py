@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class Decision:
     outcome: bool
 
 
-_SIZES = frozenset({"shape", "ndim", "size", "dim", "ndimension", "numel"})
+SIZES = frozenset({"shape", "ndim", "size", "dim", "ndimension", "numel"})
 
 
 def expression_of(node: Any, tensors: frozenset[str]) -> str:
@@ -184,10 +185,10 @@ def expression_of(node: Any, tensors: frozenset[str]) -> str:
             return repr(node)
     elif node.op == "placeholder" and node.target not in tensors:
         return str(node.target)
-    elif node.op == "call_method" and node.target in _SIZES and not node.kwargs:
+    elif node.op == "call_method" and node.target in SIZES and not node.kwargs:
         of, *given = node.args
         return f"{_sized(of, tensors)}.{node.target}({', '.join(expression_of(g, tensors) for g in given)})"
-    elif node.target is getattr and node.args[1] in _SIZES:
+    elif node.target is getattr and node.args[1] in SIZES:
         return f"{_sized(node.args[0], tensors)}.{node.args[1]}"
     elif getattr(node.target, "__module__", "") == "_operator" and not node.kwargs:
         name = node.target.__name__  # type: ignore[union-attr]
@@ -201,7 +202,7 @@ def is_number(node: Any, plain: frozenset[str]) -> bool:
         return _plain(node)
     if node.op == "placeholder":
         return node.target in plain
-    if node.target in _SIZES or (node.target is getattr and node.args[1] in _SIZES):
+    if node.target in SIZES or (node.target is getattr and node.args[1] in SIZES):
         return True
     made = getattr(node.target, "__module__", "") == "_operator"
     return made and all(is_number(a, plain) for a in node.args)
@@ -344,6 +345,18 @@ def find(graph: fx.Graph, target: Target) -> fx.Node | None:
         known = graph.__dict__["_attninject_nodes"] = {name: node for node, name in targets(graph).items()}
     node: fx.Node | None = known.get(target)
     return node
+
+
+def walks_modules(cls: type) -> bool:
+    """Whether a class's forward reads `self._modules`, where a block would be one more child to call."""
+    code = getattr(getattr(cls, "forward", None), "__code__", None)
+    todo = [code] if code is not None else []
+    while todo:
+        part = todo.pop()
+        if "_modules" in part.co_names:
+            return True
+        todo += [c for c in part.co_consts if isinstance(c, CodeType)]
+    return False
 
 
 _forwards: dict[type, tuple[str, ...]] = {}

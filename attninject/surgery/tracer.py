@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from attninject.errors import TraceRefused
 from attninject.observe.snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
 
+from .alignment import align
 from .attribute_guard import GRAD_MODE, AttributeReads, NoWrites, guarded
 from .injected_state import base_class
 from .local_graph import (
@@ -195,6 +196,8 @@ def trace(
                 second = first
     reads = tuple(r for r in reads if (r.path, r.name) != ("", "training"))
     train, eval_ = (first, second) if was_training else (second, first)
+    if train is not eval_:
+        align(train, eval_)
     return LocalGraph(forward, arguments.decided(decisions), eval_, train, reads, checkpointed=checkpoints)
 
 
