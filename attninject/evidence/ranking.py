@@ -191,10 +191,11 @@ def exact_rule(site: Site, rule: Rule) -> Rule:
         rule,
         after=pattern if site.position == "after" else None,
         before=pattern if site.position == "before" else None,
+        replace=pattern if site.position == "replace" else None,
         place=None,
         input=site.input if site.position == "before" else None,
         output=site.output if site.position == "after" else None,
-        call=None if operation else site.call,
+        call=None if operation or site.position == "replace" else site.call,
         type=(), exclude=(), pick="all", per="model", stages=(), min_channels=0, optional=False,
         args=site.args, init=site.init,
     )  # fmt: skip

@@ -19,7 +19,7 @@ class Site:
 
     Attributes:
         path: `layer1.0.bn3`, or `layer1.0::add` for an operation.
-        position: `after` or `before`.
+        position: `after`, `before`, or `replace` for a block in the module's place.
         call: which call of the module within one run of its owner, from 1.
         owner: name of the module whose forward contains the site; "" for the model.
         block: the block's registered name, the class, or what makes or is the block.

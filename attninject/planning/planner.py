@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from attninject.anatomy.dataflow import Spot
 from attninject.blocks import registry
+from attninject.blocks.registry import is_form
 from attninject.errors import NoTensorError, PlanError, ProbeError
+from attninject.layout import Layout
 from attninject.observe.example_inputs import Inputs
 from attninject.observe.probe import hooked, probe, run
 from attninject.observe.record import Record, map_tensors
@@ -22,9 +24,11 @@ from attninject.observe.snapshot import PATCHING, undoing
 from attninject.recipe.rules import Recipe, Rule
 from attninject.surgery.injected_state import as_original
 from attninject.surgery.location import Location
+from attninject.terms import Slot
 from attninject.wording import listed
 
-from .cost import injected_parameters, macs_of, site_cost
+from . import replacing
+from .cost import Cost, injected_parameters, macs_of, replacement_cost, site_cost
 from .layout_check import layout_for, packs_tokens
 from .locating import locate, parted, refuse_partly_matched, token_source
 from .matching import match
@@ -152,8 +156,12 @@ class _Planner:
         self.notes += notes
         rows: dict[Any, Row] = {}
         idle: list[str] = []
-        located = [(spot, locate(self.scene, spot, self.scene.name(spot))) for spot in found]
-        refuse_partly_matched(self.scene, located)
+        find = replacing.locate if rule.replace else locate
+        located = [(spot, find(self.scene, spot, self.scene.name(spot))) for spot in found]
+        if rule.replace:
+            self.notes += replacing.shared_notes(self.scene, found, label)
+        else:
+            refuse_partly_matched(self.scene, located)
         for spot, location in located:
             at = location.insertion
             key = (id(location.carrier), at.position, at.target, at.operand, at.output)
@@ -174,7 +182,18 @@ class _Planner:
                 "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
                 "with enable_nested_tensor=False"
             )
-        if between := [site.name for site, at in rows.values() if at.insertion.splits]:
+        if alone := [
+            site.path for site, at in rows.values() if at.insertion.alone and not is_form(rule.block)
+        ]:
+            self.notes.append(
+                f"{label}: under init: paper {listed(alone)} will not run, and their own parameters learn nothing"
+            )
+        between = [site.name for site, at in rows.values() if at.insertion.splits]
+        if between and rule.replace:
+            self.notes.append(
+                f"{label}: a batch norm cannot be folded (fused) into or across {listed(between)}; eject before that"
+            )
+        elif between:
             self.notes.append(
                 f"{label}: {listed(between)} would stand between a layer and its batch norm: folding the norm into the "
                 "layer (fuse) would reach across and is refused there; place it after the norm to fold later"
@@ -190,7 +209,7 @@ class _Planner:
         around = location.insertion.target is None
         name, slot = self.names.take(location.carrier, rule.child_name, around, label)
         qualified = f"{self.scene.path(location.carrier)}.{name}".lstrip(".")
-        parameters, macs = site_cost(rule, layout, value.shape, f"{label}: at {path}")
+        cost = self.cost(rule, spot, location, layout, f"{label}: at {path}")
         site = Site(
             path=path,
             position=spot.position,
@@ -203,23 +222,40 @@ class _Planner:
             shape=value.shape,
             layout=layout,
             channels=layout.channels(value.shape),
-            parameters=parameters,
-            macs=macs,
+            parameters=cost.parameters,
+            macs=cost.macs,
             mechanism=location.mechanism,
             reason=location.reason,
             rule=index,
             input=spot.operand if spot.position == "before" else None,
             output=spot.output,
         )
-        copied = location.insertion.copy_result or (location.written and _keeps_result(rule))
-        splits = parted(self.scene, spot, location.carrier)
+        return site, self.completed(index, spot, location, (name, slot), layout, cost)
+
+    def cost(self, rule: Rule, spot: Spot, location: Location, layout: Layout, where: str) -> Cost:
+        """What the block of a site costs, tried on the site's shape."""
+        shape = self.record.shape(spot.value)
+        if location.old is None:
+            return site_cost(rule, layout, shape, where)
+        made = self.record.shape(replacing.result_of(spot).value)
+        return replacement_cost(rule, location.old, layout, (shape, made), where)
+
+    def completed(
+        self, index: int, spot: Spot, location: Location, named: tuple[str, Slot], layout: Layout, cost: Cost
+    ) -> Location:
+        """A location with what depends on the rule."""
+        name, slot = named
+        at, rule = location.insertion, self.recipe.rules[index]
+        copied = at.copy_result or (location.written and _keeps_result(rule))
+        seen = replacing.result_of(spot) if location.old is location.carrier else spot
         insertion = replace(
-            location.insertion, name=name, layout=layout, slot=slot, copy_result=copied, splits=splits
-        )
-        source = token_source(self.scene, spot, layout)
-        return site, replace(
-            location, insertion=insertion, device=value.device, time=spot.time, source=source
-        )
+            at, name=name, layout=layout, slot=slot, copy_result=copied, alone=cost.alone and not at.copy_given,
+            splits=parted(self.scene, seen, location.carrier),
+        )  # fmt: skip
+        return replace(
+            location, insertion=insertion, device=self.record.values[spot.value].device, time=spot.time,
+            source=token_source(self.scene, spot, layout),
+        )  # fmt: skip
 
 
 def _keeps_result(rule: Rule) -> bool:
