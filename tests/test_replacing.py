@@ -348,6 +348,13 @@ def test_what_cannot_be_replaced_is_refused_with_the_reason(
     assert [type(m) for m in model.modules()] == before
 
 
+def test_one_place_is_taken_once() -> None:
+    """Two rules of a recipe for one module: the plan names the first."""
+    rules = [{"block": "eca", "replace": "1.se"}, {"block": "gc", "replace": "**", "type": "SqueezeExcite"}]
+    with pytest.raises(errors.CannotRewriteError, match=r"rule 1 \(eca\) takes the place of 1.se already"):
+        plan(net(), recipe={"name": "two", "rules": rules})
+
+
 def test_a_module_of_another_net_is_not_replaced() -> None:
     """It would change that net, too."""
     act = nn.ReLU()

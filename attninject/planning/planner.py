@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attninject.anatomy.dataflow import Spot
 from attninject.blocks import registry
 from attninject.blocks.registry import is_form
-from attninject.errors import NoTensorError, PlanError, ProbeError
+from attninject.errors import CannotRewriteError, NoTensorError, PlanError, ProbeError
 from attninject.layout import Layout
 from attninject.observe.example_inputs import Inputs
 from attninject.observe.probe import hooked, probe, run
@@ -100,6 +100,7 @@ class _Planner:
             self.record, self.inputs = probe(model, example_inputs, partial=partial)
         self.scene = Scene(model, self.record, root, self.rerun, sharing)
         self.names = Names()
+        self.taken: dict[int, str] = {}  # id of a module whose place is taken -> by which rule
         self.notes: list[str] = []
         if not self.record.hooks and (names := hooked(model)):
             self.notes.append(
@@ -156,12 +157,7 @@ class _Planner:
         self.notes += notes
         rows: dict[Any, Row] = {}
         idle: list[str] = []
-        find = replacing.locate if rule.replace else locate
-        located = [(spot, find(self.scene, spot, self.scene.name(spot))) for spot in found]
-        if rule.replace:
-            self.notes += replacing.shared_notes(self.scene, found, label)
-        else:
-            refuse_partly_matched(self.scene, located)
+        located = self.located(rule, found, label)
         for spot, location in located:
             at = location.insertion
             key = (id(location.carrier), at.position, at.target, at.operand, at.output)
@@ -171,34 +167,26 @@ class _Planner:
             site = rows[key][0]
             if site.layout.prefix and self.scene.unread(spot.value):
                 idle.append(site.name)
-        if idle:
-            self.notes.append(
-                f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
-                "which bypass blocks: there a block changes nothing and learns nothing"
-            )
-        if packed := [site.name for site, at in rows.values() if packs_tokens(at.carrier, self.scene.model)]:
-            self.notes.append(
-                f"{label}: {listed(packed)} would stand inside nn.TransformerEncoder, which in eval mode without gradients "
-                "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
-                "with enable_nested_tensor=False"
-            )
-        if alone := [
-            site.path for site, at in rows.values() if at.insertion.alone and not is_form(rule.block)
-        ]:
-            self.notes.append(
-                f"{label}: under init: paper {listed(alone)} will not run, and their own parameters learn nothing"
-            )
-        between = [site.name for site, at in rows.values() if at.insertion.splits]
-        if between and rule.replace:
-            self.notes.append(
-                f"{label}: a batch norm cannot be folded (fused) into or across {listed(between)}; eject before that"
-            )
-        elif between:
-            self.notes.append(
-                f"{label}: {listed(between)} would stand between a layer and its batch norm: folding the norm into the "
-                "layer (fuse) would reach across and is refused there; place it after the norm to fold later"
-            )
+        packed = [site.name for site, at in rows.values() if packs_tokens(at.carrier, self.scene.model)]
+        self.notes += _noted(rule, list(rows.values()), idle, packed, label)
         return list(rows.values())
+
+    def located(self, rule: Rule, found: list[Spot], label: str) -> list[tuple[Spot, Location]]:
+        """Where the block of each spot goes.
+
+        Raises:
+            CannotRewriteError: for some, nowhere; or it would run at spots that the rule leaves out.
+        """
+        if not rule.replace:
+            located = [(spot, locate(self.scene, spot, self.scene.name(spot))) for spot in found]
+            refuse_partly_matched(self.scene, located)
+            return located
+        for spot in found:
+            taker = self.taken.setdefault(id(spot.module), label)
+            if taker != label:
+                raise CannotRewriteError(f"{label}: {taker} takes the place of {self.scene.name(spot)} already")
+        self.notes += replacing.shared_notes(self.scene, found, label)
+        return [(spot, replacing.locate(self.scene, spot, self.scene.name(spot))) for spot in found]
 
     def row(self, index: int, spot: Spot, location: Location, label: str) -> Row:
         """One site and its location in full: layout, name and cost checked."""
@@ -256,6 +244,32 @@ class _Planner:
             location, insertion=insertion, device=self.record.values[spot.value].device, time=spot.time,
             source=token_source(self.scene, spot, layout),
         )  # fmt: skip
+
+
+def _noted(rule: Rule, rows: list[Row], idle: list[str], packed: list[str], label: str) -> Iterator[str]:
+    """What a user should know of a rule's sites; `idle`: those that nothing reads; `packed`: those in an encoder."""
+    if idle:
+        yield (
+            f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
+            "which bypass blocks: there a block changes nothing and learns nothing"
+        )
+    if packed:
+        yield (
+            f"{label}: {listed(packed)} would stand inside nn.TransformerEncoder, which in eval mode without gradients "
+            "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
+            "with enable_nested_tensor=False"
+        )
+    alone = [site.path for site, at in rows if at.insertion.alone and not is_form(rule.block)]
+    if alone:
+        yield f"{label}: under init: paper {listed(alone)} will not run, and their own parameters learn nothing"
+    between = [site.name for site, at in rows if at.insertion.splits]
+    if between and rule.replace:
+        yield f"{label}: a batch norm cannot be folded (fused) into or across {listed(between)}; eject before that"
+    elif between:
+        yield (
+            f"{label}: {listed(between)} would stand between a layer and its batch norm: folding the norm into the "
+            "layer (fuse) would reach across and is refused there; place it after the norm to fold later"
+        )
 
 
 def _keeps_result(rule: Rule) -> bool:
