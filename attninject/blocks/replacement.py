@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor, nn
+
+from attninject.errors import BlockError
 
 from .gate import blend, new_alpha
 
@@ -26,6 +28,13 @@ class Replacement(nn.Module):
 
     if TYPE_CHECKING:  # torch's own says Any
         __call__: Callable[..., Tensor]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for first."""
+        raise BlockError(
+            f"{type(self).__name__}: TorchScript cannot compile what takes the place of a module, or a convolution in "
+            "another form; trace the model (torch.jit.trace) or export it (torch.export)"
+        )
 
     def attention(self, x: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:
         """What it attends to; called with what `forward` is called with."""

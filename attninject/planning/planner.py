@@ -184,7 +184,9 @@ class _Planner:
         for spot in found:
             taker = self.taken.setdefault(id(spot.module), label)
             if taker != label:
-                raise CannotRewriteError(f"{label}: {taker} takes the place of {self.scene.name(spot)} already")
+                raise CannotRewriteError(
+                    f"{label}: {taker} takes the place of {self.scene.name(spot)} already"
+                )
         self.notes += replacing.shared_notes(self.scene, found, label)
         return [(spot, replacing.locate(self.scene, spot, self.scene.name(spot))) for spot in found]
 

@@ -24,6 +24,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+UNSCRIPTED = {"dynamic_conv", "deformable_conv", "selective_kernel"}
+
 
 def residual(x: Tensor, y: Tensor, w: Weights) -> Tensor:
     """x + α(y − x) where the block blends, else y."""
