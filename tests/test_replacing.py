@@ -509,6 +509,17 @@ def test_compiled_as_one_graph(rule: dict[str, Any]) -> None:
     torch.testing.assert_close(compiled(images(3, size=8)), model(images(3, size=8)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [*FORMS, "eca"])
+def test_places_to_replace_are_ranked(block: str) -> None:
+    """The gradients of a new part per image, though it is given weights that all images share."""
+    labels = torch.arange(8) % 5
+    data = [(images(8, seed=i), labels) for i in range(8)]
+    ranking = ai.rank_sites(Net().eval(), {"block": block, "replace": "units.*.conv"}, data, images=64)
+    assert sorted(row.site.path for row in ranking.sites) == ["units.0.conv", "units.1.conv"]
+    assert ranking.top(1).rules[0].replace in (("units.0.conv",), ("units.1.conv",))
+
+
 TRUNKS = {
     "timm/resnet18": "layer*.*.conv[12]",
     "timm/mobilenetv3_small_050": "blocks.**.conv_dw",

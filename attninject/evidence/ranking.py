@@ -210,7 +210,8 @@ def _where(site: Site) -> str:
     """`layer1.0::add call 2`, `before` said, the block where it is no matter of course."""
     call = f" call {site.call}" if site.call > 1 else ""
     item = "" if site.output is None else f"[{site.output!r}]"
-    return f"{site.position} {site.path or '(the model)'}{item}{call}"
+    where = site.where if site.path else f"{site.position} (the model)"
+    return f"{where}{item}{call}"
 
 
 def _number(value: float) -> str:

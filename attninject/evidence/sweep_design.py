@@ -196,7 +196,7 @@ def _controls(model: nn.Module, plan: Plan, arm: Arm, sweep: Sweep, notes: list[
 
 def _arm(arm: Arm, plan: Plan) -> Arm:
     """The arm with what its plan says."""
-    where = tuple(f"{site.position} {site.path}" for site in plan.sites)
+    where = tuple(site.where for site in plan.sites)
     recipe = plain_data(plan.recipe.to_dict())
     return replace(arm, recipe=recipe, parameters=plan.parameters, macs=plan.macs, sites=where)
 

@@ -57,6 +57,11 @@ class Site:
     input: int | str | None = None
     output: int | str | None = None
 
+    @property
+    def where(self) -> str:
+        """`after layer1.0.bn3`, `before layer1.0::add`, `in place of layer1.0.conv2`."""
+        return f"{'in place of' if self.position == 'replace' else self.position} {self.path}"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -74,7 +74,7 @@ def row(site: Site) -> tuple[str, ...]:
     call = f" call {site.call}" if site.call > 1 else ""
     item = "" if site.output is None else f"[{site.output!r}]"
     return (
-        f"{'in place of' if site.position == 'replace' else site.position} {site.path}{item}{call}",
+        f"{site.where}{item}{call}",
         "×".join(map(str, site.shape[1:])),
         str(site.layout),
         site.name,
