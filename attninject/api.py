@@ -43,7 +43,7 @@ def plan(
         root: submodule that patterns and places are relative to, as "backbone.body".
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; None: found.
         strict: a rule that is not `optional` and finds nothing is an error.
-        **rule: without a recipe: `block`, one of `after`, `before` and `place`, and what else the rule says.
+        **rule: without a recipe: `block`, one of `after`, `before`, `place` and `replace`, and what else the rule says.
             With a recipe: `args` alone, which override those of every rule.
 
     Raises:

@@ -72,7 +72,7 @@ def _hook(entry: dict[str, Tensor]) -> Callable[[nn.Module, Any], None]:
         nonlocal calls
         calls += 1
         suffix = "" if calls == 1 else f"_{calls}"
-        for name, tensor in block.attention(args[0]).items():  # type: ignore[operator]
+        for name, tensor in block.attention(*args).items():  # type: ignore[operator]
             entry[name + suffix] = tensor
 
     return hook

@@ -110,7 +110,7 @@ def _blocks(model: nn.Module) -> Iterator[BlockStatus]:
         yield BlockStatus(
             name,
             type(block).__name__,
-            "" if site is None else f"{site.position} {site.path}",
+            "" if site is None else site.where,
             own.total,
             own.learning,
             block.training,

@@ -102,7 +102,7 @@ def _rule(site: Site, insertion: injected_state.Insertion) -> dict[str, Any]:
         "name": insertion.name,
         "layout": insertion.layout.kind,
     }
-    if "::" not in site.path:
+    if "::" not in site.path and site.position != "replace":
         rule["call"] = site.call
     if site.input not in (None, 0):
         rule["input"] = site.input

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Position = Literal["after", "before"]
-"""Where a block stands: behind a call or operation, on its result; or in front of it, on an operand."""
+Position = Literal["after", "before", "replace"]
+"""Where a block stands: behind a call or operation, on its result; in front of it, on an operand; in a module's place."""
 
 Mechanism = Literal["graph", "module"]
 """How a block is called: within the rewritten forward of the site's owner, or around its carrier's forward."""

@@ -24,15 +24,20 @@ from attninject.wording import name_of
 
 from .base import Block, BlockSpec
 from .controls import CONTROLS
+from .forms import ConvForm
 from .gate import Blend
+from .geometry import Geometry
 from .options import INITS, RESERVED, Int, OneOf, faults, nearest, unknown
+from .replacement import Blended, Replacement
 
 __all__ = [
     "BlockSpec",
     "block_table",
     "check_args",
     "create_block",
+    "create_replacement",
     "get",
+    "is_form",
     "is_identity",
     "list_blocks",
     "reference",
@@ -269,6 +274,51 @@ def _create_foreign(
         args = {**_settings(_parameters(source), init, dims), **args}
     module = spec.make(channels, args) if isinstance(spec, sources.MadeSpec) else source(channels, **args)
     return Blend(module) if init == "blend" else module
+
+
+def create_replacement(
+    block: BlockLike,
+    old: nn.Module,
+    channels: int,
+    *,
+    init: str = "identity",
+    dims: int = 2,
+    forward: Any = None,
+    **args: Any,
+) -> Replacement:
+    """The new part of a module that a block takes the place of.
+
+    A convolution in another form (`ConvForm`) takes over the old one's geometry, and begins as it was. Any other
+    block f keeps its input's shape, and the module's result y becomes y + α(f(x) − y), α = 0, under `identity`
+    and `blend` alike; f(x) under `paper`.
+
+    Args:
+        block: a name, a class, or what makes one.
+        old: the module.
+        channels: of what it is given.
+        init: see `create_block`.
+        dims: spatial dimensions of what it is given.
+        forward: that of the module's class, where the class was extended since.
+        **args: of the block.
+
+    Raises:
+        BlockError: the block cannot be built, or cannot take over what the module is.
+    """
+    spec = resolve(block)
+    if issubclass(spec.cls, ConvForm):
+        _refuse([text for _, text in check_args(spec.cls, args)])
+        start: Any = init
+        return spec.cls.in_place_of(Geometry.of(old, forward), start, args)
+    alone = init == "paper"
+    made = create_block(block, channels, init="paper" if alone else "blend", dims=dims, **args)
+    if isinstance(made, Block):
+        made.alpha = None  # what it would blend with is x; here it is y
+    return Blended(made.block if isinstance(made, Blend) else made, alone=alone)
+
+
+def is_form(block: BlockLike) -> bool:
+    """Whether a block is a convolution in another form."""
+    return issubclass(resolve(block).cls, ConvForm)
 
 
 def _settings(parameters: Mapping[str, Any], init: str, dims: int) -> dict[str, Any]:

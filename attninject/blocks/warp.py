@@ -143,7 +143,7 @@ def sample(x: Tensor, offset: Tensor, border: bool) -> Tensor:
         part = found * weight.unsqueeze(1).to(x.dtype)
         y = part if y is None else y + part
     assert y is not None
-    return _laid_out_like(x, y)
+    return laid_out_like(x, y)
 
 
 def _neighbours(move: Tensor, n: int, axis: int, dims: int, border: bool) -> list[tuple[Tensor, Tensor]]:
@@ -160,7 +160,7 @@ def _neighbours(move: Tensor, n: int, axis: int, dims: int, border: bool) -> lis
     return pairs
 
 
-def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
+def laid_out_like(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format of x."""
     if torch.jit.is_scripting():
         return y

@@ -6,13 +6,12 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from attninject.recipe.fields import FIELDS
+from attninject.recipe.fields import FIELDS, WHERE
 from attninject.recipe.rules import Rule
 
 from .common import example_inputs, scalar, setting
 from .usage import Parser, with_default
 
-WHERE = ("after", "before", "place")
 _DEST = "rule."  # in front of a field's name in the namespace: `name` and `out` are words of verbs too
 
 
@@ -55,9 +54,9 @@ def rule_fields(args: argparse.Namespace) -> dict[str, Any]:
 def refuse_incomplete(args: argparse.Namespace, rule: dict[str, Any], instead: str) -> None:
     """A usage error unless the fields say what goes where; `instead` is what else may be given."""
     if "block" not in rule:
-        args.parser.error(f"give {instead}, or --block with --after, --before or --place")
+        args.parser.error(f"give {instead}, or --block with --after, --before, --place or --replace")
     if not any(name in rule for name in WHERE):
-        args.parser.error(f"--block {rule['block']} needs --after, --before or --place")
+        args.parser.error(f"--block {rule['block']} needs --after, --before, --place or --replace")
 
 
 def plan_arguments(args: argparse.Namespace) -> dict[str, Any]:

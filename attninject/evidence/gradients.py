@@ -17,7 +17,7 @@ image by image.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,19 @@ class Mixed(Exception):
     """The rows of a batch are not the images': the model has to be run image by image."""
 
 
+class Whole:
+    """An argument of a block that all images share: a weight of the module whose place the block takes."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value.detach() if isinstance(value, Tensor) else value
+
+
+def _given(arguments: Iterable[Any], row: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """The arguments of a block for one image; `row` takes its part of a tensor."""
+    plain = (a.value if isinstance(a, Whole) else row(a) if isinstance(a, Tensor) else a for a in arguments)
+    return tuple(plain)
+
+
 class Watched:
     """One injected block: its zero parameters, and what is kept of their gradients."""
 
@@ -148,7 +161,11 @@ class Watched:
                 if not on() or not isinstance(out, Tensor) or not out.requires_grad:
                     return
                 delta: list[Tensor] = []
-                held = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+                each = len(args) - len(
+                    getattr(module, "tensors", ())
+                )  # behind them weights of a replaced module
+                held = tuple(a.detach() if isinstance(a, Tensor) else a for a in args[:each])
+                held += tuple(Whole(a) for a in args[each:])
                 self.calls.append((layer, held, delta))
                 out.register_hook(lambda g: delta.append(g.detach()) if on() else None)
 
@@ -263,8 +280,7 @@ def _by_vmap(
     dims = tuple(0 if isinstance(a, Tensor) else None for a in args)
 
     def of_row(held: dict[str, Tensor], row: tuple[Any, ...], g: Tensor) -> Tensor:
-        whole = tuple(a[None] if isinstance(a, Tensor) else a for a in row)
-        y: Tensor = torch.func.functional_call(block, held, whole)
+        y: Tensor = torch.func.functional_call(block, held, _given(row, lambda a: a[None]))
         return (y[0] * g).sum()
 
     try:
@@ -280,7 +296,7 @@ def _by_loop(block: nn.Module, zeros: Mapping[str, Tensor], args: tuple[Any, ...
     rows = []
     for r in range(len(delta)):
         with torch.enable_grad():
-            y = block(*(a[r : r + 1] if isinstance(a, Tensor) else a for a in args))
+            y = block(*_given(args, lambda a: a[r : r + 1]))  # noqa: B023 (called at once)
             found = torch.autograd.grad((y * delta[r : r + 1]).sum(), list(zeros.values()))
         rows.append(torch.cat([g.flatten() for g in found]))
     return torch.stack(rows)

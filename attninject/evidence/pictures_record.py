@@ -107,7 +107,7 @@ class _Watcher:
         )
         self.found.append(look)
         of = getattr(block, "attention", None)
-        attention: dict[str, Tensor] = dict(of(x)) if callable(of) else {}
+        attention: dict[str, Tensor] = dict(of(*args)) if callable(of) else {}
         for key, tensor in attention.items():
             look.panels += [_settled(panel) for panel in panels_of(key, tensor, scene)]
         if not look.panels:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attninject.blocks.gate import Blend
+from attninject.blocks.replacement import Blended
 from attninject.layout import Layout
 from attninject.surgery.layout_adapters import fit_grid
 
@@ -95,7 +96,7 @@ def scene_of(block: nn.Module, x: Tensor, layout: Layout | None, at: tuple[float
 
 def kind_of(block: nn.Module) -> str:
     """The name that a block is registered under, else its class's."""
-    inner = block.block if isinstance(block, Blend) else block
+    inner = block.block if isinstance(block, Blend | Blended) else block
     facts = getattr(type(inner), "facts", None)
     return str(getattr(facts, "name", type(inner).__name__))
 

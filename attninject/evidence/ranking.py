@@ -191,10 +191,11 @@ def exact_rule(site: Site, rule: Rule) -> Rule:
         rule,
         after=pattern if site.position == "after" else None,
         before=pattern if site.position == "before" else None,
+        replace=pattern if site.position == "replace" else None,
         place=None,
         input=site.input if site.position == "before" else None,
         output=site.output if site.position == "after" else None,
-        call=None if operation else site.call,
+        call=None if operation or site.position == "replace" else site.call,
         type=(), exclude=(), pick="all", per="model", stages=(), min_channels=0, optional=False,
         args=site.args, init=site.init,
     )  # fmt: skip
@@ -209,7 +210,8 @@ def _where(site: Site) -> str:
     """`layer1.0::add call 2`, `before` said, the block where it is no matter of course."""
     call = f" call {site.call}" if site.call > 1 else ""
     item = "" if site.output is None else f"[{site.output!r}]"
-    return f"{site.position} {site.path or '(the model)'}{item}{call}"
+    where = site.where if site.path else f"{site.position} (the model)"
+    return f"{where}{item}{call}"
 
 
 def _number(value: float) -> str:

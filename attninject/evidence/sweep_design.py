@@ -196,7 +196,7 @@ def _controls(model: nn.Module, plan: Plan, arm: Arm, sweep: Sweep, notes: list[
 
 def _arm(arm: Arm, plan: Plan) -> Arm:
     """The arm with what its plan says."""
-    where = tuple(f"{site.position} {site.path}" for site in plan.sites)
+    where = tuple(site.where for site in plan.sites)
     recipe = plain_data(plan.recipe.to_dict())
     return replace(arm, recipe=recipe, parameters=plan.parameters, macs=plan.macs, sites=where)
 
@@ -206,7 +206,7 @@ def _at_place(recipe: Recipe, place: str | None) -> Recipe:
     if place is None:
         return recipe
     rules = tuple(
-        replace(r, place=place, after=None, before=None, input=None, output=None, call=None)
+        replace(r, place=place, after=None, before=None, replace=None, input=None, output=None, call=None)
         for r in recipe.rules
     )
     checked = load_recipe(replace(recipe, rules=rules).to_dict())  # an unknown place is said as in a recipe
@@ -219,7 +219,7 @@ def _name(point: Mapping[str, Any], recipe: Recipe) -> str:
     place = point.get("place")
     if place is None and isinstance(given, Mapping) and "rules" not in given:
         rule = recipe.rules[0]
-        place = rule.place or ",".join(rule.after or rule.before or ())
+        place = rule.place or ",".join(rule.after or rule.before or rule.replace or ())
     return f"{recipe.name} at {place}" if place else recipe.name
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from attninject.blocks import registry
 from attninject.observe.example_inputs import first_float
 from attninject.observe.snapshot import rng_kept
-from attninject.surgery.injected_state import SITE
+from attninject.surgery.injected_state import SITE, base_class
 from attninject.surgery.location import Location
 
 from .plan import Plan
@@ -33,10 +34,13 @@ def build(plan: Plan, model: nn.Module) -> list[tuple[Location, nn.Module]]:
 
 def _build(site: Site, location: Location, fallback: Tensor) -> nn.Module:
     """The block of a site, on the device and in the dtype and mode of where it goes."""
-    block = registry.create_block(
-        site.block, site.channels, init=site.init, dims=site.layout.dims, **site.args
-    )
-    like = first_float(location.carrier, fallback)
+    given: Any = {"init": site.init, "dims": site.layout.dims, **site.args}
+    if location.old is None:
+        block = registry.create_block(site.block, site.channels, **given)
+    else:
+        forward = base_class(location.old).forward
+        block = registry.create_replacement(site.block, location.old, site.channels, forward=forward, **given)
+    like = first_float(location.old or location.carrier, first_float(location.carrier, fallback))
     block.to(device=like.device if location.device.type == "meta" else location.device, dtype=like.dtype)
     block.train(location.carrier.training)
     block.__dict__[SITE] = replace(site, block=registry.reference(site.block))

@@ -30,7 +30,7 @@ from .scene import Scene, instead
 
 
 def by_pattern(rule: Rule, scene: Scene, label: str, notes: list[str]) -> list[Spot]:
-    """The spots of a rule's `after` or `before`, in any order; notes on patterns that found nothing.
+    """The spots of a rule's `after`, `before` or `replace`, in any order; notes on patterns that found nothing.
 
     Raises:
         NoMatchError: no pattern matches anything.
@@ -50,8 +50,8 @@ class _Search:
 
     def __init__(self, rule: Rule, scene: Scene, label: str) -> None:
         self.rule, self.scene, self.label = rule, scene, label
-        self.position: Position = "after" if rule.after else "before"
-        self.patterns = [compile_pattern(p) for p in (rule.after or rule.before or ())]
+        self.position: Position = "after" if rule.after else "before" if rule.before else "replace"
+        self.patterns = [compile_pattern(p) for p in (rule.after or rule.before or rule.replace or ())]
         self.spots: dict[Any, Spot] = {}
         self.unused: list[Pattern] = []  # match no name
         self.uncalled: list[str] = []  # matched, but never called
@@ -120,7 +120,11 @@ class _Search:
         """One spot per call in the first run of each owner (or per call that `call:` chooses)."""
         by_run: dict[int, list[Call]] = {}
         owners: set[int] = set()
-        for call in self.scene.record.calls_of(module):
+        every = self.scene.record.calls_of(module)
+        if self.position == "replace":
+            yield from (self.at_call(call, name) for call in every[:1])  # whoever calls it, and how often
+            return
+        for call in every:
             run = id(call.parent)
             owner = id(call.parent.module) if call.parent else 0
             if run not in by_run and owner in owners:
@@ -164,7 +168,7 @@ class _Search:
             raise NoTensorError(
                 f"{self.label}: operand {key!r} of {name} is no tensor; {self._instead(call, item)}"
             )
-        return Spot(call, "before", item.value, operand=key)
+        return Spot(call, self.position, item.value, operand=key)
 
     def _instead(self, call: Call, operand: Any) -> str:
         """What to do about an operand that is no tensor: of a list of them, name who made one."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,14 +16,24 @@ from attninject.blocks import registry
 from attninject.blocks.registry import BlockLike
 from attninject.errors import BlockError, IdentityError, TooFewChannelsError
 from attninject.layout import Layout
+from attninject.observe.example_inputs import Inputs
+from attninject.observe.probe import run
 from attninject.observe.record import Record
 from attninject.observe.snapshot import rng_kept
 from attninject.recipe.frozen import FrozenDict
 from attninject.recipe.rules import Init, Rule
-from attninject.surgery.injected_state import injected_blocks
+from attninject.surgery.injected_state import base_class, injected_blocks
 from attninject.wording import name_of
 
 from . import trial
+
+
+class Cost(NamedTuple):
+    """Of one block: parameters; multiply-accumulates for one sample; whether it does without the module it replaces."""
+
+    parameters: int
+    macs: int
+    alone: bool = False
 
 
 def injected_parameters(model: nn.Module) -> int:
@@ -51,7 +65,7 @@ def _tried(
     return sum(p.numel() for p in built.parameters()), macs_of(record)
 
 
-def site_cost(rule: Rule, layout: Layout, shape: tuple[int, ...], where: str) -> tuple[int, int]:
+def site_cost(rule: Rule, layout: Layout, shape: tuple[int, ...], where: str) -> Cost:
     """Parameters and MACs of a rule's block at a site, for one sample; tests the identity of a foreign class.
 
     Args:
@@ -64,14 +78,67 @@ def site_cost(rule: Rule, layout: Layout, shape: tuple[int, ...], where: str) ->
         BlockError, TooFewChannelsError: the block cannot be built so.
         IdentityError: a foreign class changes the function, and `init` is `identity`.
     """
+    with _at(where):
+        return Cost(*_block_cost(rule, layout.channels(shape), layout.dims, layout.positions(shape)))
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Errors about a block say at which site."""
     try:
-        return _block_cost(rule, layout.channels(shape), layout.dims, layout.positions(shape))
+        yield
     except TooFewChannelsError as error:
         raise TooFewChannelsError(f"{where}: {error}") from error
     except IdentityError as error:
         raise IdentityError(f"{where}: {error}") from error
     except BlockError as error:
         raise BlockError(f"{where}: {error}") from error
+
+
+def replacement_cost(
+    rule: Rule, old: nn.Module, layout: Layout, shapes: tuple[tuple[int, ...], tuple[int, ...]], where: str
+) -> Cost:
+    """The cost of what stands in the place of a module, which is tried on its site's shapes.
+
+    Args:
+        rule: names the block.
+        old: the module.
+        layout: of what it is given.
+        shapes: of what it is given, and of what it makes.
+        where: how messages call the site.
+
+    Raises:
+        BlockError: the block cannot be built so, or cannot take over what the module is; the message says why.
+    """
+    given, made = shapes
+    with _at(where):
+        if registry.is_form(rule.block):
+            return _form_cost(rule, old, shapes)
+        if given != made:
+            raise BlockError(
+                f"{rule.block_name} keeps its input's shape, and {type(old).__name__} makes {made} of {given}; a "
+                "convolution takes a block that is one in another form, as dynamic_conv"
+            )
+        kept = replace(rule, init="paper" if rule.init == "paper" else "blend")
+        found = _block_cost(kept, layout.channels(given), layout.dims, layout.positions(given))
+        return Cost(*found, alone=rule.init == "paper")
+
+
+def _form_cost(rule: Rule, old: nn.Module, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> Cost:
+    """Of a convolution in another form, built for the one whose place it takes, and run once."""
+    with rng_kept(), torch.device("meta"):
+        forward = base_class(old).forward
+        built = registry.create_replacement(
+            rule.block, old, shapes[0][1], init=rule.init, forward=forward, **rule.args
+        ).eval()
+        x, y = (torch.empty((1, *shape[1:])) for shape in shapes)
+        tensors = [getattr(old, name) for name in built.tensors]
+        record = run(built, Inputs((x, y, *tensors)), "meta")
+    out = record.calls[0].out
+    if record.shape(out.value) != (1, *shapes[1][1:]):
+        raise BlockError(f"{rule.block_name} makes {record.shape(out.value)} of {tuple(x.shape)}")
+    parameters = sum(p.numel() for p in built.parameters())
+    return Cost(parameters, macs_of(record), alone=not built.uses_result)
 
 
 def _block_cost(rule: Rule, channels: int, dims: int, positions: tuple[int, ...]) -> tuple[int, int]:
@@ -122,6 +189,8 @@ def macs_of(record: Record) -> int:
             x, weight, out = shapes[0], shapes[1], record.shape(op.outs[0])
             larger = math.prod(out[2:]) > math.prod(x[2:])  # transposed: each input position is spread
             total += math.prod(x if larger else out) * math.prod(weight[1:])
+        elif kind == "deform_conv2d":
+            total += math.prod(record.shape(op.outs[0])) * math.prod(shapes[1][1:])
         elif kind in ("mm", "bmm"):
             total += math.prod(shapes[0]) * shapes[1][-1]
         elif kind in ("addmm", "baddbmm"):

@@ -43,13 +43,13 @@ def locate(scene: Scene, spot: Spot, path: str) -> Location:
         InPlaceHazardError: no identity could keep the function there.
     """
     owner = spot.owner
-    _check_bypass(owner, path)
+    check_bypass(owner, path)
     reason = _not_rewritable(scene, owner) or _shared(scene, owner)
     if not reason:
         assert owner is not None
         try:
             local = scene.graph(owner.module)
-            return _in_graph(scene, local, owner, spot, path)
+            return in_graph(scene, local, owner, spot, path)
         except TraceRefused as refused:
             reason = f"{type(owner.module).__name__}: {refused}"
     try:
@@ -61,11 +61,11 @@ def locate(scene: Scene, spot: Spot, path: str) -> Location:
             raise
         # a graph that asks about arguments, checkpoints, or joins parted forwards is only made where one must be
         with contextlib.suppress(TraceRefused):
-            return _in_graph(scene, scene.graph(owner.module, decide=True), owner, spot, path)
+            return in_graph(scene, scene.graph(owner.module, decide=True), owner, spot, path)
         raise
 
 
-def _check_bypass(owner: Call | None, path: str) -> None:
+def check_bypass(owner: Call | None, path: str) -> None:
     """Refuse what torch's encoder layer calls while training and passes by in eval mode without gradients."""
     around = owner
     while around is not None:
@@ -116,10 +116,22 @@ def _shared(scene: Scene, owner: Call | None) -> str:
     """Why an owner's forward is not ours to rewrite; empty if no net but this one runs it."""
     assert owner is not None
     others = scene.sharing.others(owner.module)
-    return f"{listed(others)} {_has(others)} the owner too" if others else ""
+    return f"{listed(others)} {has(others)} the owner too" if others else ""
 
 
-def _has(names: Sequence[str]) -> str:
+def why_not_rewritten(scene: Scene, owner: Call) -> str:
+    """Why no block goes into the graph of an owner; empty if one may."""
+    return _not_rewritable(scene, owner) or _shared(scene, owner)
+
+
+def is_open_root(scene: Scene, owner: Call) -> bool:
+    """Whether an owner is a root whose one forward may be rewritten where nothing else serves."""
+    is_root = owner.module is scene.model or owner.module is scene.root
+    return is_root and not public_forwards(base_class(owner.module))
+
+
+def has(names: Sequence[str]) -> str:
+    """The verb behind some names."""
     return "has" if len(names) == 1 else "have"
 
 
@@ -129,7 +141,7 @@ def _operation_in_root(scene: Scene, spot: Spot, path: str, reason: str) -> Loca
     others = public_forwards(base_class(owner.module))
     if owner.module in (scene.model, scene.root) and not others:
         try:
-            return _in_graph(scene, scene.graph(owner.module), owner, spot, path)
+            return in_graph(scene, scene.graph(owner.module), owner, spot, path)
         except TraceRefused as refused:
             reason = str(refused)
     elif others:
@@ -140,7 +152,13 @@ def _operation_in_root(scene: Scene, spot: Spot, path: str, reason: str) -> Loca
 # --- in the owner's graph ----------------------------------------------------------------------
 
 
-def _in_graph(scene: Scene, local: LocalGraph, owner: Call, spot: Spot, path: str) -> Location:
+def in_graph(scene: Scene, local: LocalGraph, owner: Call, spot: Spot, path: str) -> Location:
+    """The location of a spot in its owner's graph.
+
+    Raises:
+        TraceRefused: the spot is not in it.
+        InPlaceHazardError: no identity could keep the function there.
+    """
     node = call_node(local.eval, spot.event) if isinstance(spot.event, Call) else node_of(local, spot)
     if node is None:
         raise TraceRefused("the call is not in its graph")
@@ -184,13 +202,13 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
             return locate(scene, moved, path)
     carrier = moved.event
     assert isinstance(carrier, Call)
-    _check_carrier(scene, carrier, moved, path)
+    check_carrier(scene, carrier, moved, path)
     if why := _serves_others(scene, spot, moved):
         location, reason = _in_root(scene, spot, path, reason)
         if location is not None:
             return location
         raise CannotRewriteError(f"{path}: {why} ({reason})")
-    operand = _parameter(carrier, moved, path) if moved.position == "before" else 0
+    operand = parameter(carrier, moved, path) if moved.position == "before" else 0
     insertion = _insertion(moved, None, operand, copies)
     return Location(insertion, carrier.module, reason=reason, written=copies.written)
 
@@ -198,12 +216,10 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
 def _in_root(scene: Scene, spot: Spot, path: str, reason: str) -> tuple[Location | None, str]:
     """The site in the graph of a root, which is rewritten only where no module serves; else why not."""
     owner = spot.owner
-    if owner is None or owner.module not in (scene.model, scene.root):
-        return None, reason
-    if public_forwards(base_class(owner.module)):
+    if owner is None or not is_open_root(scene, owner):
         return None, reason
     try:
-        return _in_graph(scene, scene.graph(owner.module), owner, spot, path), ""
+        return in_graph(scene, scene.graph(owner.module), owner, spot, path), ""
     except TraceRefused as refused:
         return None, str(refused)
 
@@ -217,7 +233,7 @@ def _serves_others(scene: Scene, spot: Spot, moved: Spot) -> str:
     around = scene.owner(call.parent)
     fix = f"name the module around it{f', {around}' if around else ''}, or give each its own"
     if others := scene.sharing.others(carrier.module):
-        return f"{named}, which {listed(others)} {_has(others)} too, and would run there as well; {fix}"
+        return f"{named}, which {listed(others)} {has(others)} too, and would run there as well; {fix}"
     calls = scene.record.calls_of(carrier.module)
     if len(calls) != len(scene.record.calls_of(call.module)):
         owners = [scene.owner(c.parent) or "the model" for c in calls if c.parent]
@@ -353,7 +369,8 @@ def _bearing(scene: Scene, spot: Spot, call: Call) -> str:
     return f"{what} name the module in front of it{f', {near[0]},' if near else ''} or the one around it"
 
 
-def _check_carrier(scene: Scene, carrier: Call, spot: Spot, path: str) -> None:
+def check_carrier(scene: Scene, carrier: Call, spot: Spot, path: str) -> None:
+    """Refuse a module that no block can hang on."""
     module = carrier.module
     cls = base_class(module)
     if "forward" in module.__dict__:
@@ -378,7 +395,7 @@ def _check_carrier(scene: Scene, carrier: Call, spot: Spot, path: str) -> None:
         )
 
 
-def _parameter(carrier: Call, spot: Spot, path: str) -> int | str:
+def parameter(carrier: Call, spot: Spot, path: str) -> int | str:
     """The operand as the forward's parameter: its name, or its position where it was passed by position."""
     parameters = list(inspect.signature(base_class(carrier.module).forward).parameters.values())[1:]
     names = [p.name if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else "" for p in parameters]

@@ -19,7 +19,7 @@ class Site:
 
     Attributes:
         path: `layer1.0.bn3`, or `layer1.0::add` for an operation.
-        position: `after` or `before`.
+        position: `after`, `before`, or `replace` for a block in the module's place.
         call: which call of the module within one run of its owner, from 1.
         owner: name of the module whose forward contains the site; "" for the model.
         block: the block's registered name, the class, or what makes or is the block.
@@ -56,6 +56,11 @@ class Site:
     rule: int
     input: int | str | None = None
     output: int | str | None = None
+
+    @property
+    def where(self) -> str:
+        """`after layer1.0.bn3`, `before layer1.0::add`, `in place of layer1.0.conv2`."""
+        return f"{'in place of' if self.position == 'replace' else self.position} {self.path}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from attninject.anatomy.dataflow import Spot
 from attninject.blocks import registry
-from attninject.errors import NoTensorError, PlanError, ProbeError
+from attninject.blocks.registry import is_form
+from attninject.errors import CannotRewriteError, NoTensorError, PlanError, ProbeError
+from attninject.layout import Layout
 from attninject.observe.example_inputs import Inputs
 from attninject.observe.probe import hooked, probe, run
 from attninject.observe.record import Record, map_tensors
@@ -22,9 +24,11 @@ from attninject.observe.snapshot import PATCHING, undoing
 from attninject.recipe.rules import Recipe, Rule
 from attninject.surgery.injected_state import as_original
 from attninject.surgery.location import Location
+from attninject.terms import Slot
 from attninject.wording import listed
 
-from .cost import injected_parameters, macs_of, site_cost
+from . import replacing
+from .cost import Cost, injected_parameters, macs_of, replacement_cost, site_cost
 from .layout_check import layout_for, packs_tokens
 from .locating import locate, parted, refuse_partly_matched, token_source
 from .matching import match
@@ -96,6 +100,7 @@ class _Planner:
             self.record, self.inputs = probe(model, example_inputs, partial=partial)
         self.scene = Scene(model, self.record, root, self.rerun, sharing)
         self.names = Names()
+        self.taken: dict[int, str] = {}  # id of a module whose place is taken -> by which rule
         self.notes: list[str] = []
         if not self.record.hooks and (names := hooked(model)):
             self.notes.append(
@@ -152,8 +157,7 @@ class _Planner:
         self.notes += notes
         rows: dict[Any, Row] = {}
         idle: list[str] = []
-        located = [(spot, locate(self.scene, spot, self.scene.name(spot))) for spot in found]
-        refuse_partly_matched(self.scene, located)
+        located = self.located(rule, found, label)
         for spot, location in located:
             at = location.insertion
             key = (id(location.carrier), at.position, at.target, at.operand, at.output)
@@ -163,23 +167,28 @@ class _Planner:
             site = rows[key][0]
             if site.layout.prefix and self.scene.unread(spot.value):
                 idle.append(site.name)
-        if idle:
-            self.notes.append(
-                f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
-                "which bypass blocks: there a block changes nothing and learns nothing"
-            )
-        if packed := [site.name for site, at in rows.values() if packs_tokens(at.carrier, self.scene.model)]:
-            self.notes.append(
-                f"{label}: {listed(packed)} would stand inside nn.TransformerEncoder, which in eval mode without "
-                "gradients packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are "
-                "given, build it with enable_nested_tensor=False"
-            )
-        if between := [site.name for site, at in rows.values() if at.insertion.splits]:
-            self.notes.append(
-                f"{label}: {listed(between)} would stand between a layer and its batch norm: folding the norm into the "
-                "layer (fuse) would reach across and is refused there; place it after the norm to fold later"
-            )
+        packed = [site.name for site, at in rows.values() if packs_tokens(at.carrier, self.scene.model)]
+        self.notes += _noted(rule, list(rows.values()), idle, packed, label)
         return list(rows.values())
+
+    def located(self, rule: Rule, found: list[Spot], label: str) -> list[tuple[Spot, Location]]:
+        """Where the block of each spot goes.
+
+        Raises:
+            CannotRewriteError: for some, nowhere; or it would run at spots that the rule leaves out.
+        """
+        if not rule.replace:
+            located = [(spot, locate(self.scene, spot, self.scene.name(spot))) for spot in found]
+            refuse_partly_matched(self.scene, located)
+            return located
+        for spot in found:
+            taker = self.taken.setdefault(id(spot.module), label)
+            if taker != label:
+                raise CannotRewriteError(
+                    f"{label}: {taker} takes the place of {self.scene.name(spot)} already"
+                )
+        self.notes += replacing.shared_notes(self.scene, found, label)
+        return [(spot, replacing.locate(self.scene, spot, self.scene.name(spot))) for spot in found]
 
     def row(self, index: int, spot: Spot, location: Location, label: str) -> Row:
         """One site and its location in full: layout, name and cost checked."""
@@ -190,7 +199,7 @@ class _Planner:
         around = location.insertion.target is None
         name, slot = self.names.take(location.carrier, rule.child_name, around, label)
         qualified = f"{self.scene.path(location.carrier)}.{name}".lstrip(".")
-        parameters, macs = site_cost(rule, layout, value.shape, f"{label}: at {path}")
+        cost = self.cost(rule, spot, location, layout, f"{label}: at {path}")
         site = Site(
             path=path,
             position=spot.position,
@@ -203,22 +212,65 @@ class _Planner:
             shape=value.shape,
             layout=layout,
             channels=layout.channels(value.shape),
-            parameters=parameters,
-            macs=macs,
+            parameters=cost.parameters,
+            macs=cost.macs,
             mechanism=location.mechanism,
             reason=location.reason,
             rule=index,
             input=spot.operand if spot.position == "before" else None,
             output=spot.output,
         )
-        copied = location.insertion.copy_result or (location.written and _keeps_result(rule))
-        splits = parted(self.scene, spot, location.carrier)
+        return site, self.completed(index, spot, location, (name, slot), layout, cost)
+
+    def cost(self, rule: Rule, spot: Spot, location: Location, layout: Layout, where: str) -> Cost:
+        """What the block of a site costs, tried on the site's shape."""
+        shape = self.record.shape(spot.value)
+        if location.old is None:
+            return site_cost(rule, layout, shape, where)
+        made = self.record.shape(replacing.result_of(spot).value)
+        return replacement_cost(rule, location.old, layout, (shape, made), where)
+
+    def completed(
+        self, index: int, spot: Spot, location: Location, named: tuple[str, Slot], layout: Layout, cost: Cost
+    ) -> Location:
+        """A location with what depends on the rule."""
+        name, slot = named
+        at, rule = location.insertion, self.recipe.rules[index]
+        copied = at.copy_result or (location.written and _keeps_result(rule))
+        seen = replacing.result_of(spot) if location.old is location.carrier else spot
         insertion = replace(
-            location.insertion, name=name, layout=layout, slot=slot, copy_result=copied, splits=splits
+            at, name=name, layout=layout, slot=slot, copy_result=copied, alone=cost.alone and not at.copy_given,
+            splits=parted(self.scene, seen, location.carrier),
+        )  # fmt: skip
+        return replace(
+            location, insertion=insertion, device=self.record.values[spot.value].device, time=spot.time,
+            source=token_source(self.scene, spot, layout),
+        )  # fmt: skip
+
+
+def _noted(rule: Rule, rows: list[Row], idle: list[str], packed: list[str], label: str) -> Iterator[str]:
+    """What a user should know of a rule's sites; `idle`: those that nothing reads; `packed`: those in an encoder."""
+    if idle:
+        yield (
+            f"{label}: nothing reads the positions behind {listed(idle)}, only the tokens in front of them, "
+            "which bypass blocks: there a block changes nothing and learns nothing"
         )
-        source = token_source(self.scene, spot, layout)
-        return site, replace(
-            location, insertion=insertion, device=value.device, time=spot.time, source=source
+    if packed:
+        yield (
+            f"{label}: {listed(packed)} would stand inside nn.TransformerEncoder, which in eval mode without gradients "
+            "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
+            "with enable_nested_tensor=False"
+        )
+    alone = [site.path for site, at in rows if at.insertion.alone and not is_form(rule.block)]
+    if alone:
+        yield f"{label}: under init: paper {listed(alone)} will not run, and their own parameters learn nothing"
+    between = [site.name for site, at in rows if at.insertion.splits]
+    if between and rule.replace:
+        yield f"{label}: a batch norm cannot be folded (fused) into or across {listed(between)}; eject before that"
+    elif between:
+        yield (
+            f"{label}: {listed(between)} would stand between a layer and its batch norm: folding the norm into the "
+            "layer (fuse) would reach across and is refused there; place it after the norm to fold later"
         )
 
 

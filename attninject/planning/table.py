@@ -62,8 +62,9 @@ def _noted(notes: Sequence[str]) -> list[str]:
 
 def described(rule: Rule) -> str:
     """A rule in one line: `se (reduction=16), after layer1.*, init identity`."""
-    patterns = ", ".join(rule.after or rule.before or ())
-    where = rule.place or f"{'after' if rule.after else 'before'} {patterns}"
+    patterns = ", ".join(rule.after or rule.before or rule.replace or ())
+    said = "after" if rule.after else "before" if rule.before else "in place of"
+    where = rule.place or f"{said} {patterns}"
     args = ", ".join(f"{key}={value}" for key, value in rule.args.items())
     return f"{rule.block_name}{f' ({args})' if args else ''}, {where}, init {rule.init}"
 
@@ -73,7 +74,7 @@ def row(site: Site) -> tuple[str, ...]:
     call = f" call {site.call}" if site.call > 1 else ""
     item = "" if site.output is None else f"[{site.output!r}]"
     return (
-        f"{site.position} {site.path}{item}{call}",
+        f"{site.where}{item}{call}",
         "×".join(map(str, site.shape[1:])),
         str(site.layout),
         site.name,
@@ -90,6 +91,8 @@ def sums(sites: Sequence[Site], base_parameters: int, base_macs: int) -> Iterato
     yield _sum("parameters", "{:,}".format, sum(s.parameters for s in sites), base_parameters)
     if base_macs:
         yield _sum("MACs", human, sum(s.macs for s in sites), base_macs)
+    if any(s.position == "replace" for s in sites):
+        yield "no key moves: what is replaced keeps its own, and the new part's stand below them"
     same = all(s.init != "paper" for s in sites)
     yield "output identical until training begins" if same else "output changes at once (init: paper)"
 

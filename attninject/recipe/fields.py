@@ -151,6 +151,14 @@ def _child_name(node: Node, report: Report) -> Any:
 _patterns = some(_pattern, "a pattern")
 
 
+def _module_pattern(node: Node, report: Report) -> Any:
+    """A pattern of modules; an operation is no module, whose place could be taken."""
+    text = _pattern(node, report)
+    if text is not BAD and compile_pattern(text).operation is not None:
+        return report.add(node, f"`replace` names modules, and {quoted(text)} is an operation; use `after`")
+    return text
+
+
 class Field(NamedTuple):
     """One field of a rule.
 
@@ -174,6 +182,7 @@ FIELDS: dict[str, Field] = {
     "before": Field(_patterns, "PATTERN", "the block goes on the input of what matches", "texts"),
     "place": Field(choice("a place", PLACES), "PLACE",
         "the block goes to a named place (attninject list places)", "text"),
+    "replace": Field(some(_module_pattern, "a pattern"), "PATTERN", "the block takes the place of what matches", "texts"),
     "input": Field(_operand("an operand, by position from 0 or by name", 0), "WHICH",
         "with before: which operand, by position from 0 or by name"),
     "output": Field(_operand("an index or a key of the output", None), "WHICH",
@@ -192,6 +201,8 @@ FIELDS: dict[str, Field] = {
     "name": Field(_child_name, "NAME", "name of the new module; default: the block's", "text"),
     "optional": Field(boolean, "", "finding nothing is no error", "switch"),
 }  # fmt: skip
+WHERE = ("after", "before", "place", "replace")
+"""The fields that say where a block goes: a rule has exactly one of them."""
 _CHECKERS = {name: field.check for name, field in FIELDS.items()}
 
 
@@ -226,7 +237,9 @@ def _rules(node: Node, report: Report) -> Any:
 def rule_from(node: Node, report: Report) -> Rule | None:
     """The rule of a tree, or None when a fault was reported."""
     if not isinstance(node.value, dict):
-        return cast(None, report.expected(node, "a mapping with `block` and `after`, `before` or `place`"))
+        return cast(
+            None, report.expected(node, "a mapping with `block` and `after`, `before`, `place` or `replace`")
+        )
     before = len(report.faults)
     values = checked_fields(node, _CHECKERS, "field", report, "; a block's own options go under `args`")
     _check_together(node, values, report)
@@ -255,17 +268,19 @@ def _without_partial(values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_together(node: Node, values: Mapping[str, Any], report: Report) -> None:
     """What fields demand or forbid one another."""
-    where = [key for key in ("after", "before", "place") if key in values]
-    if not where and not _misspelt(node, ("after", "before", "place")):
-        report.add(node, "one of `after`, `before` and `place` is missing: where does the block go?")
+    where = [key for key in WHERE if key in values]
+    if not where and not _misspelt(node, WHERE):
+        report.add(
+            node, "one of `after`, `before`, `place` and `replace` is missing: where does the block go?"
+        )
     for key in where[1:]:
         report.add(node.value[key][0], f"`{key}` and `{where[0]}` exclude each other; make two rules of them")
     if "input" in values and where and "before" not in where:
         report.add(node.value["input"][0], f"`input` goes with `before`, not with `{where[0]}`")
-    if "output" in values and where == ["before"]:
-        report.add(node.value["output"][0], "`output` goes with `after`, not with `before`")
-    if "call" in values and where == ["place"]:
-        report.add(node.value["call"][0], "`call` goes with `after` or `before`, not with `place`")
+    if "output" in values and where in (["before"], ["replace"]):
+        report.add(node.value["output"][0], f"`output` goes with `after`, not with `{where[0]}`")
+    if "call" in values and where in (["place"], ["replace"]):
+        report.add(node.value["call"][0], f"`call` goes with `after` or `before`, not with `{where[0]}`")
 
 
 def _misspelt(node: Node, fields: tuple[str, ...]) -> bool:

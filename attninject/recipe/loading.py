@@ -73,7 +73,7 @@ def rule_from_fields(**rule: Unpack[RuleFields]) -> Rule:
         RecipeError: all that is wrong with the fields.
     """
     if all(value is None for value in rule.values()):
-        text = "nothing to inject: give a recipe, or block= with one of after=, before= and place="
+        text = "nothing to inject: give a recipe, or block= with one of after=, before=, place= and replace="
         raise RecipeError([Fault(text)])
     report = Report()
     made = rule_from(tree_of(rule, report), report)

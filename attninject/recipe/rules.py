@@ -37,6 +37,7 @@ class RuleFields(TypedDict, total=False):
         after: pattern of modules or operations whose result is replaced: "layer[1-4].*.bn3".
         before: pattern of modules or operations whose input is replaced, for that one call.
         place: a family of sites with the same meaning on every model: "residual_branch".
+        replace: pattern of modules whose place the block takes; what they compute stays until training begins.
         input: with `before`: which operand, by position (from 0) or by name.
         output: with `after`: index or key of the tensor in a tuple, list or dict.
         layout: what the tensor's axes mean, as "NHWC", where it is not what was measured.
@@ -57,6 +58,7 @@ class RuleFields(TypedDict, total=False):
     after: _Patterns | None
     before: _Patterns | None
     place: str | None
+    replace: _Patterns | None
     input: int | str | None
     output: int | str | None
     layout: str | None
@@ -122,6 +124,7 @@ class Rule:
     after: tuple[str, ...] | None = None
     before: tuple[str, ...] | None = None
     place: str | None = None
+    replace: tuple[str, ...] | None = None
     input: int | str | None = None
     output: int | str | None = None
     layout: str | None = None
@@ -161,7 +164,7 @@ class Rule:
             default = spec.default if spec.default is not MISSING else FrozenDict()
             if value == default:
                 continue
-            single = spec.name in ("after", "before", "type", "exclude") and len(value) == 1
+            single = spec.name in ("after", "before", "replace", "type", "exclude") and len(value) == 1
             result[spec.name] = value[0] if single else thawed(value)
         return result
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import OWN, Insertion
-from .layout_adapters import note_extent, run_block
+from .layout_adapters import note_extent, passed_by, run_block, run_replacement
 from .local_graph import DECISION_NAMES, MISSING, PRESENT, AttributeRead, LocalGraph
 from .scripting import ENTRY
 
@@ -36,13 +36,15 @@ class ForwardWriter:
         """
         self.own = own is not None
         self.base, self.edit, self.local, self.watched = base, edit, local, watched
-        self.around_result = watched or any(i.target is None and i.position == "after" for i in edit)
+        self.around_result = watched or any(i.target is None and i.position != "before" for i in edit)
         self.names: dict[str, Any] = {
             "_base": base.forward,
             **DECISION_NAMES,
             "_remake": remake,
             "torch": torch,
             "run_block": run_block,
+            "run_replacement": run_replacement,
+            "passed_by": passed_by,
             "with_item": with_item,
             "note_extent": note_extent,
         }
@@ -64,13 +66,29 @@ class ForwardWriter:
                 name = self._parameter(insertion.operand)
                 lines.append(f"    {name} = {_call(insertion, name)}")
         text, calls = self._inner()
-        lines += [c.replace("return ", "_out = ", 1) for c in calls] if self.around_result else calls
+        calls = [c.replace("return ", "_out = ", 1) for c in calls] if self.around_result else calls
+        lines += self._replaced(around, calls)
         if self.watched:
             lines.append("    note_extent(self, _out)")
         lines += ["    " + _after(i) for i in around if i.position == "after"]
         if self.around_result:
             lines.append("    return _out")
         return text + "\n".join(lines) + "\n"
+
+    def _replaced(self, around: list[Insertion], calls: list[str]) -> list[str]:
+        """The lines that run the module's own forward, and behind it what stands in its place, if anything."""
+        insertion = next((i for i in around if i.position == "replace"), None)
+        if insertion is None:
+            return calls
+        given = self._parameter(insertion.operand)
+        lines = [f"    _given = {given}{'.clone()' if insertion.copy_given else ''}"]
+        if insertion.alone:
+            lines += ["    _out = None", f"    if passed_by(self.{insertion.name}):"]
+            calls = [f"    {line}" for line in calls]
+        tail = "".join(f", {a!r}" for a in layout_arguments(insertion.layout))
+        copied = ".clone()" if insertion.copy_result else ""
+        call = f"run_replacement(self.{insertion.name}, _given, _out, self{tail}){copied}"
+        return [*lines, *calls, f"    _out = {call}"]
 
     def _header(self) -> str:
         parts, star = ["self"], False

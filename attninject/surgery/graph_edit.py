@@ -14,7 +14,7 @@ from attninject.errors import CannotRewriteError
 from attninject.layout import Layout
 
 from .injected_state import Insertion
-from .layout_adapters import run_block
+from .layout_adapters import run_block, run_replacement
 from .local_graph import IN_PLACE, find
 
 
@@ -68,10 +68,11 @@ def edit_graph(graph: fx.Graph, edit: Sequence[Insertion], base: type[nn.Module]
             continue
         key = (node, insertion.output)
         value = newest.get(key) or _value_after(new, node, insertion.output)
-        result = newest[key] = _insert_after(new, value, insertion)
+        made_of = node if insertion.position == "replace" else None
+        result = newest[key] = _insert_after(new, value, insertion, made_of)
         results.append(result)
     for result in results:
-        if result.target is run_block:  # else it is a copy already
+        if result.target in (run_block, run_replacement):  # else it is a copy already
             _protect(new, result)
     return new
 
@@ -95,10 +96,28 @@ def _insert_before(graph: fx.Graph, node: fx.Node, insertion: Insertion) -> fx.N
     return result
 
 
-def _insert_after(graph: fx.Graph, value: fx.Node, insertion: Insertion) -> fx.Node:
+def _replacement_node(graph: fx.Graph, insertion: Insertion, value: fx.Node, call: fx.Node) -> fx.Node:
+    """What stands in the place of a child, behind its call: given what the child was given, and what it gave."""
+    operand = insertion.operand
+    given = call.kwargs[operand] if isinstance(operand, str) else call.args[operand]
+    if insertion.copy_given:
+        with graph.inserting_before(call):
+            given = graph.call_method("clone", (given,))
+    block = graph.create_node("get_attr", insertion.name)
+    module = graph.create_node("get_attr", str(call.target))
+    arguments = (block, given, value, module, *layout_arguments(insertion.layout))
+    result = graph.call_function(run_replacement, arguments)
+    return graph.call_method("clone", (result,)) if insertion.copy_result else result
+
+
+def _insert_after(graph: fx.Graph, value: fx.Node, insertion: Insertion, call: fx.Node | None) -> fx.Node:
+    """`call`: of the child whose place the block takes; None where it is given the value alone."""
     users = list(value.users)
     with graph.inserting_before(value.next):
-        result = _block_node(graph, insertion, value)
+        if call is None:
+            result = _block_node(graph, insertion, value)
+        else:
+            result = _replacement_node(graph, insertion, value, call)
     for user in users:
         user.replace_input_with(value, result)
     return result

@@ -28,9 +28,9 @@ class Insertion:
 
     Attributes:
         name: of the block among the carrier's children.
-        position: `after` or `before`.
+        position: `after`, `before` or `replace`.
         target: the node of the carrier's own forward (`graph`); None: the carrier's result or input (`module`).
-        operand: `before`: which operand, by position or name.
+        operand: `before`, `replace`: which operand, by position or name.
         output: `after`: which item of a tuple, list or dict; None: the result itself.
         layout: of the value.
         slot: what the name held: `free` nothing, `attribute` None, `module` a child registered as None.
@@ -38,6 +38,7 @@ class Insertion:
         copy_result: copy what it gives, since a view of that is read after an in-place operation.
         splits: the layer and the batch norm that it stands between, by path below the carrier ("": the carrier); a
             norm further out has none. None: it parts no such pair.
+        alone: `replace`: what the module itself would give is not asked for, so that its own forward does not run.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Insertion:
     copy_given: bool = False
     copy_result: bool = False
     splits: tuple[str, str] | None = field(default=None, repr=False)
+    alone: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,25 +29,75 @@ def run_block(
     Raises:
         LayoutError: the grid of the tokens of another input size cannot be told.
     """
-    if getattr(block, "_attninject_disabled", False):
+    if getattr(block, "_attninject_disabled", False):  # as `passed_by`, without a call more
         return x
-    call: Callable[[Any], Any] = _Leaf(block) if isinstance(x, fx.Proxy) else block
-    if call is block and getattr(x, "is_nested", False):
+    if getattr(x, "is_nested", False) and not isinstance(x, fx.Proxy):
         raise LayoutError(
             "a block was given a nested tensor, whose samples have lengths of their own; where it comes from "
             "nn.TransformerEncoder with a padding mask, build that with enable_nested_tensor=False"
         )
-    if grid is None and kind in ("NCHW", "NCL", "NCDHW"):
-        return call(x)
+    if grid is None and kind in _AS_BLOCKS_WANT:
+        return (_Leaf(block) if isinstance(x, fx.Proxy) else block)(x)
+    return _adapted(block, (x,), (), kind, prefix, grid)
+
+
+def run_replacement(
+    block: Any,
+    x: Any,
+    y: Any,
+    module: nn.Module,
+    kind: str = "NCHW",
+    prefix: int = 0,
+    grid: tuple[int, ...] | None = None,
+) -> Any:
+    """Call what stands in the place of a module; generated forwards call this behind the module's own.
+
+    Args:
+        block: a `Replacement`: takes what the module takes and gives, and those of its tensors that it names.
+        x: what the module is given, in the layout that the other arguments describe; see `Layout`.
+        y: what it makes of x, in the same layout; None where its own forward did not run.
+        module: it.
+
+    Returns:
+        A tensor of y's shape; y itself while the block is disabled.
+    """
+    if passed_by(block):
+        return y
+    tensors = [getattr(module, name) for name in block.tensors]
+    if grid is None and kind in _AS_BLOCKS_WANT:
+        return (_Leaf(block) if isinstance(x, fx.Proxy) else block)(x, y, *tensors)
+    return _adapted(block, (x, y), tensors, kind, prefix, grid)
+
+
+def passed_by(block: nn.Module) -> bool:
+    """Whether a block is disabled."""
+    return bool(getattr(block, "_attninject_disabled", False))
+
+
+_AS_BLOCKS_WANT = frozenset({"NCHW", "NCL", "NCDHW"})
+
+
+def _adapted(
+    block: nn.Module, values: Sequence[Any], rest: Sequence[Any], kind: str, prefix: int, grid: Any
+) -> Any:
+    """A block's call on values of one layout that it does not know, as maps, and its result in that layout."""
+    x, last = values[0], values[0] if values[-1] is None else values[-1]
+    call: Callable[..., Any] = _Leaf(block) if isinstance(x, fx.Proxy) else block
     if kind in ("NHWC", "NDHWC"):
-        last = x.ndim - 1 if isinstance(x, Tensor) else RANK[kind] - 1
-        return call(x.permute(0, last, *range(1, last))).permute(0, *range(2, last + 1), 1)
-    tokens = x[:, prefix:] if prefix else x
-    sequence = tokens if kind == "NCL" else tokens.transpose(1, 2)
-    y = call(_to_map(sequence, grid, getattr(block, EXTENT, None)))
+        axis = x.ndim - 1 if isinstance(x, Tensor) else RANK[kind] - 1
+        maps = (None if v is None else v.permute(0, axis, *range(1, axis)) for v in values)
+        return call(*maps, *rest).permute(0, *range(2, axis + 1), 1)
+    extent = getattr(block, EXTENT, None)
+    y = call(*(None if v is None else _as_map(v, kind, prefix, grid, extent) for v in values), *rest)
     y = y.flatten(2) if grid else y
     y = y if kind == "NCL" else y.transpose(1, 2)
-    return torch.cat((x[:, :prefix], y), dim=1) if prefix else y
+    return torch.cat((last[:, :prefix], y), dim=1) if prefix else y
+
+
+def _as_map(x: Any, kind: str, prefix: int, grid: Any, extent: Extent | None) -> Any:
+    """Tokens without those in front, channels first, in rows and columns where there is a grid."""
+    tokens = x[:, prefix:] if prefix else x
+    return _to_map(tokens if kind == "NCL" else tokens.transpose(1, 2), grid, extent)
 
 
 class _Leaf:
@@ -56,13 +106,13 @@ class _Leaf:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
 
-    def __call__(self, x: fx.Proxy) -> Any:
+    def __call__(self, x: fx.Proxy, *rest: Any) -> Any:
         tracer: Any = x.tracer
         stay_float(self.block, tracer)
         usual = tracer.is_leaf_module
         tracer.is_leaf_module = lambda m, name: m is self.block or usual(m, name)
         try:
-            return self.block(x)
+            return self.block(x, *rest)
         finally:
             del tracer.is_leaf_module
 

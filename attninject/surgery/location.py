@@ -26,6 +26,7 @@ class Location:
         device: of the tensor there; meta where the probe did not look.
         time: orders the blocks of one carrier as the dataflow does.
         source: the layer that makes the map whose positions the tokens at the site are; None: not known.
+        old: the module whose place the block takes; None where it takes none.
     """
 
     insertion: Insertion
@@ -36,6 +37,7 @@ class Location:
     device: torch.device = torch.device("meta")  # noqa: RUF009 (immutable)
     time: int = 0
     source: nn.Module | None = None
+    old: nn.Module | None = None
 
     @property
     def mechanism(self) -> Mechanism:

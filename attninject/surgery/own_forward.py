@@ -151,7 +151,7 @@ def assign(carrier: nn.Module, value: Any, regenerate: Callable[[nn.Module], Non
         )
     parameters = _signature(value, carrier).parameters
     for i in known.edit:
-        if i.position == "before" and isinstance(i.operand, str) and i.operand not in parameters:
+        if i.position != "after" and isinstance(i.operand, str) and i.operand not in parameters:
             raise CannotRewriteError(
                 f"{cls}: the forward given to this instance takes no {i.operand!r}, which {i.name} works on; "
                 "eject it first"

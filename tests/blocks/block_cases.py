@@ -6,8 +6,8 @@ function of the arguments → names of the tensors that mathematically get no gr
 (blocks that as published start as the identity), `NO_LOGITS` (test ids without gate or softmax), `REFUSES`
 (block → those of 1, 3 and 7 channels that it refuses with its default options), `CONSTANT` (block → the inits
 under which no weight is random), `JOINT_NORM` (blocks whose norms see several values even at one position),
-`SLOW_EXPORT` (blocks whose export with free sizes and compiling take many seconds), and, which every block
-must have, `COUNTS` and `MACS` (as in test_block_counts).
+`UNSCRIPTED` (blocks that TorchScript does not compile), `SLOW_EXPORT` (blocks whose export with free sizes and
+compiling take many seconds), and, which every block must have, `COUNTS` and `MACS` (as in test_block_counts).
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ PAPER_IS_IDENTITY: set[str] = gathered("PAPER_IS_IDENTITY", set())
 NO_LOGITS: set[str] = gathered("NO_LOGITS", set())
 REFUSES: dict[str, set[int]] = gathered("REFUSES", {})
 SLOW_EXPORT: set[str] = gathered("SLOW_EXPORT", set())
+UNSCRIPTED: set[str] = gathered("UNSCRIPTED", set())
 CONSTANT: dict[str, set[str]] = gathered("CONSTANT", {})
 JOINT_NORM: set[str] = gathered("JOINT_NORM", set())
 

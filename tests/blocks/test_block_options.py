@@ -67,7 +67,7 @@ def samples(check: Check) -> tuple[Any, ...]:
     if isinstance(check, Maybe):
         return (None, *samples(check.check))
     if isinstance(check, Int):
-        return (check.min or 0, 1, 2, 4)
+        return tuple(value for value in (check.min or 0, 1, 2, 4) if check.accepts(value))
     return {Bool: BOTH, Odd: (1, 3, 5), Reduction: WIDTHS}.get(type(check), ())
 
 

@@ -82,7 +82,7 @@ def elsewhere(*argv: str, **kw: object) -> subprocess.CompletedProcess[str]:
         (["visualize", NET, "a.png", "-o", "b"], "or --block with --after"),
         (["plan"], "required: MODEL"),
         (["plan", NET], "give a RECIPE (attninject list recipes), or --block"),
-        (["plan", NET, "--block", "se"], "--block se needs --after, --before or --place"),
+        (["plan", NET, "--block", "se"], "--block se needs --after, --before, --place or --replace"),
         (["plan", NET, "--after", "layer1"], "give a RECIPE"),
         (
             ["plan", NET, "se", "--block", "se", "--place", "stage_end"],

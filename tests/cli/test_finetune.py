@@ -203,7 +203,7 @@ def test_data_may_be_a_folder(images: Path, tmp_path: Path) -> None:
             2,
             "give one of the two",
         ),
-        ([*GIVEN, "--block", "se"], 2, "--block se needs --after, --before or --place"),
+        ([*GIVEN, "--block", "se"], 2, "--block se needs --after, --before, --place or --replace"),
         ([*GIVEN, "--data-auto-augment", "augmx-m3"], 2, "found 'augmx-m3'; did you mean augmix?"),
         ([*GIVEN, "--data-auto-augment", "rand-mtsd0.5"], 2, "sections such as m1, n1, p0.5"),
         ([*GIVEN, "--data-augment", "non"], 2, "did you mean none?"),

@@ -233,9 +233,15 @@ def test_a_class_serves_as_block():
 @pytest.mark.parametrize(
     ("fields", "messages"),
     [
-        ({"block": "se"}, ["one of `after`, `before` and `place` is missing: where does the block go?"]),
+        (
+            {"block": "se"},
+            ["one of `after`, `before`, `place` and `replace` is missing: where does the block go?"],
+        ),
         ({"block": "se", "afterr": "x"}, ["unknown field 'afterr'; did you mean after?"]),
-        ({}, ["nothing to inject: give a recipe, or block= with one of after=, before= and place="]),
+        (
+            {},
+            ["nothing to inject: give a recipe, or block= with one of after=, before=, place= and replace="],
+        ),
         ({"block": MyBlock, "after": "x"}, ["needs the argument 'k'"]),
         ({"block": MyBlock, "after": "x", "args": {"k": 1, "gats": 2}}, ["'gats'; did you mean 'gate'?"]),
         (
@@ -345,7 +351,7 @@ rules:
     [
         (
             "block: se",
-            "2:5: rule 1: one of `after`, `before` and `place` is missing: where does the block go?",
+            "2:5: rule 1: one of `after`, `before`, `place` and `replace` is missing: where does the block go?",
         ),
         ("after: a", "2:5: rule 1: `block` is missing"),
         ("block: cbma, after: a", "2:13: rule 1, block: unknown block 'cbma'; did you mean cbam"),
@@ -488,7 +494,7 @@ def test_faults_of_one_rule(fields, message):
         ("rules:\n- {block: se, place: stage_end, reduction: 4}", "a block's own options go under `args`"),
         (
             "rules: [3]",
-            "r.yaml:1:9: rule 1: expected a mapping with `block` and `after`, `before` or `place`, found",
+            "r.yaml:1:9: rule 1: expected a mapping with `block` and `after`, `before`, `place` or `replace`, found",
         ),
         ("rules:\n- {block: se", "r.yaml:2:13: no YAML: expected ',' or '}'"),
         (
@@ -544,7 +550,7 @@ def test_alias_bomb():
         ("a\0.yaml", "cannot be read: embedded null byte"),
         ("rules:\n- 1", "a text of several lines is no path; read it with parse_recipe(text)"),
         (5, "expected a recipe's name, a path, a dict or a Recipe, found int"),
-        ({"rules": [{"block": "se"}]}, "rule 1: one of `after`, `before` and `place` is missing"),
+        ({"rules": [{"block": "se"}]}, "rule 1: one of `after`, `before`, `place` and `replace` is missing"),
         ({"block": "se", "afer": "x"}, "unknown field 'afer'; did you mean after?"),
     ],
 )

@@ -30,6 +30,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin": ("timm/swin_tiny_patch4_window7_224", {"block": "se", "place": "stage_end"}),
     "an operand": ("torchvision/resnet18", {"block": "se", "before": "layer4.*::add", "input": 1}),
     "every call": ("torchvision/resnet18", {"block": "eca", "after": "layer[34].*.relu", "call": "all"}),
+    "in place of": ("torchvision/resnet18", {"block": "dynamic_conv", "replace": "layer4.*.conv2"}),
     "a root": ("torchvision/resnet18", {"block": "se", "place": "stage_end", "root": "layer3"}),
     "paper and arguments": (
         "torchvision/resnet18",
@@ -339,6 +340,8 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "two axes": (_vector, {"after": "3"}),
     "a plain list": (Hidden, {"place": "block_end", "args": {}}),
     "changes the function": (small, {"block": Changes, "args": {}, "after": "inner.a"}),
+    "of another shape": (small, {"block": "se", "args": {}, "replace": "stem"}),
+    "no convolution": (small, {"block": "dynamic_conv", "args": {}, "replace": "inner"}),
     "a block that fails": (small, {"block": Breaks, "args": {}, "after": "inner.a"}),
     "arguments at the site": (small, {"block": "ge", "args": {"extent": 3}, "after": "inner.a"}),
 }
