@@ -37,7 +37,9 @@ def _build(site: Site, location: Location, fallback: Tensor) -> nn.Module:
         site.block, site.channels, init=site.init, dims=site.layout.dims, **site.args
     )
     like = first_float(location.carrier, fallback)
-    block.to(device=like.device if location.device.type == "meta" else location.device, dtype=like.dtype)
+    device = like.device if location.device.type == "meta" else location.device
+    if any(t.device != device or t.dtype != like.dtype for t in (*block.parameters(), *block.buffers())):
+        block.to(device=device, dtype=like.dtype)
     block.train(location.carrier.training)
     block.__dict__[SITE] = replace(site, block=registry.reference(site.block))
     return block

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -133,6 +134,45 @@ def _traceable(factory: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+class _Given:
+    """Code that hands on to `_attninject`, for functions without a cell and with that of `super()`."""
+
+    @staticmethod
+    def plain(*args: Any, _attninject: Any) -> Any:
+        return _attninject(*args)
+
+    @staticmethod
+    def of_class(*args: Any, _attninject: Any) -> Any:
+        return __class__ and _attninject(*args)  # type: ignore[name-defined]
+
+
+_GIVEN = {len(f.__code__.co_freevars): f.__code__ for f in (_Given.plain, _Given.of_class)}
+
+
+@contextlib.contextmanager
+def running(
+    function: FunctionType, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let a function run `wrap(function)` for a while, by its code.
+
+    To set `__setattr__` of `nn.Module` itself, Python has to go through all subclasses, over a thousand where
+    torchvision and timm are loaded: that took a third of a trace. A function's code is one pointer. The argument
+    is there before the code that takes it, since other threads may be calling.
+    """
+    code, named, cells = function.__code__, function.__kwdefaults__, function.__closure__
+    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, cells)
+    original.__kwdefaults__ = named
+
+    def put_back() -> None:
+        function.__code__ = code
+        function.__kwdefaults__ = named
+
+    with undoing(put_back):
+        function.__kwdefaults__ = {"_attninject": wrap(original)}
+        function.__code__ = _GIVEN[len(cells or ())]
+        yield
+
+
 @contextlib.contextmanager
 def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     """Record attribute reads and questions; refuse what a graph would silently lose: writes, checkpoints, contexts.
@@ -158,8 +198,6 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
         ),
         (torch._C, "_set_grad_enabled", GRAD_MODE),
         (torch.amp.autocast_mode.autocast, "__enter__", "its forward sets autocast"),
-        (nn.Module, "__setattr__", "its forward writes an attribute"),
-        (nn.Module, "__delattr__", "its forward writes an attribute"),
     ]
     patches = [(place, name, refuse(why, getattr(place, name))) for place, name, why in refusals]
     patches.append((torch, "is_grad_enabled", reads.is_grad_enabled))
@@ -172,7 +210,11 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
         for place, name, value in saved:
             setattr(place, name, value)
 
-    with undoing(put_back):
+    def refuse_writes(original: Callable[..., Any]) -> Callable[..., Any]:
+        return refuse("its forward writes an attribute", original)
+
+    setting, deleting = nn.Module.__setattr__, nn.Module.__delattr__
+    with undoing(put_back), running(setting, refuse_writes), running(deleting, refuse_writes):
         for place, name, patch in patches:
             setattr(place, name, patch)
         nn.Module.__getattribute__ = lambda self, name: reads.get(self, name)  # type: ignore[method-assign, arg-type]

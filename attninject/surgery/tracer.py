@@ -20,7 +20,16 @@ from attninject.errors import TraceRefused
 from attninject.observe.snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
 
 from .attribute_guard import GRAD_MODE, AttributeReads, NoWrites, guarded
-from .local_graph import IN_PLACE, Arguments, AttributeRead, Decision, LocalGraph, expression_of, is_number
+from .local_graph import (
+    IN_PLACE,
+    Arguments,
+    AttributeRead,
+    Decision,
+    LocalGraph,
+    expression_of,
+    is_number,
+    signature_of,
+)
 
 _CHECKPOINT_FLAGS = frozenset({"grad_checkpointing", "use_checkpoint", "with_cp", "memory_efficient"})
 
@@ -108,7 +117,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """One placeholder per input; constants are passed as they are."""
         positional, keyword = [], {}
-        parameters = inspect.signature(self.forward).parameters
+        parameters = signature_of(self.forward).parameters
         for argument in self.arguments.items:
             parameter = parameters.get(argument.name)
             if parameter and parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
