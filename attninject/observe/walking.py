@@ -1,4 +1,4 @@
-"""The modules of a network, each once, in the order of `modules()`, whose nested generators take several times as long."""
+"""The modules of a network, each once, in the order of `modules()`, whose nested generators take longer."""
 
 from __future__ import annotations
 
