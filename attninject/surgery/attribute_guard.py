@@ -151,25 +151,33 @@ _GIVEN = {len(f.__code__.co_freevars): f.__code__ for f in (_Given.plain, _Given
 
 @contextlib.contextmanager
 def running(
-    function: FunctionType, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    place: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Let a function run `wrap(function)` for a while, by its code.
+    """Let a method run `wrap` of itself for a while, by its code where that can be.
 
     To set `__setattr__` of `nn.Module` itself, Python has to go through all subclasses, over a thousand where
     torchvision and timm are loaded: that took a third of a trace. A function's code is one pointer. The argument
-    is there before the code that takes it, since other threads may be calling.
+    is there before the code that takes it, since other threads may be calling. What somebody else has put in the
+    method's place may be no such function; then the attribute is set.
     """
-    code, named, cells = function.__code__, function.__kwdefaults__, function.__closure__
-    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, cells)
+    function: Any = getattr(place, name)
+    code = _GIVEN.get(len(function.__closure__ or ())) if type(function) is FunctionType else None
+    if code is None:
+        with undoing(lambda: setattr(place, name, function)):
+            setattr(place, name, wrap(function))
+            yield
+        return
+    own, named = function.__code__, function.__kwdefaults__
+    original = FunctionType(own, function.__globals__, name, function.__defaults__, function.__closure__)
     original.__kwdefaults__ = named
 
     def put_back() -> None:
-        function.__code__ = code
+        function.__code__ = own
         function.__kwdefaults__ = named
 
     with undoing(put_back):
         function.__kwdefaults__ = {"_attninject": wrap(original)}
-        function.__code__ = _GIVEN[len(cells or ())]
+        function.__code__ = code
         yield
 
 
@@ -213,8 +221,11 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     def refuse_writes(original: Callable[..., Any]) -> Callable[..., Any]:
         return refuse("its forward writes an attribute", original)
 
-    setting, deleting = nn.Module.__setattr__, nn.Module.__delattr__
-    with undoing(put_back), running(setting, refuse_writes), running(deleting, refuse_writes):
+    with (
+        undoing(put_back),
+        running(nn.Module, "__setattr__", refuse_writes),
+        running(nn.Module, "__delattr__", refuse_writes),
+    ):
         for place, name, patch in patches:
             setattr(place, name, patch)
         nn.Module.__getattribute__ = lambda self, name: reads.get(self, name)  # type: ignore[method-assign, arg-type]
