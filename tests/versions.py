@@ -95,9 +95,7 @@ def environment(version: Version, folder: Path) -> Path:
     if done.returncode:
         shutil.rmtree(place, ignore_errors=True)
         raise RuntimeError(f"not installed: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
-    subprocess.run(
-        [str(python), "-m", "pip", "uninstall", "-q", "-y", "attninject"], check=True
-    )
+    subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", "attninject"], check=True)
     (place / "complete").touch()
     return python
 

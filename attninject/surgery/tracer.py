@@ -8,7 +8,6 @@ operations, replayed on the probe's values, are those of the module's own forwar
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
