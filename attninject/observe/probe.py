@@ -16,10 +16,11 @@ from attninject.errors import ProbeError, UnsupportedModelError
 from attninject.terms import ProbeMode
 
 from .example_inputs import Inputs, candidates
-from .meta_kernels import meta_like, short_recurrences
+from .meta_kernels import empty_alike, meta_like, short_recurrences
 from .record import Record, map_tensors
 from .recorder import Recorder, calls_through, direct_forwards, iterations
 from .snapshot import rng_kept, stand_ins, undoing
+from .walking import modules_in, named_modules_in
 
 # --- running -----------------------------------------------------------------------------------
 
@@ -43,7 +44,7 @@ def run(
     record.hooks = hooks
     make, context = _maker(mode)
     with rng_kept(), torch.no_grad(), context, stand_ins(model, make, hooks) as memo:
-        for module in model.modules():
+        for module in modules_in(model):
             module.__dict__["training"] = training
         record.stand_ins = memo
         device = next((t.device for t in memo.values()), torch.device("cpu"))
@@ -68,9 +69,10 @@ def _image_first(record: Record) -> tuple[int, ...]:
     A detector takes a list of images without a batch axis: there it is the first batch that a module takes.
     """
     given = record.calls[0].ins if record.calls else ()
-    batched = [v for call in record.calls for v in call.ins if len(record.shape(v)) > 3]
-    if given and batched and record.calls[0].args and isinstance(record.calls[0].args[0], list):
-        return (batched[0], *given)
+    if given and record.calls[0].args and isinstance(record.calls[0].args[0], list):
+        batched = (v for call in record.calls for v in call.ins if len(record.shape(v)) > 3)
+        if (first := next(batched, None)) is not None:
+            return (first, *given)
     return tuple(sorted(given, key=lambda v: -len(record.shape(v))))
 
 
@@ -81,7 +83,7 @@ def _data_dependent(error: Exception) -> bool:
 
 def _maker(mode: ProbeMode) -> tuple[Callable[[Tensor], Tensor], contextlib.AbstractContextManager[Any]]:
     if mode == "meta":
-        return lambda t: torch.empty_like(t.detach(), device="meta"), contextlib.nullcontext()
+        return empty_alike, contextlib.nullcontext()
     if mode == "fake":
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -153,7 +155,8 @@ def probe(model: nn.Module, example_inputs: Any = None, *, partial: bool = False
 
 def _modes(model: nn.Module) -> tuple[ProbeMode, ...]:
     """What to make stand-ins of, in order; only fake and real tensors know on which of several devices they lie."""
-    several = len({p.device for p in model.parameters()}) > 1
+    held = (m._parameters for m in modules_in(model) if m._parameters)
+    several = len({p.device for parameters in held for p in parameters.values() if p is not None}) > 1
     return ("fake", "real", "meta") if several else ("meta", "fake", "real")
 
 
@@ -165,8 +168,9 @@ def hooked(model: nn.Module) -> list[str]:
 
     return [
         name
-        for name, m in model.named_modules()
-        if any(foreign(h) for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+        for name, m in named_modules_in(model)
+        if (m._forward_hooks or m._forward_pre_hooks)
+        and any(foreign(h) for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     ]
 
 

@@ -6,7 +6,7 @@ Tensors in recorded arguments and results are replaced by a `Ref`; what walks su
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ class Ref:
     value: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Value:
     """One version of one tensor. An in-place operation makes a new version on the same storage."""
 
@@ -35,7 +35,7 @@ class Value:
     device: torch.device
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Op:
     """One ATen operation in a module's own forward, outside its children."""
 
@@ -61,21 +61,13 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     out: Any = None
+    ins: tuple[int, ...] = ()  # values among the arguments, in order
+    outs: tuple[int, ...] = ()  # values among the results, in order
     exotic: str = ""  # class of a nested result that is no plain tuple, list or dict
     end: int = -1
     events: list[Op | Call] = field(default_factory=list)
     runs: dict[int, int] = field(default_factory=dict)  # id of a child -> its calls in this run
     direct: bool = False  # by `module.forward(…)`, past `__call__` and its hooks
-
-    @functools.cached_property
-    def ins(self) -> tuple[int, ...]:
-        """Values among the arguments, in order."""
-        return tuple(r.value for r in refs((self.args, self.kwargs)))
-
-    @functools.cached_property
-    def outs(self) -> tuple[int, ...]:
-        """Values among the results, in order."""
-        return tuple(r.value for r in refs(self.out))
 
     def ops(self) -> Iterator[Op]:
         """Every operation of the call, those inside its children too."""
@@ -113,6 +105,12 @@ class Record:
         """The calls of one module, in order."""
         return self.by_module.get(id(module), [])
 
+    def forget(self) -> None:
+        """Let go of the calls, which refer to one another: they are freed at once, and no garbage to be looked for."""
+        for call in self.calls:
+            call.parent = None
+            call.events.clear()
+
     def shape(self, value: int) -> tuple[int, ...]:
         """Shape of a value."""
         return self.values[value].shape
@@ -140,6 +138,27 @@ def map_values(tree: Any, fn: Callable[[Any], Any]) -> Any:
 
 
 _LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, slice})
+_TENSORS = frozenset({Tensor, nn.Parameter})
+
+
+def tensors_in(*trees: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
+    found: list[Tensor] = []
+    _gather(trees, found)
+    return found
+
+
+def _gather(items: Iterable[Any], found: list[Tensor]) -> None:
+    for item in items:
+        kind = type(item)
+        if kind in _LEAVES:
+            continue
+        if kind in _TENSORS or isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            _gather(item, found)
+        elif isinstance(item, Mapping):
+            _gather(item.values(), found)
 
 
 def _map(tree: Any, kind: type | tuple[type, ...], fn: Callable[[Any], Any]) -> Any:
@@ -170,9 +189,12 @@ def written_arguments(op: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     )
 
 
+name_of = functools.cache(str)  # of an ATen operation, as `Op.name` has it
+
+
 def written_tensors(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that this call of an ATen operation writes to."""
-    found: list[Tensor] = []
-    for position, name in written_arguments(op):
-        map_tensors(args[position] if position < len(args) else kwargs.get(name), found.append)
-    return found
+    written = written_arguments(op)
+    if not written:
+        return []
+    return tensors_in([args[at] if at < len(args) else kwargs.get(name) for at, name in written])

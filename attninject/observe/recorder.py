@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .meta_kernels import execute, meta_like
-from .record import Call, Op, Record, Ref, Value, map_tensors, written_tensors
+from .record import Call, Op, Record, Ref, Value, map_tensors, name_of, tensors_in, written_tensors
 from .snapshot import PATCHING, undoing
 
 # --- recording ---------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ from .snapshot import PATCHING, undoing
 
 def _exotic(tree: Any) -> str:
     """Name of the first class in a nested result that a graph would not rebuild as it was."""
-    if not isinstance(tree, (Mapping, tuple, list)):
+    if isinstance(tree, Tensor) or not isinstance(tree, (Mapping, tuple, list)):
         return ""
     items = list(tree.values()) if isinstance(tree, Mapping) else list(tree)
     if type(tree) not in (tuple, list, dict) and not hasattr(tree, "_fields"):
@@ -96,23 +96,21 @@ class Recorder(Mode):
         kwargs = kwargs or {}
         if not self.stack:
             return func(*args, **kwargs)
-        ins: list[int] = []
-        map_tensors((args, kwargs), lambda t: ins.append(self.value_of(t)))
+        ins = [self.value_of(t) for t in tensors_in(args, kwargs)]
         given = self._kept(args, kwargs)
         out = execute(func, args, kwargs)
         written = written_tensors(func, args, kwargs)
         for tensor in written:
             self.new_value(tensor)
-        outs: list[int] = []
-        map_tensors(out, lambda t: outs.append(self.value_of(t)))
+        outs = [self.value_of(t) for t in tensors_in(out)]
         values = self.record.values
         op = Op(
             time=next(self.clock),
-            name=str(func),
+            name=name_of(func),
             ins=tuple(ins),
             outs=tuple(dict.fromkeys(outs + [self.current[id(t)] for t in written])),
-            writes=frozenset(values[self.current[id(t)]].storage for t in written),
-            reads=frozenset(values[i].storage for i in ins),
+            writes=frozenset([values[self.current[id(t)]].storage for t in written]),
+            reads=frozenset([values[i].storage for i in ins]),
             call=self.stack[-1],
             func=func,
             given=given,
@@ -126,6 +124,16 @@ class Recorder(Mode):
             return args, kwargs
         kept = map_tensors((args, kwargs), lambda t: Ref(self.current[id(t)]))
         return cast(tuple[Any, dict[str, Any]], kept)
+
+    def _referred(self, tree: Any) -> tuple[Any, tuple[int, ...]]:
+        """Arguments or results with a `Ref` for each tensor, and the values of these."""
+        values: list[int] = []
+
+        def refer(tensor: Tensor) -> Ref:
+            values.append(self.value_of(tensor))
+            return Ref(values[-1])
+
+        return map_tensors(tree, refer), tuple(values)
 
     def call(
         self,
@@ -143,8 +151,9 @@ class Recorder(Mode):
         if parent:
             number = parent.runs[id(module)] = parent.runs.get(id(module), 0) + 1
         call = Call(module, parent, number, next(self.clock), direct=direct)
-        call.args = map_tensors(args, lambda t: Ref(self.value_of(t)))
-        call.kwargs = map_tensors(kwargs, lambda t: Ref(self.value_of(t)))
+        call.args, given = self._referred(args)
+        call.kwargs, named = self._referred(kwargs) if kwargs else ({}, ())
+        call.ins = (*given, *named)
         if parent:
             parent.events.append(call)
         self.record.calls.append(call)
@@ -154,7 +163,7 @@ class Recorder(Mode):
             out = original(module, *args, **kwargs)
         finally:
             self.stack.pop()
-        call.out = map_tensors(out, lambda t: Ref(self.value_of(t)))
+        call.out, call.outs = self._referred(out)
         call.exotic = _exotic(out)
         call.end = next(self.clock)
         return out

@@ -7,15 +7,18 @@ change in a module (plain attributes, caches in lists and dicts, modes) is put b
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from .walking import modules_in
 
 # Held while code of the whole process is patched: else two threads that plan put back each other's patches.
 PATCHING = threading.RLock()
@@ -61,57 +64,70 @@ def generators() -> Any:
     """The states of the generators that Python code can draw from, to compare."""
     numpy = sys.modules.get("numpy")
     name, keys, *rest = numpy.random.get_state() if numpy else ("", None)
-    return random.getstate(), torch.get_rng_state().tolist(), name, keys is not None and keys.tolist(), rest
+    mine = torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), mine, name, keys is not None and keys.tobytes(), rest
 
 
 _CONTAINERS = (dict, list, set)
-_EMPTY: tuple[()] = ()  # the contents of any empty container: most of a module's are hooks that nobody set
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(cls: type) -> str:
+    """What a value of a class is to a snapshot: a `tensor`, a `container`, or nothing to look into."""
+    if issubclass(cls, Tensor):
+        return "tensor"
+    return "container" if issubclass(cls, _CONTAINERS) else ""
 
 
 class Snapshot:
-    """The `__dict__` of every module under a root, with the contents of plain containers in it."""
+    """The `__dict__` of every module under a root, with the contents of plain containers in it.
+
+    Attributes:
+        attributes: of each module its `__dict__`, and a copy of that.
+        containers: those with something in them, and copies.
+        empty: containers without anything: most of a module's are hooks that nobody set.
+        tensors: where a tensor is held, by container and key.
+    """
 
     def __init__(self, root: nn.Module) -> None:
-        self.attributes = [(m, m.__dict__, dict(m.__dict__)) for m in root.modules()]
+        self.attributes = [(m.__dict__, dict(m.__dict__)) for m in modules_in(root)]
         self.containers: list[tuple[Any, Any]] = []
+        self.empty: list[Any] = []
+        self.tensors: list[tuple[Any, Any]] = []
         seen: set[int] = set()
-        for _, _, saved in self.attributes:
-            for value in saved.values():
-                if isinstance(value, _CONTAINERS):
-                    self._save(value, seen)
+        for now, saved in self.attributes:
+            self._look_into(now, saved.items(), seen)
 
-    def _save(self, value: Any, seen: set[int]) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        self.containers.append((value, value.copy() if value else _EMPTY))
-        for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, _CONTAINERS):
-                self._save(item, seen)
+    def _look_into(self, holder: Any, items: Iterable[tuple[Any, Any]], seen: set[int]) -> None:
+        for key, value in items:
+            kind = _kind(type(value))
+            if kind == "tensor" and not isinstance(holder, set):
+                self.tensors.append((holder, key))
+            elif kind == "container" and not value:
+                self.empty.append(value)
+            elif kind == "container" and id(value) not in seen:
+                seen.add(id(value))
+                self.containers.append((value, value.copy()))
+                self._look_into(value, value.items() if isinstance(value, dict) else enumerate(value), seen)
 
     def changed(self) -> bool:
         """Whether anything differs from what was saved (by identity)."""
-        return any(not _same(now, saved) for _, now, saved in self.attributes) or any(
-            not _same(now, saved) for now, saved in self.containers
-        )
+        pairs = (*self.attributes, *self.containers)
+        return any(self.empty) or any(not _same(now, saved) for now, saved in pairs)
 
     def restore(self) -> None:
         """Put back what differs, in the saved order."""
-        for now, saved in self.containers:
+        for now in filter(None, self.empty):
+            now.clear()
+        for now, saved in (*self.containers, *self.attributes):
             if not _same(now, saved):
                 now.clear()
                 now.extend(saved) if isinstance(now, list) else now.update(saved)
-        for _, now, saved in self.attributes:
-            if not _same(now, saved):
-                now.clear()
-                now.update(saved)
 
 
 def _same(now: Any, saved: Any) -> bool:
     if len(now) != len(saved):
         return False
-    if not saved:
-        return True
     if isinstance(now, dict):  # the order of the keys counts too: state_dict has one
         return all(map(operator.is_, now, saved)) and all(map(operator.is_, now.values(), saved.values()))
     if isinstance(now, list):
@@ -133,8 +149,7 @@ def stand_ins(
 
     def stand_in(tensor: Tensor) -> Tensor:
         if id(tensor) not in memo:
-            with torch.no_grad():
-                made = make(tensor)
+            made = make(tensor)
             if isinstance(tensor, nn.Parameter):
                 made = nn.Parameter(made, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = made
@@ -142,20 +157,13 @@ def stand_ins(
 
     snapshot = Snapshot(root)
     with undoing(snapshot.restore):
-        for _, attributes, _ in snapshot.attributes:
-            for key, value in attributes.items():
-                if isinstance(value, Tensor):
-                    attributes[key] = stand_in(value)
+        with torch.no_grad():
+            for holder, key in snapshot.tensors:
+                holder[key] = stand_in(holder[key])
+        for attributes, _ in snapshot.attributes:
             if attributes.get("_compiled_call_impl") is not None:
                 attributes["_compiled_call_impl"] = None
-            if not hooks:
-                attributes["_forward_hooks"] = type(attributes["_forward_hooks"])()
-                attributes["_forward_pre_hooks"] = type(attributes["_forward_pre_hooks"])()
-        for container, _ in snapshot.containers:
-            if isinstance(container, set) or not container:
-                continue
-            items = container.items() if isinstance(container, dict) else enumerate(container)
-            for at, value in list(items):
-                if isinstance(value, Tensor):
-                    container[at] = stand_in(value)
+            for name in () if hooks else ("_forward_hooks", "_forward_pre_hooks"):
+                if attributes[name]:
+                    attributes[name] = type(attributes[name])()
         yield memo

@@ -41,7 +41,9 @@ def _build(site: Site, location: Location, fallback: Tensor) -> nn.Module:
         forward = base_class(location.old).forward
         block = registry.create_replacement(site.block, location.old, site.channels, forward=forward, **given)
     like = first_float(location.old or location.carrier, first_float(location.carrier, fallback))
-    block.to(device=like.device if location.device.type == "meta" else location.device, dtype=like.dtype)
+    device = like.device if location.device.type == "meta" else location.device
+    if any(t.device != device or t.dtype != like.dtype for t in (*block.parameters(), *block.buffers())):
+        block.to(device=device, dtype=like.dtype)
     block.train(location.carrier.training)
     block.__dict__[SITE] = replace(site, block=registry.reference(site.block))
     return block

@@ -327,7 +327,7 @@ def _beside(scene: Scene, spot: Spot, path: str, reason: str) -> Spot:
     assert isinstance(call, Call)
     owner = call.parent
     assert owner is not None
-    events = scene.users[id(owner), spot.value]
+    events = scene.users(owner, spot.value)
     if spot.position == "after":
         users = [e for e in events if e is not call and spot.value in e.ins]
         if spot.value not in owner.outs and len(users) == 1 and isinstance(users[0], Call):
@@ -419,7 +419,7 @@ def parted(scene: Scene, spot: Spot, carrier: nn.Module) -> tuple[str, str] | No
     Such a pair is folded into one layer for inference, which would reach across the block.
     """
     owner = spot.owner
-    events = scene.users.get((id(owner), spot.value), ()) if owner else ()
+    events = scene.users(owner, spot.value) if owner else ()
     makers = [e for e in events if spot.value in e.outs]
     readers = [e for e in events if spot.value in e.ins]
     if len(makers) != 1 or len(readers) != 1:

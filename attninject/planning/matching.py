@@ -93,7 +93,7 @@ def _first_inside(scene: Scene, spot: Spot) -> Spot | None:
     for event in call.events:
         if isinstance(event, Op) and kind(event) == "cat" and given == {*event.ins}:
             return _if_reached(scene, Spot(event, "after", event.outs[0]))
-    readers = [e for e in scene.users[id(call), spot.value] if spot.value in e.ins]
+    readers = [e for e in scene.users(call, spot.value) if spot.value in e.ins]
     if len(readers) == 1 and isinstance(reader := readers[0], Call):
         inner = Spot(reader, "before", spot.value, operand=operand_of(reader, spot.value))
         return inner if _is_tensor(inner) else _first_inside(scene, inner)
@@ -178,7 +178,7 @@ def _before_its_reader(scene: Scene, spot: Spot) -> Spot | None:
     owner = spot.owner
     if owner is None or spot.position != "after":
         return None
-    events = scene.users[id(owner), spot.value]
+    events = scene.users(owner, spot.value)
     readers = [e for e in events if e is not spot.event and spot.value in e.ins]
     first = readers[0] if readers else None
     if not isinstance(first, Call) or (len(readers) > 1 and spot.value not in first.outs):

@@ -74,14 +74,21 @@ def _uncollected() -> Iterator[None]:
 
 def _make(model: nn.Module, recipe: Recipe, root: str, example_inputs: Any, strict: bool) -> Plan:
     try:
-        return _Planner(model, recipe, root, example_inputs, strict, partial=True).plan()
+        return _planned(_Planner(model, recipe, root, example_inputs, strict, partial=True))
     except _Incomplete as stopped:
         try:
-            return _Planner(model, recipe, root, example_inputs, strict, partial=False).plan()
+            return _planned(_Planner(model, recipe, root, example_inputs, strict, partial=False))
         except ProbeError as failed:
             raise ProbeError(
                 f"{stopped.__cause__} (as far as the forward goes without data; with data it fails: {failed})"
             ) from failed
+
+
+def _planned(planner: _Planner) -> Plan:
+    try:
+        return planner.plan()
+    finally:
+        planner.scene.forget()
 
 
 class _Incomplete(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -44,6 +44,7 @@ class Scene:
         self.root = model.get_submodule(root)
         self._rerun = rerun
         self.layouts: dict[tuple[Any, ...], Layout | None] = {}
+        self._users: dict[int, dict[int, list[Call | Op]]] = {}  # by id of a run of an owner, then by value
         self.graphs: dict[tuple[int, bool], LocalGraph | TraceRefused] = {}
         self.templates: list[LocalGraph] = []  # of owners alike, one trace serves all; each is checked
         blocks = {id(m) for b in injected_blocks(model).values() for m in b.modules()}
@@ -94,6 +95,13 @@ class Scene:
         if not calls:
             raise NotCalledError(f"the root {self.root_path!r} is never called in the model's forward")
         return PlaceMap(self.record, calls[0])
+
+    def forget(self) -> None:
+        """Let go of what was recorded; see `Record.forget`. The scene is of no use afterwards."""
+        for record in (self.record, self.__dict__.get("other"), self.__dict__.get("training_record")):
+            if record is not None:
+                record.forget()
+        self.__dict__.clear()
 
     @functools.cached_property
     def other(self) -> Record | None:
@@ -178,15 +186,15 @@ class Scene:
                 found.setdefault(storage, []).append(op)
         return found
 
-    @functools.cached_property
-    def users(self) -> dict[tuple[int, int], list[Call | Op]]:
-        """(run of an owner, by id; value) → the events of that run which take or give the value, in order."""
-        found: dict[tuple[int, int], list[Call | Op]] = {}
-        for call in self.record.calls:
-            for event in call.events:
-                for value in dict.fromkeys((*event.ins, *event.outs)):
-                    found.setdefault((id(call), value), []).append(event)
-        return found
+    def users(self, owner: Call, value: int) -> Sequence[Call | Op]:
+        """The events of a run of an owner which take or give a value, in order."""
+        found = self._users.get(id(owner))
+        if found is None:
+            found = self._users[id(owner)] = {}
+            for event in owner.events:
+                for each in dict.fromkeys((*event.ins, *event.outs)):
+                    found.setdefault(each, []).append(event)
+        return found.get(value, ())
 
     def layout(self, spot: Spot) -> Layout | None:
         """The layout measured at a spot, or None where the axes do not say."""

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from attninject.observe.walking import modules_in
+
 _CONTAINERS = frozenset({list, tuple, dict})
 _VIEWS = (nn.ModuleList, nn.ModuleDict)  # of modules, without a forward: no net of its own
 
@@ -35,7 +37,7 @@ class Sharing:
         (usual,) = [sys.getrefcount(module) for module in alone]
         return {
             id(module)
-            for module in list(model.modules())
+            for module in modules_in(model)
             if sys.getrefcount(module) - usual > len(self.parents.get(id(module), ()))
         }
 
@@ -95,7 +97,7 @@ class Sharing:
 def _parents(model: nn.Module) -> dict[int, list[int]]:
     """Id of each module below the model -> those of the modules that have it as a child."""
     found: dict[int, list[int]] = {}
-    for parent in model.modules():
+    for parent in modules_in(model):
         for child in parent._modules.values():
             found.setdefault(id(child), []).append(id(parent))
     return found

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from attninject.errors import NoMatchError, UnsupportedModelError
+from attninject.observe.walking import named_modules_in
 from attninject.surgery.injected_state import extended_since
 from attninject.wording import nearest_hint
 
@@ -30,7 +31,7 @@ def refuse_unsupported(model: Any) -> None:
         raise UnsupportedModelError(
             f"the model is wrapped in {type(model).__name__}; inject into model.module first"
         )
-    for name, module in model.named_modules():
+    for name, module in named_modules_in(model):
         if (why := _not_open(module, name == "")) is not None:
             raise UnsupportedModelError(f"{name or 'the model'} ({type(module).__name__}) {why}")
 
@@ -85,6 +86,8 @@ def check_root(model: nn.Module, root: str) -> None:
     Raises:
         NoMatchError: with the nearest names.
     """
+    if not root:
+        return
     names = [n for n, _ in model.named_modules(remove_duplicate=False)]
     if root not in names:
         raise NoMatchError(f"root: no module is called {root!r}{nearest_hint(root, names[1:])}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -160,6 +161,53 @@ def _run_through(name: str, reads: AttributeReads) -> Any:
     return Function if name == "CheckpointFunction" else around
 
 
+class _Given:
+    """Code that hands on to `_attninject`, for functions without a cell and with that of `super()`."""
+
+    @staticmethod
+    def plain(*args: Any, _attninject: Any) -> Any:
+        return _attninject(*args)
+
+    @staticmethod
+    def of_class(*args: Any, _attninject: Any) -> Any:
+        return __class__ and _attninject(*args)  # type: ignore[name-defined]
+
+
+_GIVEN = {len(f.__code__.co_freevars): f.__code__ for f in (_Given.plain, _Given.of_class)}
+
+
+@contextlib.contextmanager
+def running(
+    place: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let a method run `wrap` of itself for a while, by its code where that can be.
+
+    To set `__setattr__` of `nn.Module` itself, Python has to go through all subclasses, over a thousand where
+    torchvision and timm are loaded: that took a third of a trace. A function's code is one pointer. The argument
+    is there before the code that takes it, since other threads may be calling. What somebody else has put in the
+    method's place may be no such function; then the attribute is set.
+    """
+    function: Any = getattr(place, name)
+    code = _GIVEN.get(len(function.__closure__ or ())) if type(function) is FunctionType else None
+    if code is None:
+        with undoing(lambda: setattr(place, name, function)):
+            setattr(place, name, wrap(function))
+            yield
+        return
+    own, named = function.__code__, function.__kwdefaults__
+    original = FunctionType(own, function.__globals__, name, function.__defaults__, function.__closure__)
+    original.__kwdefaults__ = named
+
+    def put_back() -> None:
+        function.__code__ = own
+        function.__kwdefaults__ = named
+
+    with undoing(put_back):
+        function.__kwdefaults__ = {"_attninject": wrap(original)}
+        function.__code__ = code
+        yield
+
+
 @contextlib.contextmanager
 def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     """Record attribute reads and questions; refuse what a graph would silently lose: writes, checkpoints, contexts.
@@ -180,8 +228,6 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     refusals: list[tuple[Any, str, str]] = [
         (torch._C, "_set_grad_enabled", GRAD_MODE),
         (torch.amp.autocast_mode.autocast, "__enter__", "its forward sets autocast"),
-        (nn.Module, "__setattr__", "its forward writes an attribute"),
-        (nn.Module, "__delattr__", "its forward writes an attribute"),
     ]
     checkpoints = [name for name in _CHECKPOINTS if hasattr(torch.utils.checkpoint, name)]
     if not sized:
@@ -199,7 +245,14 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
         for place, name, value in saved:
             setattr(place, name, value)
 
-    with undoing(put_back):
+    def refuse_writes(original: Callable[..., Any]) -> Callable[..., Any]:
+        return refuse("its forward writes an attribute", original)
+
+    with (
+        undoing(put_back),
+        running(nn.Module, "__setattr__", refuse_writes),
+        running(nn.Module, "__delattr__", refuse_writes),
+    ):
         for place, name, patch in patches:
             setattr(place, name, patch)
         nn.Module.__getattribute__ = lambda self, name: reads.get(self, name)  # type: ignore[method-assign, arg-type]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attninject.observe.walking import modules_in
+
 from .injected_state import injected_blocks
 
 FROZEN = "_attninject_frozen"  # of a module: its parameters that `freeze` froze → had they changed before?
@@ -26,7 +28,7 @@ def remember(model: nn.Module) -> None:
     Weak and outside the model, so that nothing is added to it; a copy of a model is unknown here.
     """
     first = not injected_blocks(model)
-    things: list[Tensor | nn.Module] = [*model.parameters(), *model.modules()]
+    things: list[Tensor | nn.Module] = [*model.parameters(), *modules_in(model)]
     for thing in things:
         if first or thing not in _born:
             state = _state_now(thing)
@@ -61,9 +63,9 @@ def _sample(parameter: Tensor) -> Tensor | None:
     if not plain or not parameter.numel() or parameter.layout is not torch.strided:
         return None
     firsts = parameter.detach()
-    while firsts.ndim > 1:
-        firsts = firsts.select(-1, 0)
-    return (firsts[:8] if firsts.ndim else firsts).cpu().clone()
+    if firsts.ndim:
+        firsts = firsts.as_strided((min(8, len(firsts)),), firsts.stride()[:1])
+    return firsts.clone() if firsts.is_cpu else firsts.cpu()
 
 
 def changed_since_injection(thing: Tensor | nn.Module, unknown: bool = True) -> bool:

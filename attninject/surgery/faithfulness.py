@@ -13,7 +13,17 @@ from torch import Tensor, fx, nn
 
 from attninject.errors import TraceRefused
 from attninject.observe.meta_kernels import execute
-from attninject.observe.record import Call, Op, Record, Ref, map_refs, map_tensors, written_tensors
+from attninject.observe.record import (
+    Call,
+    Op,
+    Record,
+    Ref,
+    map_refs,
+    map_tensors,
+    name_of,
+    tensors_in,
+    written_tensors,
+)
 from attninject.observe.recorder import Mode, calls_through
 from attninject.observe.snapshot import stand_ins
 
@@ -48,7 +58,6 @@ class _Replay(Mode):
         self.current: dict[int, int] = {}
         self.keep: list[Any] = []
         self.seen: list[Op] = []
-        self.modules = dict(owner.named_modules(remove_duplicate=False))
 
     def twin(self, ref: Ref) -> Tensor:
         tensor = self.record.values[ref.value].twin
@@ -63,16 +72,14 @@ class _Replay(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        op = self.expect(Op, str(func))
-        ins: list[Tensor] = []
-        map_tensors((args, kwargs), ins.append)
-        if op.name != str(func) or any(
+        op = self.expect(Op, name_of(func))
+        ins = tensors_in(args, kwargs)
+        if op.name != name_of(func) or any(
             self.current.get(id(t), i) != i for t, i in zip(ins, op.ins, strict=False)
         ):
             raise TraceRefused(f"its graph does {func} where its forward does {op.name}")
         out = execute(func, args, kwargs)
-        outs: list[Tensor] = []
-        map_tensors(out, outs.append)
+        outs = tensors_in(out)
         outs += [t for t in written_tensors(func, args, kwargs) if not any(t is o for o in outs)]
         for tensor, value in zip(outs, op.outs, strict=False):
             if tuple(tensor.shape) != self.record.shape(value):
@@ -107,10 +114,17 @@ class _Replay(Mode):
 
     def effect(self, out: Any) -> Effect:
         values = self.record.values
-        tree = map_tensors(out, lambda t: Ref(self.current[id(t)]) if id(t) in self.current else None)
         storages: set[int] = set()
-        map_refs(tree, lambda r: storages.add(values[r.value].storage))
-        writes = frozenset().union(*(e.writes for e in self.seen))
+
+        def refer(tensor: Tensor) -> Ref | None:
+            value = self.current.get(id(tensor))
+            if value is None:
+                return None
+            storages.add(values[value].storage)
+            return Ref(value)
+
+        tree = map_tensors(out, refer)
+        writes = frozenset().union(*(e.writes for e in self.seen if e.writes))
         return Effect(frozenset(storages), writes, tree)
 
     def attribute(self, path: str) -> Any:
@@ -130,7 +144,7 @@ class _Replay(Mode):
         return made
 
     def child(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        return self.called(self.modules.get(str(node.target)), args, kwargs, str(node.target))
+        return self.called(_submodule(self.owner, str(node.target)), args, kwargs, str(node.target))
 
     def called(self, module: nn.Module | None, args: Any, kwargs: Any, name: str) -> Any:
         """The recorded result of a child's call."""
@@ -175,18 +189,23 @@ class _Replay(Mode):
     def finish(self, out: Any) -> None:
         if next(self.events, None) is not None:
             raise TraceRefused("its forward does more than its graph")
-        given: list[int | None] = []
-        map_tensors(out, lambda t: given.append(self.current.get(id(t))))
-        if tuple(given) != self.call.outs:
+        if tuple(self.current.get(id(t)) for t in tensors_in(out)) != self.call.outs:
             raise TraceRefused("its graph returns other values than its forward")
         if self.call.exotic:
             raise TraceRefused(f"its forward returns a {self.call.exotic}, which a graph would not")
+
+
+def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return owner.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _nested(tree: Any) -> Any:
     """The values in recorded arguments, each as deep in lists as it is there: a list of one is not its item."""
     if isinstance(tree, Ref):
         return tree.value
-    items = tree.values() if isinstance(tree, Mapping) else tree
-    found = [_nested(item) for item in items] if isinstance(tree, (Mapping, tuple, list)) else []
-    return [item for item in found if item != []]
+    if not isinstance(tree, (tuple, list)):
+        tree = tree.values() if isinstance(tree, Mapping) else ()
+    return [found for item in tree if (found := _nested(item)) != []]

@@ -12,6 +12,7 @@ from torch import nn
 
 from attninject.layout import Layout
 from attninject.observe.snapshot import undoing
+from attninject.observe.walking import modules_in, named_modules_in
 from attninject.terms import Position, Slot
 
 from .local_graph import LocalGraph, Target
@@ -97,7 +98,7 @@ def injected_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def insertions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Insertion]]:
     """Qualified name of each block, its carrier, and its insertion there, in the order of `named_modules`."""
-    for path, module in model.named_modules():
+    for path, module in named_modules_in(model):
         if found := injected_in(module):
             for insertion in found.edit:
                 yield f"{path}.{insertion.name}".lstrip("."), module, insertion
@@ -133,7 +134,7 @@ def as_original(model: nn.Module) -> Iterator[None]:
 
     `bypassed` leaves the rewritten forward in place, whose operations may differ from the original's.
     """
-    carriers = [(m, found) for m in model.modules() if (found := injected_in(m))]
+    carriers = [(m, found) for m in modules_in(model) if (found := injected_in(m))]
     saved = [Contents(m) for m, _ in carriers]
 
     def put_back() -> None:

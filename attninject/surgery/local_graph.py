@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import re
@@ -22,6 +23,8 @@ PRESENT = type("Present", (), {"__repr__": lambda self: "PRESENT"})()
 
 DECISION_NAMES: Mapping[str, Any] = {"_operator": operator, "_Tensor": Tensor}  # what expressions may name
 _KINDS = {"_Tensor": Tensor, "tuple": tuple, "int": int, "float": float}
+
+signature_of = functools.lru_cache(maxsize=1024)(inspect.signature)  # of a forward, which many owners share
 
 # --- arguments ---------------------------------------------------------------------------------
 
@@ -123,7 +126,7 @@ def bound(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, tuple[Any, inspect.Parameter]]:
     """What each parameter of a forward after `self` gets, by name; each of `**options` comes after them, by itself."""
-    signature = inspect.signature(forward)
+    signature = signature_of(forward)
     given = signature.bind(None, *args, **kwargs)
     given.apply_defaults()
     found: dict[str, tuple[Any, inspect.Parameter]] = {}

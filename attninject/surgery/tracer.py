@@ -9,7 +9,6 @@ operations, replayed on the probe's values, are those of the module's own forwar
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +32,7 @@ from .local_graph import (
     expression_of,
     is_number,
     run_part,
+    signature_of,
 )
 
 _CHECKPOINT_FLAGS = frozenset({"grad_checkpointing", "use_checkpoint", "with_cp", "memory_efficient"})
@@ -129,7 +129,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """One placeholder per input; constants are passed as they are."""
         positional, keyword = [], {}
-        parameters = inspect.signature(self.forward).parameters
+        parameters = signature_of(self.forward).parameters
         for argument in self.arguments.items:
             parameter = parameters.get(argument.name)
             if parameter and parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -157,6 +157,7 @@ class Folder:
             "format": FORMAT,
             "version": __version__,
             "checksums": {k: _checksum(t) for k, t in held.items()},
+            "forms": {k: _form(t) for k, t in held.items()},
         }
         text = json.dumps(record)
         with self.replacing(CHECKPOINT, keep=PREVIOUS) as temporary:
@@ -220,6 +221,11 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(raw_bytes(tensor))
 
 
+def _form(tensor: Tensor) -> str:
+    """What the same bytes are read as."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
 def _text_checksum(text: str) -> str:
     return str(zlib.crc32(text.encode()))
 
@@ -252,7 +258,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:
         raise CheckpointError(f"{path} is damaged ({error})") from error
     sums = meta["checksums"]
+    forms = meta.get("forms")  # a checkpoint of an earlier attninject has none
     wrong = [k for k in {**tensors, **sums} if k not in tensors or sums.get(k) != _checksum(tensors[k])]
+    wrong += [k for k, t in tensors.items() if forms is not None and forms.get(k) != _form(t)]
     if wrong:
         raise CheckpointError(f"{path} is damaged: the values of {wrong[0]} are not those that were saved")
     return tensors, meta

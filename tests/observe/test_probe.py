@@ -222,6 +222,16 @@ ANSWERS = [
     (aten.addmm.default, (torch.randn(7, 5), torch.randn(7, 3), torch.randn(3, 5))),
     (aten.clamp.Tensor, (torch.randn(2, 6), torch.tensor(0.0), torch.tensor(1.0))),
     (aten.pow.Tensor_Scalar, (torch.arange(3), 0.5)),
+    *((aten.convolution.default,
+       (torch.randn(2, 4, 6, 6), torch.randn(8, 4 // g, 3, 3), bias, [2, 1], pad, [1], False, [0], g))
+      for g in (1, 2) for bias in (None, torch.randn(8)) for pad in ([1], [0, 2])),
+    *((aten.convolution.default, (torch.randn(2, 4, *n), torch.randn(3, 4, *n), None, [1], [0], [1], False, [0], 1))
+      for n in ((6,), (2, 3, 4))),
+    (aten.convolution.default, (torch.randn(2, 4, 6), torch.randn(4, 3, 2), None, [2], [0], [1], True, [1], 1)),
+    *((aten.mean.dim, (x, dims, keep))
+      for x in tensors(2, 4, 6, 6) for dims in ([-1, -2], [1]) for keep in (True, False)),
+    *((getattr(aten, n).default, (torch.randn(2, 6),)) for n in ("relu_", "silu_", "hardswish_", "sigmoid_")),
+    *((aten.add_.Tensor, (torch.randn(2, 6), y)) for y in (torch.randn(2, 6), torch.randn(6), 2)),
     (aten.native_batch_norm.default, (torch.randn(2, 4, 3), *(torch.ones(4),) * 4, False, 0.1, 1e-5)),
 ]  # fmt: skip
 
@@ -233,6 +243,23 @@ def test_short_answers_are_those_of_the_real_operation(operation: Callable, give
     meta = execute(operation, tuple(map_tensors(list(given), meta_like)), {})
     for a, b in zip(*((o,) if isinstance(o, torch.Tensor) else o[:1] for o in (real, meta)), strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@pytest.mark.parametrize(
+    ("operation", "given"),
+    [
+        (aten.convolution.default, ((2, 4, 6), (3, 5, 3), None, [1], [0], [1], False, [0], 1)),
+        (aten.convolution.default, ((2, 4, 6), (3, 4, 9), None, [1], [0], [1], False, [0], 1)),
+        (aten.mean.dim, ((2, 4), [1, -1])),
+        (aten.mean.dim, ((2, 4), [2])),
+        (aten.add_.Tensor, ((2, 4), (3, 2, 4))),
+    ],
+)
+def test_what_no_operation_takes_has_no_short_answer(operation: Callable, given: tuple) -> None:
+    """Other channels, a kernel larger than the map, an axis twice or not there: refused as by torch."""
+    shaped = [torch.empty(a, device="meta") if isinstance(a, tuple) else a for a in given]
+    with pytest.raises((RuntimeError, IndexError, ValueError)):
+        execute(operation, tuple(shaped), {})
 
 
 def test_threads_that_plan_at_once_wait_for_each_other() -> None:
