@@ -14,7 +14,7 @@ from .channel import ChannelAttention
 from .fast import bam as fast_bam
 from .fast import channel as fast_channel
 from .fast import spatial as fast_spatial
-from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
 from .options import Backend, Init, Int, Reduction, given
 from .spatial import SpatialAttention
 
@@ -230,7 +230,7 @@ class BAM(Block):
         first = self.spatial[0]
         assert isinstance(first, ConvNormReLU)
         conduit, mean, z = fast_bam.branch(x, first.conv)
-        z = F.relu(normalize(first.norm, z))
+        z = F.relu(first.normed(z))
         for layer in list(self.spatial)[1:]:
             z = layer(z)
         c, s = at_least_float32(self.channel(mean)), at_least_float32(z)

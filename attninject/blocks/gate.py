@@ -22,7 +22,7 @@ once, to the dtype of the input they multiply.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -174,7 +174,7 @@ class Normed(nn.Module):
     """What a module does with its `norm`: through `normalize`, in a form that TorchScript can compile."""
 
     if TYPE_CHECKING:
-        norm: nn.Module | None
+        norm: Any  # a norm, or None
 
     def normed(self, z: Tensor) -> Tensor:
         """The norm's result, or z where there is none."""

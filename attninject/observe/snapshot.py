@@ -79,6 +79,15 @@ def _kind(cls: type) -> str:
     return "container" if issubclass(cls, _CONTAINERS) else ""
 
 
+def _kind_of(value: Any) -> str:
+    """The same of a value; a metaclass may leave its classes without a hash."""
+    cls: Any = type(value)
+    try:
+        return _kind(cls)
+    except TypeError:
+        return _kind.__wrapped__(cls)
+
+
 class Snapshot:
     """The `__dict__` of every module under a root, with the contents of plain containers in it.
 
@@ -100,7 +109,7 @@ class Snapshot:
 
     def _look_into(self, holder: Any, items: Iterable[tuple[Any, Any]], seen: set[int]) -> None:
         for key, value in items:
-            kind = _kind(type(value))
+            kind = _kind_of(value)
             if kind == "tensor" and not isinstance(holder, set):
                 self.tensors.append((holder, key))
             elif kind == "container" and not value:

@@ -52,7 +52,7 @@ def _maybe(check: Checker) -> Checker:
     return lambda node, report: None if node.value is None else check(node, report)
 
 
-_POLICIES = {
+_POLICIES: Mapping[str, Mapping[str, type]] = {
     "rand": {"m": int, "n": int, "p": float, "mstd": float, "mmax": int, "inc": int},
     "augmix": {"m": int, "w": int, "d": int, "a": float, "b": int, "mstd": float},
     **{key: {"mstd": float} for key in ("v0", "v0r", "original", "originalr", "3a")},
