@@ -6,9 +6,8 @@ import pytest
 import torch
 from block_cases import CASES, DIMS, SIZES, UNSCRIPTED, label, noise, scrambled
 
-from attninject.errors import BlockError
-
 from attninject.blocks import foreign
+from attninject.errors import BlockError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),

@@ -146,7 +146,7 @@ def test_ge_with_a_global_kernel_works_at_its_size_only():
     block = scrambled("ge", **args).double()
     weights = {k: v.clone() for k, v in block.state_dict().items()}
     torch.testing.assert_close(block(x), ge(x, weights, args, True, True), rtol=1e-10, atol=1e-10)
-    with pytest.raises(BlockError, match=r"feat_size 6, found \(6, 5\)"):
+    with pytest.raises(BlockError, match=r"feat_size 6, found \[6, 5\]"):
         block(x[..., :5])
 
 
