@@ -350,7 +350,7 @@ def test_what_cannot_be_replaced_is_refused_with_the_reason(
 
 def test_one_place_is_taken_once() -> None:
     """Two rules of a recipe for one module: the plan names the first."""
-    rules = [{"block": "eca", "replace": "1.se"}, {"block": "gc", "replace": "**", "type": "SqueezeExcite"}]
+    rules = [{"block": "eca", "replace": "1.se"}, {"block": "gc", "replace": "**", "type": "SEModule"}]
     with pytest.raises(errors.CannotRewriteError, match=r"rule 1 \(eca\) takes the place of 1.se already"):
         plan(net(), recipe={"name": "two", "rules": rules})
 
