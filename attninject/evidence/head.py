@@ -192,6 +192,32 @@ def _scaled(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # --- fitting -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Penalised:
+    """A fitted head for features (φ − mean) / scale: weight (C, d), bias (C,), penalty α of α/2 ‖weight‖²."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    scale: Tensor
+    penalty: float
+
+
+def penalised(features: Tensor, labels: Tensor, folds: Tensor) -> Penalised:
+    """The head that is fitted on all images, with the penalty that is best on folds left out.
+
+    features: (n, d); labels: (n,); folds: (n,). In float64, as `settle` fits its heads of the folds.
+    """
+    features = features.double()
+    penalty = _fitted(features, labels, folds).penalty
+    scaled, mean, scale = _scaled(features)
+    reduced, back = _rotated(scaled)
+    start = reduced.new_zeros(int(labels.max()) + 1, reduced.shape[1] + 1)
+    w = _softmax_regression(reduced, labels, torch.ones_like(labels, dtype=torch.bool), penalty, start)
+    weight = w[:, :-1] if back is None else w[:, :-1] @ back.T
+    return Penalised(weight, w[:, -1], mean, scale, penalty)
+
+
 @dataclass
 class _Fit:
     """Heads of all folds for raw features, the penalty, and class scores (n, C) with their loss on images left out."""

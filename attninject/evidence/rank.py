@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,28 +77,30 @@ def rank_sites(
         PlanError: the recipe has no site here, or a block that is not the identity at init.
     """
     _check_words(method, head, mode, images, batch_size, folds)
-    if data is None:
-        raise DataError(
-            "rank_sites needs data: batches of (images, labels), a data set, a loader or two tensors"
-        )
-    support.refuse_unsupported(model)
-    with rng_kept():
-        torch.manual_seed(seed)
-        source = _source(model, data, metric, images, batch_size)
-        torch.manual_seed(seed)  # a loader has drawn from the generator, a pair of tensors has not
-        job = _Job(method, head, folds, ridge, mode, seed, batch_size)
-        twin = _twin(model)
-        plan = _plan(twin, recipe, source, root, example_inputs, strict, args, rule)
-        usual = _usual(twin, plan, root) if method == "papers_places" else frozenset[int]()
-        api.inject(twin, plan)
-        return _Measurement(twin, plan, source, job, usual).ranking()
+    methods = ("score" if method == "auto" else method,)
+    job = _Job(methods, head, folds, ridge, mode, seed, batch_size)
+    return _ranked(model, recipe, data, metric, images, job, root, example_inputs, strict, args, rule)[
+        methods[0]
+    ]
+
+
+def rankings(
+    model: nn.Module, recipe: Any = None, data: Any = None, *, methods: Sequence[str] = tuple(METHODS),
+    images: int = 512, batch_size: int = 32, head: str = "auto", seed: int = 0, example_inputs: Any = None,
+    **rule: Any,
+) -> dict[str, Ranking]:  # fmt: skip
+    """Method → what `rank_sites` returns for it, all from one measurement; arguments as there."""
+    for method in methods:
+        _check_words(method, head, "eval", images, batch_size, 2)
+    job = _Job(tuple(methods), head, 2, 1.0, "eval", seed, batch_size)
+    return _ranked(model, recipe, data, "loss", images, job, "", example_inputs, True, None, rule)
 
 
 @dataclass(frozen=True)
 class _Job:
     """The caller's choices."""
 
-    method: str
+    methods: tuple[str, ...]
     head: str
     folds: int
     ridge: float
@@ -114,6 +116,27 @@ class _Source:
     samples: Samples | None
     batches: tuple[Any, ...]
     loss: Loss | None
+
+
+def _ranked(
+    model: nn.Module, recipe: Any, data: Any, metric: str | Loss, images: int, job: _Job, root: str,
+    example_inputs: Any, strict: bool, args: Mapping[str, Any] | None, rule: Mapping[str, Any],
+) -> dict[str, Ranking]:  # fmt: skip
+    """Method → its ranking, measured on a copy of the model."""
+    if data is None:
+        raise DataError(
+            "rank_sites needs data: batches of (images, labels), a data set, a loader or two tensors"
+        )
+    support.refuse_unsupported(model)
+    with rng_kept():
+        torch.manual_seed(job.seed)
+        source = _source(model, data, metric, images, job.batch_size)
+        torch.manual_seed(job.seed)  # a loader has drawn from the generator, a pair of tensors has not
+        twin = _twin(model)
+        plan = _plan(twin, recipe, source, root, example_inputs, strict, args, rule)
+        usual = _usual(twin, plan, root) if "papers_places" in job.methods else frozenset[int]()
+        api.inject(twin, plan)
+        return _Measurement(twin, plan, source, job, usual).rankings()
 
 
 def _check_words(method: str, head: str, mode: str, images: int, batch_size: int, folds: int) -> None:
@@ -223,7 +246,8 @@ class _Measurement:
         self.generator = torch.Generator().manual_seed(job.seed)
         self.notes: list[str] = list(plan.notes)
 
-    def ranking(self) -> Ranking:
+    def rankings(self) -> dict[str, Ranking]:
+        """Method → its ranking."""
         _set_mode(self.twin, self.job.mode)
         collector = Collector(self.blocks, self._not_finite)
         if self.source.samples is None:
@@ -326,30 +350,37 @@ class _Measurement:
 
     # scores
 
-    def _scored(self, kernels: list[Tensor], removal: Tensor, freedom: Tensor) -> Ranking:
+    def _scored(self, kernels: list[Tensor], removal: Tensor, freedom: Tensor) -> dict[str, Ranking]:
         job, n = self.job, len(removal)
-        method = "score" if job.method == "auto" else job.method
         efficient = [removal @ k @ removal.T for k in kernels]
         influences = [score_test.influence(k, job.ridge) for k in efficient]
         short = [score_test.Shortened.of(a, freedom) for a in influences]
         candidates = [
             Candidate(site, i, kernels[i], influences[i], short[i]) for i, site in enumerate(self.plan.sites)
         ]
-        setting = Setting(job.ridge, job.batch_size, job.seed, len(candidates), self.usual)
         weights = torch.cat([torch.ones(1, n), self._resamples(n)]).to(removal)
         signs = self._signs(n).to(removal)
         halves = (torch.randperm(n, generator=self.generator) % 2).to(removal.device)
-        scores = torch.stack([METHODS[method](c, setting, weights) for c in candidates])
         drops = [score_test.expected_drop(k, halves, job.ridge) for k in efficient]
         tests = [score_test.p_value(c.influence, signs, c.short) for c in candidates]
+        return {method: self._by(method, candidates, weights, signs, tests, drops) for method in job.methods}
+
+    def _by(
+        self, method: str, candidates: list[Candidate], weights: Tensor, signs: Tensor, tests: list[float],
+        drops: list[float],
+    ) -> Ranking:  # fmt: skip
+        """The ranking by one method."""
+        setting = Setting(self.job.ridge, self.job.batch_size, self.job.seed, len(candidates), self.usual)
+        scores = torch.stack([METHODS[method](c, setting, weights) for c in candidates])
         rows = _rows(candidates, scores, tests, drops)
         order = [row.number for row in rows]
         if method == "score":
+            influences, short = [c.influence for c in candidates], [c.short for c in candidates]
             order = score_test.forward_selection(influences, signs, short)
         at = {row.number: i for i, row in enumerate(rows)}
         return Ranking(
-            tuple(rows), tuple(at[i] for i in order), self.plan.recipe, self.plan.model_name, method, n, job.seed,
-            tuple(self.notes),
+            tuple(rows), tuple(at[i] for i in order), self.plan.recipe, self.plan.model_name, method,
+            weights.shape[1], self.job.seed, tuple(self.notes),
         )  # fmt: skip
 
     def _resamples(self, n: int) -> Tensor:
