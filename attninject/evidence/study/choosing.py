@@ -1,0 +1,88 @@
+"""Which sites an arm takes within a budget of parameters."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .design import RANDOM_DRAWS, SHARE
+
+Rows = Sequence[Mapping[str, str]]
+"""Of one seed, one per site, in order."""
+
+TRAINED = ("warmup", "ablation")
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What is known of the candidates before any image: parameters, map sizes, and which the paper would take."""
+
+    parameters: tuple[int, ...]
+    macs: tuple[int, ...]
+    numbers: tuple[int, ...]
+    usual: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: Rows) -> Sites:
+        """From rows of `sites.csv`."""
+        parameters, macs, numbers = (
+            tuple(int(row[c]) for row in rows) for c in ("parameters", "macs", "numbers")
+        )
+        return cls(parameters, macs, numbers, tuple(i for i, row in enumerate(rows) if row["usual"] == "1"))
+
+    @property
+    def every(self) -> tuple[int, ...]:
+        """All of them."""
+        return tuple(range(len(self.parameters)))
+
+    @property
+    def budget(self) -> int:
+        """Parameters that a choice may have."""
+        return int(SHARE * sum(self.parameters))
+
+    def filled(self, order: Sequence[int]) -> tuple[int, ...]:
+        """Sites taken in an order while they fit; one that does not is passed over, as `Ranking.top` does.
+
+        >>> Sites((10, 50, 20, 20), (1,) * 4, (1,) * 4, ()).filled([1, 0, 2, 3])
+        (0,)
+        """
+        chosen, spent = [], 0
+        for site in order:
+            if spent + self.parameters[site] <= self.budget:
+                chosen.append(site)
+                spent += self.parameters[site]
+        return tuple(sorted(chosen))
+
+
+def falling(scores: Sequence[float]) -> list[int]:
+    """Sites by score, the best first, ties by number."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+def without_images(sites: Sites, seed: int) -> dict[str, tuple[int, ...]]:
+    """Arms that look at no image: first, last, by parameters, the paper's places, all, random sets."""
+    found = {
+        "first": sites.filled(sites.every),
+        "last": sites.filled(sites.every[::-1]),
+        "parameters": sites.filled(falling(sites.parameters)),
+        "papers_places": sites.usual,
+        "all": sites.every,
+    }
+    for draw in range(RANDOM_DRAWS):
+        order = list(sites.every)
+        random.Random(f"{seed}/{draw}").shuffle(order)
+        found[f"random_{draw}"] = sites.filled(order)
+    return found
+
+
+def by_scores(sites: Sites, scores: Rows, methods: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Arms that a seed's scores choose: the best by each method, and the worst by forward selection (`bottom`)."""
+    found = {m: sites.filled(falling([float(row[m]) for row in scores])) for m in methods if m != "score"}
+    order = sorted(sites.every, key=lambda s: int(scores[s]["order"]))
+    return {"score": sites.filled(order), "bottom": sites.filled(order[::-1]), **found}
+
+
+def by_training(sites: Sites, trained: Rows) -> dict[str, tuple[int, ...]]:
+    """Arms by the two scores that need a training of all sites."""
+    return {m: sites.filled(falling([float(row[m]) for row in trained])) for m in TRAINED}
