@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from . import report
 from .running import OutOfTime, Study
 from .store import HERE, Store
 
@@ -20,6 +21,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE, help="the folder of the CSV files")
     args = parser.parse_args()
     store = Store(args.results)
+    if args.what == "report":
+        report.FILE.write_text(report.written(store))
+        print(report.FILE)
+        return
     torch.set_num_threads(1)  # the last bits of sums depend on it
     try:
         Study(store, args.minutes, args.vit).go()

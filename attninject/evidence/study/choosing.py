@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .design import RANDOM_DRAWS, SHARE
+from .design import ATTN_LRS, CHOOSERS, RANDOM_DRAWS, SHARE, TUNING_SEEDS
 
 Rows = Sequence[Mapping[str, str]]
 """Of one seed, one per site, in order."""
@@ -55,6 +56,24 @@ class Sites:
         return tuple(sorted(chosen))
 
 
+def tuned(rows: Rows) -> float | None:
+    """The rate at which blocks at all sites have the least mean validation loss over the tuning seeds.
+
+    rows: of a group's runs. None where none of the rates was tried.
+    """
+    found: dict[float, float] = {}
+    for rate in ATTN_LRS:
+        losses = [
+            float(r["val_loss"])
+            for r in rows
+            if r["sites"] == "all" and float(r["lr"]) == rate and int(r["seed"]) in TUNING_SEEDS
+        ]
+        if losses:
+            mean = sum(losses) / len(losses)
+            found[rate] = mean if math.isfinite(mean) else math.inf
+    return min(found, key=lambda rate: found[rate]) if found else None
+
+
 def falling(scores: Sequence[float]) -> list[int]:
     """Sites by score, the best first, ties by number."""
     return sorted(range(len(scores)), key=lambda i: -scores[i])
@@ -86,3 +105,13 @@ def by_scores(sites: Sites, scores: Rows, methods: Sequence[str]) -> dict[str, t
 def by_training(sites: Sites, trained: Rows) -> dict[str, tuple[int, ...]]:
     """Arms by the two scores that need a training of all sites."""
     return {m: sites.filled(falling([float(row[m]) for row in trained])) for m in TRAINED}
+
+
+def arms(sites: Sites, seed: int, scores: Rows, trained: Rows) -> dict[str, tuple[int, ...]]:
+    """Arm → its sites for one seed, as far as its scores are known."""
+    found = without_images(sites, seed)
+    if scores:
+        found |= by_scores(sites, scores, CHOOSERS)
+    if trained:
+        found |= by_training(sites, trained)
+    return found

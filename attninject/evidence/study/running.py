@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from attninject.evidence.sweep_controls import bottlenecks
 
 from . import choosing, nets, scoring, training
-from .design import ATTN_LRS, CANDIDATES, CHOOSERS, PERMUTATIONS, SEEDS, STAGES, TUNING_SEEDS, Group, Run
+from .design import ATTN_LRS, CANDIDATES, PERMUTATIONS, SEEDS, STAGES, TUNING_SEEDS, Group, Run
 from .nets import Chain
 from .splits import Parts, parts_of
 from .store import GROUP, Store, sites_of, sites_text
@@ -150,15 +149,10 @@ class Study:
     # stages
 
     def attn_lr(self, group: Group) -> float:
-        """The rate at which blocks at all sites have the least mean validation loss over the tuning seeds."""
-        found = {lr: self._tuning_loss(group, lr) for lr in ATTN_LRS}
-        return min(ATTN_LRS, key=lambda lr: found[lr])
-
-    def _tuning_loss(self, group: Group, lr: float) -> float:
-        rows = [r for r in self.rows("runs", group) if r["sites"] == "all" and float(r["lr"]) == lr]
-        losses = [float(r["val_loss"]) for r in rows if int(r["seed"]) in TUNING_SEEDS]
-        mean = sum(losses) / len(losses)
-        return mean if math.isfinite(mean) else math.inf
+        """The rate that the group was tuned to."""
+        rate = choosing.tuned(self.rows("runs", group))
+        assert rate is not None
+        return rate
 
     def headroom(self, group: Group) -> None:
         """Tune the rate with blocks at all sites; these and plain training for all seeds."""
@@ -204,16 +198,20 @@ class Study:
             group, [Run(seed, sites, lr) for seed in self.seeds for sites in self._chosen(group, seed)]
         )
 
-    def _chosen(self, group: Group, seed: int) -> Iterator[tuple[int, ...]]:
-        return iter(dict.fromkeys(arms(self.store, self.sites(group), group, seed).values()))
+    def _chosen(self, group: Group, seed: int) -> list[tuple[int, ...]]:
+        return list(dict.fromkeys(self.arms(group, seed).values()))
+
+    def arms(self, group: Group, seed: int) -> dict[str, tuple[int, ...]]:
+        """Arm → its sites, by the scores that stand in the files."""
+        scores, trained = self.rows("scores", Group(*group.key[:3])), self.rows("trained", group)
+        return choosing.arms(self.sites(group), seed, _of_seed(scores, seed), _of_seed(trained, seed))
 
     def bottleneck(self, group: Group) -> None:
         """In place of attention, at the sites that the score chose, at its own tuned rate; all sites, too."""
         control = Group(group.task, group.net, "bottleneck", group.regime)
         self.headroom(control)
-        lr = self.attn_lr(control)
-        chosen = {s: arms(self.store, self.sites(group), group, s)["score"] for s in self.seeds}
-        self.train(control, [Run(seed, sites, lr) for seed, sites in chosen.items()])
+        chosen = {s: self.arms(group, s)["score"] for s in self.seeds}
+        self.train(control, [Run(seed, sites, self.attn_lr(control)) for seed, sites in chosen.items()])
 
     def null(self, group: Group) -> None:
         """p-values under permuted labels, of the images of the first seed."""
@@ -225,20 +223,8 @@ class Study:
             self.add("null", group, [{"seed": number, "ps": " ".join(f"{p:.4g}" for p in ps)}])
 
 
-def arms(store: Store, sites: choosing.Sites, group: Group, seed: int) -> dict[str, tuple[int, ...]]:
-    """Arm → its sites, for one seed, by the scores that stand in the files."""
-
-    def of_seed(name: str, key: tuple[str, ...]) -> list[dict[str, str]]:
-        rows = [r for r in store.read(name) if tuple(r[c] for c in GROUP) == key and int(r["seed"]) == seed]
-        return sorted(rows, key=lambda r: int(r["site"]))
-
-    found = choosing.without_images(sites, seed)
-    scores, trained = of_seed("scores", Group(*group.key[:3]).key), of_seed("trained", group.key)
-    if scores:
-        found |= choosing.by_scores(sites, scores, CHOOSERS)
-    if trained:
-        found |= choosing.by_training(sites, trained)
-    return found
+def _of_seed(rows: Iterable[dict[str, str]], seed: int) -> list[dict[str, str]]:
+    return sorted((r for r in rows if int(r["seed"]) == seed), key=lambda r: int(r["site"]))
 
 
 STEPS: dict[str, Callable[[Study, Group], None]] = {

@@ -105,9 +105,9 @@ class Together:
             if own
         ]
 
-    def train(self, epochs: int = EPOCHS, head_lr: float = HEAD_LR) -> None:
+    def train(self, epochs: int | None = None, head_lr: float = HEAD_LR) -> None:
         """Adam with a cosine to zero; each run in the order of its own seed."""
-        size = len(self.of[0].parts["train"])
+        epochs, size = epochs or EPOCHS, len(self.of[0].parts["train"])
         adam = torch.optim.Adam([*self.learning(), {"params": [self.weight, self.bias], "lr": head_lr}])
         steps = epochs * (size // BATCH)
         cosine = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: 0.5 * (1 + math.cos(math.pi * k / steps)))

@@ -1,0 +1,262 @@
+"""`RESULTS.md`: what the files of results say, written anew from them each time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from attninject.evidence.statistics import Paired, paired
+
+from . import tables
+from .design import PERMUTATIONS, SEEDS, STAGES, Group
+from .kendall import ceiling
+from .results import METHODS, Results, read
+from .store import Store
+
+FILE = Path(__file__).parents[1] / "RESULTS.md"
+
+FIRST: tables.Kind = ("lite0", "se", "frozen")
+"""Of the primary test."""
+
+UNTRAINED = tuple(
+    m for m in tables.CHOICES if m not in ("warmup", "ablation", "bottom", "papers_places", "all")
+)
+"""Ways to choose within the budget that train nothing: what the default is chosen among."""
+
+HEAD = """# What was measured of `rank_sites`
+
+Written by `python -m attninject.evidence.study report` from the files in [`study/results/`](study/results/); do not
+edit. What was trained and asked was fixed beforehand in [`study/PROTOCOL.md`](study/PROTOCOL.md), deviations with it.
+Gains are test cross-entropy of plain training less that of the arm, paired over {seeds} seeds: above 0 is better.
+Intervals are 95 %, by Student's t over seeds (or over tasks, where the mean over tasks is meant).
+"""
+
+
+def written(store: Store) -> str:
+    """The page."""
+    results = read(store)
+    by_kind = tables.kinds(results)
+    parts = [
+        HEAD.format(seeds=len(SEEDS)),
+        "## In short\n\n" + "\n".join(f"- {line}" for line in _short(by_kind, store)),
+        "## Headroom\n\n" + HEADROOM + tables.table(tables.HEADROOM, tables.headroom_rows(results)),
+        "## Does the order foretell what a site gains?\n\n" + RANKING + "\n\n".join(_ranking(by_kind)),
+        "## Is what a method chooses better than chance?\n\n" + CHOOSING + "\n\n".join(_choosing(by_kind)),
+        "## Controls\n\n" + _controls(results, store),
+        "## What it costs\n\n" + COST + tables.table(COST_HEADER, tables.cost_rows(results)),
+        "## What is missing\n\n" + _missing(results, store),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+HEADROOM = """Blocks at all candidate sites, at the rate with the least validation loss. *moved* is ‖y − x‖/‖x‖ per block,
+in the mean. Accuracy in points.
+
+"""
+
+RANKING = """Kendall's τ-b between a score and what each site gains when it alone is trained, both averaged over the seeds.
+Means are over tasks with headroom. The last row is what no method can be expected to beat by much: the agreement of gains
+over two seeds with gains over the other three. *Partial* is given depth, parameters and MACs. `warmup` and `ablation`
+need a training of blocks at all sites first.
+
+"""
+
+CHOOSING = """Sites taken within a quarter of the parameters of all sites; `papers_places` and `all` are outside of the
+budget. Each seed's sites are chosen by its own training images. A star: Holm's p over the arms of the task is below 0.05.
+The last column counts the tasks with an interval above and below 0.
+
+"""
+
+COST = """Seconds of this process per seed: all scores of one measurement, the two that need training, one training with
+blocks at all sites, one with one block, and all single sites one after another.
+
+"""
+COST_HEADER = ("kind", "scores", "warmup, ablation", "all sites", "one site", "every single site")
+
+
+# --- in short ----------------------------------------------------------------------------------
+
+
+def _short(by_kind: Mapping[tables.Kind, Sequence[Results]], store: Store) -> list[str]:
+    groups = [one for group in by_kind.values() for one in group if one.group.block != "bottleneck"]
+    known = [one for one in groups if one.headroom is not None]
+    lines = [
+        f"**Headroom**: blocks at all sites beat plain training, with an interval above 0, in "
+        f"{sum(bool(one.headroom) for one in known)} of {len(known)} groups of task, net, block and regime."
+    ]
+    first = by_kind.get(FIRST, [])
+    lines += _primary(first) + _others(by_kind) + _choice(first)
+    return lines
+
+
+def _means(group: Sequence[Results], method: str) -> Paired | None:
+    values = [tables.taus(one)[method] for one in tables.ranked(group) if one.headroom]
+    values = [v for v in values if not math.isnan(v)]
+    return paired(values) if values else None
+
+
+def _primary(group: Sequence[Results]) -> list[str]:
+    found = _means(group, "score")
+    if found is None:
+        return ["**Ranking**: the primary test is not finished."]
+    interval = found.interval or (math.nan, math.nan)
+    said = "does not foretell"
+    if interval[0] > 0:
+        said = "foretells"
+    elif interval[1] < 0:
+        said = "runs against"
+    reach = float(np.mean([ceiling(one.gains()) for one in tables.ranked(group) if one.headroom]))
+    return [
+        f"**Ranking** (primary test: `score`, {tables.named(FIRST)}): the order {said} what a site gains: mean τ "
+        f"{tables.number(found.mean)}{tables.spread(found.interval)} over {found.seeds} tasks, where gains agree with "
+        f"gains of other seeds by {tables.number(reach)}."
+    ]
+
+
+def _others(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
+    """The methods with the largest mean τ per kind."""
+    lines = []
+    for kind, group in by_kind.items():
+        means = {m: found.mean for m in METHODS if (found := _means(group, m)) is not None}
+        if not means:
+            continue
+        order = sorted(means, key=lambda m: -means[m])
+        best = ", ".join(f"`{m}` {tables.number(means[m])}" for m in order[:3])
+        lines.append(
+            f"{tables.named(kind)}: the largest mean τ have {best}; `score` has {tables.number(means['score'])}."
+        )
+    return lines
+
+
+def _choice(group: Sequence[Results]) -> list[str]:
+    ready = tables.complete(group)
+    if not ready:
+        return ["**Choosing**: not finished."]
+    over = [tables.against(one, "score", "random") for one in ready]
+    plain = [tables.against(one, "score", "plain") for one in ready]
+    above = sum(1 for f in over if f and f.interval and f.interval[0] > 0)
+    below = sum(1 for f in over if f and f.interval and f.interval[1] < 0)
+    worse = sum(1 for f in plain if f and f.interval and f.interval[1] < 0)
+    met = "met" if above >= 4 and not worse else "not met"
+    return [
+        f"**Choosing** ({tables.named(FIRST)}, a quarter of the parameters): sites of `score` beat random sets of the "
+        f"same budget with an interval above 0 on {above} of {len(ready)} tasks, and lose with one below 0 on {below}; "
+        f"they are worse than plain beyond noise on {worse}. The goal (4 of 5 tasks, never worse than plain) is {met}."
+    ]
+
+
+# --- sections ----------------------------------------------------------------------------------
+
+
+def _ranking(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
+    parts = []
+    for kind, group in by_kind.items():
+        ready = tables.ranked(group)
+        if not ready:
+            continue
+        tasks = [one.group.task + ("" if one.headroom else " (nothing to rank)") for one in ready]
+        header = ("method", *tasks, "mean", "p (Holm)")
+        rows = [*tables.ranking_rows(group, tables.taus), tables.ceiling_row(group)]
+        partial = tables.ranking_rows(group, tables.partial_taus)
+        parts.append(f"### {tables.named(kind)}\n\n" + tables.table(header, rows))
+        parts.append("Partial τ:\n\n" + tables.table(header, [row for row in partial if row[-2] != "–"]))
+        parts.append(
+            "`score` by itself, with a bootstrap over seeds (rough, with five); best and worst site by number:\n\n"
+            + tables.table(PRIMARY_HEADER, tables.primary_rows(group))
+        )
+    return parts or ["Nothing is finished."]
+
+
+PRIMARY_HEADER = (
+    "task",
+    "τ",
+    "τ of accuracy",
+    "partial τ",
+    "other seeds",
+    "best site (gain)",
+    "worst site (gain)",
+)
+
+
+def _choosing(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
+    parts = []
+    for kind, group in by_kind.items():
+        ready = tables.complete(group)
+        if not ready:
+            continue
+        header = ("arm", *(one.group.task for one in ready), "mean", "above / below")
+        parts.append(f"### {tables.named(kind)}")
+        parts.append(
+            "Over the seed's random sets:\n\n" + tables.table(header, tables.choosing_rows(group, "random"))
+        )
+        parts.append("Over plain:\n\n" + tables.table(header, tables.choosing_rows(group, "plain")))
+        left = tables.left_out_rows(group, UNTRAINED)
+        parts.append(
+            "One task left out: the arm without training that gains most over random on the other tasks, and what it "
+            "gains on this one:\n\n" + tables.table(LEFT_HEADER, left)
+        )
+    return parts or ["Nothing is finished."]
+
+
+LEFT_HEADER = ("task left out", "arm", "on the others", "on this one", "seeds won")
+
+
+def _controls(results: Mapping[Group, Results], store: Store) -> str:
+    rows = store.read("null")
+    null = tables.table(NULL_HEADER, tables.null_rows(rows)) if rows else "Not reached."
+    bottleneck = tables.bottleneck_rows(results)
+    return (
+        "Permuted labels: p-values of the score test where labels mean nothing. They should be uniform: 5 % below .05, "
+        f"mean 0.50.\n\n{null}\n\nA 1×1 residual bottleneck with as nearly the block's parameters as a width can have, "
+        "at the same sites, tuned by itself: gains over plain, and the block less the bottleneck.\n\n"
+        + (tables.table(BOTTLENECK_HEADER, bottleneck) if bottleneck else "Not reached.")
+        + "\n\nThe random backbone is `lite0_random` in the tables above."
+    )
+
+
+NULL_HEADER = ("task", "net", "permutations", "sites", "p < .05", "p < .5", "mean p", "any Holm p < .05")
+BOTTLENECK_HEADER = (
+    "task",
+    "SE, all",
+    "bottleneck, all",
+    "difference",
+    "SE, `score`",
+    "bottleneck, same",
+    "difference",
+)
+
+
+def _missing(results: Mapping[Group, Results], store: Store) -> str:
+    """The stages of the design that are not finished."""
+    permuted = [(r["task"], r["net"]) for r in store.read("null")]
+    lines = []
+    for stage, net, block, regime, tasks in STAGES:
+        left = [t for t in tasks if not _done(stage, Group(t, net, block, regime), results, permuted)]
+        if left:
+            lines.append(f"- {stage}, {net}, {block}, {regime}: {', '.join(left)}")
+    return "\n".join(lines) or "Nothing: all stages of the design are finished."
+
+
+def _done(
+    stage: str, group: Group, results: Mapping[Group, Results], permuted: Sequence[tuple[str, str]]
+) -> bool:
+    if stage == "null":
+        return permuted.count((group.task, group.net)) >= PERMUTATIONS
+    if stage == "bottleneck":
+        one = results.get(Group(group.task, group.net, "bottleneck", group.regime))
+        block = results.get(group)
+        return bool(
+            one and block and all(one.gain(s, block.arms(s).get("score", ())) is not None for s in SEEDS)
+        )
+    one = results.get(group)
+    if one is None:
+        return False
+    checks = {
+        "headroom": one.headroom is not None,
+        "rank": bool(tables.ranked([one])),
+        "choose": bool(tables.complete([one])),
+    }
+    return checks[stage]
