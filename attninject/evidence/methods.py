@@ -65,7 +65,11 @@ def score(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
 
 
 def gradient_norm(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
-    """‖ḡ‖ = √(1ᵀ K 1) / n: the norm of the mean gradient at what is zero (GradMax, arXiv:2201.05125, eq. 4)."""
+    """‖ḡ‖ = √(1ᵀ K 1) / n: the norm of the mean gradient at what is zero (GradMax, arXiv:2201.05125).
+
+    GradMax sets the outgoing weights of new neurons to zero and seeks the incoming ones for which this norm is largest;
+    here the incoming ones are as they were drawn.
+    """
     return _quadratic(site.kernel, weights).clamp_min(0).sqrt() / weights.sum(1)
 
 
@@ -91,8 +95,8 @@ def natural_gradient(site: Candidate, setting: Setting, weights: Tensor) -> Tens
 def gradient_rank(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
     """(tr K)² / ‖K‖², the effective rank of the per-image gradients.
 
-    After the choice of layers by the rank of their gradient in arXiv:2410.15858, by the participation ratio of the
-    spectrum that Gᵀ G and K share, where that counts singular values of a weight's gradient.
+    After arXiv:2410.15858, where placements of adapters that do well often have a high gradient rank; by the
+    participation ratio of the spectrum that Gᵀ G and K share, where that counts singular values of a weight's gradient.
     """
     trace = weights @ site.kernel.diagonal()
     squared = _quadratic(site.kernel**2, weights)

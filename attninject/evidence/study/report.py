@@ -57,7 +57,7 @@ in the mean. Accuracy in points.
 
 """
 
-RANKING = """Kendall's τ-b between a score and what each site gains when it alone is trained, both averaged over the seeds.
+RANKING = """Kendall's τ-b between a score and what each site gains when it alone is trained, both averaged over seeds.
 Means are over tasks with headroom. The last row is what no method can be expected to beat by much: the agreement of gains
 over two seeds with gains over the other three. *Partial* is given depth, parameters and MACs. `warmup` and `ablation`
 need a training of blocks at all sites first.
