@@ -165,6 +165,9 @@ class Small(nn.Module):
         self.conv_head, self.bn2 = nn.Conv2d(4, 6, 1), nn.ReLU()
         self.classifier = nn.Linear(6, 3)
 
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         features = x.mean((2, 3))
         return features if pre_logits else self.classifier(features)
@@ -193,6 +196,7 @@ STAGES = (
     ("rank", "lite0", "se", "frozen", ("a",)),
     ("choose", "lite0", "se", "frozen", ("a",)),
     ("null", "lite0", "se", "frozen", ("a",)),
+    ("explore", "lite0", "se", "frozen", ("a",)),
     ("bottleneck", "lite0", "se", "frozen", ("a",)),
 )
 
@@ -221,7 +225,15 @@ def test_a_miniature_study_is_finished_once_and_reported_the_same_each_time(tmp_
     store = Store(tmp_path)
     running.Study(store, minutes=5, seeds=(0, 1)).go()
     files = {p.name: p.read_text() for p in tmp_path.iterdir()}
-    assert set(files) == {"runs.csv", "scores.csv", "trained.csv", "sites.csv", "null.csv"}
+    assert set(files) == {
+        "runs.csv",
+        "scores.csv",
+        "trained.csv",
+        "sites.csv",
+        "null.csv",
+        "kept.csv",
+        "rungs.csv",
+    }
     page = report.written(store)
     assert "Nothing: all stages of the design are finished." in page
     running.Study(store, minutes=5, seeds=(0, 1)).go()

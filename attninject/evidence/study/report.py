@@ -13,7 +13,7 @@ from attninject.evidence.statistics import Paired, paired
 from . import tables
 from .design import PERMUTATIONS, SEEDS, STAGES, Group
 from .kendall import ceiling
-from .results import METHODS, Results, read
+from .results import EXPLORED, METHODS, Results, read
 from .store import Store
 
 FILE = Path(__file__).parents[1] / "RESULTS.md"
@@ -93,7 +93,7 @@ def _short(by_kind: Mapping[tables.Kind, Sequence[Results]], store: Store) -> li
 
 
 def _means(group: Sequence[Results], method: str) -> Paired | None:
-    values = [tables.taus(one)[method] for one in tables.ranked(group) if one.headroom]
+    values = [tables.taus(one, [method])[method] for one in tables.ranked(group) if one.headroom]
     values = [v for v in values if not math.isnan(v)]
     return paired(values) if values else None
 
@@ -163,6 +163,11 @@ def _ranking(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
         partial = tables.ranking_rows(group, tables.partial_taus)
         parts.append(f"### {tables.named(kind)}\n\n" + tables.table(header, rows))
         parts.append("Partial τ:\n\n" + tables.table(header, [row for row in partial if row[-2] != "–"]))
+        explored = [one for one in ready if one.scored("rung") is not None]
+        if explored:
+            header = ("method", *tasks, "mean", "p (Holm)")
+            rows = tables.ranking_rows(group, tables.taus, EXPLORED)
+            parts.append(EXPLORATORY + tables.table(header, rows))
         parts.append(
             "`score` by itself, with a bootstrap over seeds (rough, with five); best and worst site by number:\n\n"
             + tables.table(PRIMARY_HEADER, tables.primary_rows(group))
@@ -170,6 +175,11 @@ def _ranking(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
     return parts or ["Nothing is finished."]
 
 
+EXPLORATORY = """Exploratory, declared later than the others (see the protocol's deviations): scores at the head that
+trainings start from (`_kept`), validation loss of each site after one epoch (`rung`) and after the whole training
+(`validation`).
+
+"""
 PRIMARY_HEADER = (
     "task",
     "τ",
@@ -257,6 +267,7 @@ def _done(
     checks = {
         "headroom": one.headroom is not None,
         "rank": bool(tables.ranked([one])),
+        "explore": one.scored("rung") is not None and one.scored("score_kept") is not None,
         "choose": bool(tables.complete([one])),
     }
     return checks[stage]

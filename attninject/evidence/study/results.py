@@ -20,7 +20,11 @@ Row = Mapping[str, str]
 
 BARE = ("random", "depth", "parameters", "largest_map", "papers_places")
 """Methods that look at no image."""
+KEPT = tuple(f"{m}_kept" for m in SCORES)
+"""Exploratory: the same methods at the head that trainings start from."""
 METHODS = (*SCORES, *choosing.TRAINED, *BARE)
+EXPLORED = (*KEPT, "rung", "validation")
+"""Declared later than the others; see the protocol's deviations."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Results:
         runs: (seed, sites) → row, at that rate, plain among them.
         scores: seed → rows of sites in order.
         trained: the same of `warmup` and `ablation`.
-        tuning: all rows of the group.
+        kept: the same of the scores at the head that trainings start from.
+        rungs: the same of `rung`.
     """
 
     group: Group
@@ -43,7 +48,8 @@ class Results:
     runs: Mapping[tuple[int, tuple[int, ...]], Row]
     scores: Mapping[int, Sequence[Row]]
     trained: Mapping[int, Sequence[Row]]
-    tuning: Sequence[Row]
+    kept: Mapping[int, Sequence[Row]]
+    rungs: Mapping[int, Sequence[Row]]
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -101,8 +107,19 @@ class Results:
         }
         if method in bare:
             return bare[method]
-        rows = (self.trained if method in choosing.TRAINED else self.scores).get(seed)
-        return [float(row[method]) for row in rows] if rows else None
+        if method == "validation":
+            return [-float(self.runs[seed, (i,)]["val_loss"]) for i in every]
+        rows = self._table(method).get(seed, ())
+        column = method.removesuffix("_kept")
+        return [float(row[column]) for row in rows] if len(rows) == len(every) else None
+
+    def _table(self, method: str) -> Mapping[int, Sequence[Row]]:
+        """The rows that a method's scores stand in."""
+        if method in choosing.TRAINED:
+            return self.trained
+        if method == "rung":
+            return self.rungs
+        return self.kept if method in KEPT else self.scores
 
     def arms(self, seed: int) -> dict[str, tuple[int, ...]]:
         """Arm → its sites, as they were chosen."""
@@ -128,7 +145,8 @@ class Results:
 def read(store: Store) -> dict[Group, Results]:
     """All groups that were begun, in the order of the design."""
     runs = _grouped(store.read("runs", test=True))
-    scores, trained = _grouped(store.read("scores")), _grouped(store.read("trained"))
+    scores, late = _grouped(store.read("scores")), ("trained", "kept", "rungs")
+    others = {name: _grouped(store.read(name)) for name in late}
     sites: dict[tuple[str, str], list[Row]] = {}
     for row in store.read("sites"):
         sites.setdefault((row["net"], row["block"]), []).append(row)
@@ -144,16 +162,9 @@ def read(store: Store) -> dict[Group, Results]:
             for r in runs[key]
             if r["sites"] == "none" or float(r["lr"]) == rate
         }
-        frozen = Group(*key[:3]).key
-        found[group] = Results(
-            group,
-            known,
-            rate,
-            own,
-            _by_seed(scores.get(frozen, [])),
-            _by_seed(trained.get(key, [])),
-            runs[key],
-        )
+        first = _by_seed(scores.get(Group(*key[:3]).key, []))
+        rest = (_by_seed(others[name].get(key, [])) for name in late)
+        found[group] = Results(group, known, rate, own, first, *rest)
     return found
 
 

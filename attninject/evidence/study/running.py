@@ -213,6 +213,22 @@ class Study:
         chosen = {s: self.arms(group, s)["score"] for s in self.seeds}
         self.train(control, [Run(seed, sites, self.attn_lr(control)) for seed, sites in chosen.items()])
 
+    def explore(self, group: Group) -> None:
+        """Scores at the head that trainings start from, and the first rung of a search by training."""
+        known = {int(r["seed"]) for r in self.rows("kept", group)}
+        for seed in (s for s in self.seeds if s not in known):
+            self.check_time()
+            one = self.seeded(group, seed)
+            rows = scoring.scored_at_start(self.chain(group), one.parts["train"], seed, one.head)
+            self.add("kept", group, rows)
+        tried = {(int(r["seed"]), int(r["site"])) for r in self.rows("rungs", group)}
+        for site in range(len(self.chain(group).slots)):
+            runs = [Run(s, (site,), self.attn_lr(group)) for s in self.seeds if (s, site) not in tried]
+            if runs:
+                self.check_time()
+                of = [self.seeded(group, r.seed) for r in runs]
+                self.add("rungs", group, scoring.first_rung(self.chain(group), runs, of))
+
     def null(self, group: Group) -> None:
         """p-values under permuted labels, of the images of the first seed."""
         done = {int(r["seed"]) for r in self.rows("null", group)}
@@ -230,6 +246,7 @@ def _of_seed(rows: Iterable[dict[str, str]], seed: int) -> list[dict[str, str]]:
 STEPS: dict[str, Callable[[Study, Group], None]] = {
     "rank": Study.rank,
     "choose": Study.choose,
+    "explore": Study.explore,
     "headroom": Study.headroom,
     "bottleneck": Study.bottleneck,
     "null": Study.null,

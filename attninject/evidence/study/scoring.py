@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
 from attninject.evidence import rank
 from attninject.evidence.samples import Samples
@@ -13,7 +15,7 @@ from attninject.evidence.samples import Samples
 from .design import BATCH, Run
 from .nets import Chain
 from .store import SCORES
-from .training import Seeded, Together
+from .training import Head, Seeded, Together
 
 Row = dict[str, object]
 
@@ -23,11 +25,25 @@ def scored(chain: Chain, samples: Samples, seed: int) -> list[Row]:
 
     One measurement serves all methods. The head is fitted anew, by cross-fitting, as `rank_sites` does.
     """
+    return _scored(chain.model, chain, samples, seed, "fit")
+
+
+def scored_at_start(chain: Chain, samples: Samples, seed: int, head: Head) -> list[Row]:
+    """The same at the head that trainings start from, fitted on the very images that the gradients come from."""
+    model = copy.deepcopy(chain.model)
+    layer = model.get_classifier()  # type: ignore[operator]
+    weight = head.weight / head.scale
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(head.bias - weight @ head.mean, requires_grad=False)
+    return _scored(model, chain, samples, seed, "keep")
+
+
+def _scored(model: nn.Module, chain: Chain, samples: Samples, seed: int, head: str) -> list[Row]:
     began = time.process_time()
     data = (samples.images, samples.labels)
     methods = tuple(m for m in SCORES if m != "drop")
     found = rank.rankings(
-        chain.model, chain.plan, data, methods=methods, images=len(samples), batch_size=BATCH, head="fit", seed=seed
+        model, chain.plan, data, methods=methods, images=len(samples), batch_size=BATCH, head=head, seed=seed
     )  # fmt: skip
     seconds = (time.process_time() - began) / len(chain.slots)
     first = found["score"]
@@ -71,3 +87,14 @@ def by_training(chain: Chain, runs: Sequence[Run], of: Sequence[Seeded], whole: 
                 "seed": run.seed, "site": s, "warmup": float(warmup[r, s]), "ablation": float(ablation[r, s]),
                 "seconds": seconds,
             }  # fmt: skip
+
+
+def first_rung(chain: Chain, runs: Sequence[Run], of: Sequence[Seeded]) -> Iterator[Row]:
+    """One row per run of one site: `rung`, the validation loss after one epoch, sign changed; cosine over that epoch."""
+    began = time.process_time()
+    together = Together(chain, runs, of)
+    together.train(epochs=1)
+    losses = together.judged("val")[0]
+    seconds = (time.process_time() - began) / len(runs)
+    for run, loss in zip(runs, losses.tolist(), strict=True):
+        yield {"seed": run.seed, "site": run.sites[0], "rung": -loss, "seconds": seconds}

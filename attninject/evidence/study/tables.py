@@ -91,21 +91,21 @@ def _difference(found: Paired | None, digits: int, factor: float = 1.0) -> str:
 # --- ranking -----------------------------------------------------------------------------------
 
 
-def taus(one: Results, column: str = "test_loss") -> dict[str, float]:
+def taus(one: Results, methods: Sequence[str] = METHODS, column: str = "test_loss") -> dict[str, float]:
     """Method → τ between mean gain and mean score; nan where the score is constant."""
     gains = one.gains(column).mean(0)
     found = {}
-    for method in METHODS:
+    for method in methods:
         scores = one.scored(method)
         found[method] = math.nan if scores is None else tau(gains, scores.mean(0))
     return found
 
 
-def partial_taus(one: Results) -> dict[str, float]:
+def partial_taus(one: Results, methods: Sequence[str] = METHODS) -> dict[str, float]:
     """The same, given depth, parameters and MACs."""
     gains, found = one.gains().mean(0), {}
     controls = [list(map(float, v)) for v in (one.sites.every, one.sites.parameters, one.sites.macs)]
-    for method in METHODS:
+    for method in methods:
         scores = one.scored(method)
         found[method] = (
             math.nan if scores is None else partial_tau(gains.tolist(), scores.mean(0).tolist(), controls)
@@ -118,17 +118,21 @@ def ranked(group: Sequence[Results]) -> list[Results]:
     return [one for one in group if len(one.ranked_seeds) >= len(SEEDS)]
 
 
-def ranking_rows(group: Sequence[Results], of: Callable[[Results], dict[str, float]]) -> list[list[str]]:
+def ranking_rows(
+    group: Sequence[Results],
+    of: Callable[[Results, Sequence[str]], dict[str, float]],
+    methods: Sequence[str] = METHODS,
+) -> list[list[str]]:
     """One row per method: what `of` gives per task, the mean over tasks with headroom, its t interval, Holm's p."""
-    by_task = [(one, of(one)) for one in ranked(group)]
+    by_task = [(one, of(one, methods)) for one in ranked(group)]
     means: list[Paired | None] = []
-    for method in METHODS:
+    for method in methods:
         values = [v[method] for one, v in by_task if one.headroom and not math.isnan(v[method])]
         means.append(paired(values) if values else None)
     adjusted = holm([m.p if m else None for m in means])
-    order = sorted(range(len(METHODS)), key=lambda i: -(means[i].mean if means[i] else -9.0))  # type: ignore[union-attr]
+    order = sorted(range(len(methods)), key=lambda i: -(means[i].mean if means[i] else -9.0))  # type: ignore[union-attr]
     return [
-        [METHODS[i], *(number(v[METHODS[i]]) for _, v in by_task), _difference(means[i], 2), _p(adjusted[i])]
+        [methods[i], *(number(v[methods[i]]) for _, v in by_task), _difference(means[i], 2), _p(adjusted[i])]
         for i in order
     ]
 
@@ -154,7 +158,8 @@ def primary_rows(group: Sequence[Results], method: str = "score") -> list[list[s
         mean = gains.mean(0)
         rows.append([
             one.group.task, number(tau(mean, scores.mean(0))) + spread(bootstrapped(gains, scores, tau)),
-            number(taus(one, "test_acc")[method]), number(partial_taus(one)[method]), number(ceiling(gains)),
+            number(taus(one, [method], "test_acc")[method]), number(partial_taus(one, [method])[method]),
+            number(ceiling(gains)),
             f"{one.sites.every[int(mean.argmax())]} ({number(float(mean.max()), 3)})",
             f"{one.sites.every[int(mean.argmin())]} ({number(float(mean.min()), 3)})",
         ])  # fmt: skip
