@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 SAME = 0.999
 """|τ| between controls from which on one of them says nothing that the other does not."""
-DRAWS = 2000
+DRAWS = 1000
 
 
 def tau(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:

@@ -69,7 +69,7 @@ class Results:
         gains = [g for s in self.seeds if (g := self.gain(s, sites, column)) is not None]
         return paired(gains) if gains else None
 
-    @property
+    @cached_property
     def headroom(self) -> bool | None:
         """Whether blocks at all sites gain, with an interval above 0; None where they were not run for all seeds."""
         found = self.over_plain(self.sites.every)
@@ -125,13 +125,14 @@ class Results:
         """Arm → its sites, as they were chosen."""
         return choosing.arms(self.sites, seed, self.scores.get(seed, ()), self.trained.get(seed, ()))
 
-    def chosen(self, column: str = "test_loss") -> dict[str, dict[int, float]]:
+    @cached_property
+    def chosen(self) -> dict[str, dict[int, float]]:
         """Arm → seed → gain over plain; `random` is the mean of the seed's random sets."""
         found: dict[str, dict[int, float]] = {}
         for seed in self.seeds:
             draws = []
             for arm, sites in self.arms(seed).items():
-                gain = self.gain(seed, sites, column)
+                gain = self.gain(seed, sites)
                 if arm.startswith("random_"):
                     draws.append(gain)
                 elif gain is not None:

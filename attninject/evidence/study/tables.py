@@ -93,8 +93,7 @@ def _difference(found: Paired | None, digits: int, factor: float = 1.0) -> str:
 
 def taus(one: Results, methods: Sequence[str] = METHODS, column: str = "test_loss") -> dict[str, float]:
     """Method → τ between mean gain and mean score; nan where the score is constant."""
-    gains = one.gains(column).mean(0)
-    found = {}
+    gains, found = one.gains(column).mean(0), {}
     for method in methods:
         scores = one.scored(method)
         found[method] = math.nan if scores is None else tau(gains, scores.mean(0))
@@ -183,20 +182,32 @@ def complete(group: Sequence[Results]) -> list[Results]:
     return [
         one
         for one in group
-        if all(len(one.chosen().get(arm, {})) >= len(SEEDS) for arm in ("random", "score", "gradient_rank"))
+        if all(len(one.chosen.get(arm, {})) >= len(SEEDS) for arm in ("random", "score", "gradient_rank"))
     ]
 
 
-def against(one: Results, arm: str, other: str, column: str = "test_loss") -> Paired | None:
-    """The paired difference of an arm's gain from another's (`plain` has none)."""
-    chosen = one.chosen(column)
-    a, b = chosen.get(arm, {}), chosen.get(other, dict.fromkeys(SEEDS, 0.0) if other == "plain" else {})
-    both = [a[s] - b[s] for s in sorted(a) if s in b]
-    return paired(both) if both else None
+def differences(one: Results, arm: str, other: str) -> list[float]:
+    """By seed, an arm's gain less another's (`plain` has none)."""
+    a, b = one.chosen.get(arm, {}), one.chosen.get(other, {})
+    if other == "plain":
+        b = dict.fromkeys(a, 0.0)
+    return [a[s] - b[s] for s in sorted(a) if s in b]
+
+
+def against(one: Results, arm: str, other: str) -> Paired | None:
+    """The paired difference of an arm's gain from another's."""
+    found = differences(one, arm, other)
+    return paired(found) if found else None
+
+
+def wins(one: Results, arm: str, other: str) -> str:
+    """P(A > B) over seeds: in how many of them the arm is better."""
+    found = differences(one, arm, other)
+    return f"{sum(d > 0 for d in found)}/{len(found)}"
 
 
 def choosing_rows(group: Sequence[Results], other: str) -> list[list[str]]:
-    """One row per arm: difference per task with interval, a star where Holm's p over the arms is below 0.05."""
+    """One row per arm: difference per task with interval, a star where Holm's p over the arms is below 0.05, wins."""
     ready = complete(group)
     by_task: list[dict[str, tuple[Paired | None, float | None]]] = []
     names = CHOICES if other == "random" else ("random", *CHOICES)
@@ -210,7 +221,10 @@ def choosing_rows(group: Sequence[Results], other: str) -> list[list[str]]:
         means = [f.mean for f, _ in cells if f]
         above = sum(1 for f, _ in cells if f and f.interval and f.interval[0] > 0)
         below = sum(1 for f, _ in cells if f and f.interval and f.interval[1] < 0)
-        stars = [_difference(f, 3) + ("*" if p is not None and p < 0.05 else "") for f, p in cells]
+        stars = [
+            f"{_difference(f, 3)}{'*' if p is not None and p < 0.05 else ''} {wins(one, arm, other)}"
+            for one, (f, p) in zip(ready, cells, strict=True)
+        ]
         rows.append([arm, *stars, number(float(np.mean(means)) if means else None, 3), f"{above} / {below}"])
     return rows
 
@@ -228,17 +242,15 @@ def left_out_rows(group: Sequence[Results], among: Sequence[str]) -> list[list[s
             best = max(means, key=lambda arm: means[arm])
             mine = against(one, best, "random")
             rows.append(
-                [one.group.task, best, number(means[best], 3), _difference(mine, 3), _wins(one, best)]
+                [
+                    one.group.task,
+                    best,
+                    number(means[best], 3),
+                    _difference(mine, 3),
+                    wins(one, best, "random"),
+                ]
             )
     return rows
-
-
-def _wins(one: Results, arm: str) -> str:
-    """How many seeds the arm is better in than the mean of random sets."""
-    chosen = one.chosen()
-    a, b = chosen.get(arm, {}), chosen.get("random", {})
-    both = [s for s in a if s in b]
-    return f"{sum(a[s] > b[s] for s in both)} of {len(both)}"
 
 
 # --- controls and costs ------------------------------------------------------------------------
