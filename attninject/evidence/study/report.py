@@ -66,7 +66,7 @@ need a training of blocks at all sites first.
 
 CHOOSING = """Sites taken within a quarter of the parameters of all sites; `papers_places` and `all` are outside of the
 budget. Each seed's sites are chosen by its own training images. A star: Holm's p over the arms of the task is below 0.05.
-Behind it, in how many of the seeds the arm is better. The last column counts the tasks with an interval above and below 0.
+Behind it, in how many of the seeds the arm is better. The last column counts tasks with an interval above and below 0.
 
 """
 
