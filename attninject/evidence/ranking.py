@@ -166,8 +166,8 @@ class Ranking:
         return [
             *(f"note: {note}" for note in self.notes),
             f"method: {self.method}: {FORMULAS[self.method]}",
-            "whether this order foretells what training gains has not been measured; train the short list beside "
-            "its controls before you believe it",
+            "in a study of five tasks no method's order reliably foretold what training gains "
+            "(attninject/evidence/RESULTS.md); train the short list beside its controls before you believe it",
             self.verdict,
         ]
 

@@ -21,6 +21,9 @@ FILE = Path(__file__).parents[1] / "RESULTS.md"
 FIRST: tables.Kind = ("lite0", "se", "frozen")
 """Of the primary test."""
 
+SLIGHT = 0.001
+"""Cross-entropy that is called slight."""
+
 UNTRAINED = tuple(
     m for m in tables.CHOICES if m not in ("warmup", "ablation", "bottom", "papers_places", "all")
 )
@@ -88,8 +91,18 @@ def _short(by_kind: Mapping[tables.Kind, Sequence[Results]], store: Store) -> li
         f"{sum(bool(one.headroom) for one in known)} of {len(known)} groups of task, net, block and regime."
     ]
     first = by_kind.get(FIRST, [])
+    if slight := [one.group for one in known if one.headroom and _gain(one) < SLIGHT]:
+        named = ", ".join(f"{g.task} on {g.net}" for g in slight)
+        lines.append(
+            f"By that rule {named} has headroom with a gain below {SLIGHT}, which nobody would notice."
+        )
     lines += _primary(first) + _others(by_kind) + _choice(first)
-    return lines
+    return lines + _null(store.read("null")) + _against_bottleneck(by_kind)
+
+
+def _gain(one: Results) -> float:
+    found = one.over_plain(one.sites.every)
+    return found.mean if found else math.nan
 
 
 def _means(group: Sequence[Results], method: str) -> Paired | None:
@@ -123,10 +136,13 @@ def _others(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
         means = {m: found.mean for m in METHODS if (found := _means(group, m)) is not None}
         if not means:
             continue
+        tasks = sum(bool(one.headroom) for one in tables.ranked(group))
         order = sorted(means, key=lambda m: -means[m])
         best = ", ".join(f"`{m}` {tables.number(means[m])}" for m in order[:3])
+        own = tables.number(means["score"])
         lines.append(
-            f"{tables.named(kind)}: the largest mean τ have {best}; `score` has {tables.number(means['score'])}."
+            f"{tables.named(kind)}, {tasks} task{'s' * (tasks != 1)} with headroom: of {len(means)} methods the largest "
+            f"mean τ have {best}; `score` has {own}."
         )
     return lines
 
@@ -145,6 +161,37 @@ def _choice(group: Sequence[Results]) -> list[str]:
         f"**Choosing** ({tables.named(FIRST)}, a quarter of the parameters): sites of `score` beat random sets of the "
         f"same budget with an interval above 0 on {above} of {len(ready)} tasks, and lose with one below 0 on {below}; "
         f"they are worse than plain beyond noise on {worse}. The goal (4 of 5 tasks, never worse than plain) is {met}."
+    ]
+
+
+def _null(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    ps = [float(p) for row in rows for p in row["ps"].split()]
+    if not ps:
+        return []
+    share, mean = float(np.mean(np.array(ps) < 0.05)), float(np.mean(ps))
+    said = "too small" if share > 0.075 else "too large" if share < 0.025 else "about right"
+    return [
+        f"**Permuted labels**: p-values of the score test are {said}: {share:.1%} of {len(ps)} are below .05, and their "
+        f"mean is {mean:.2f}, where 5 % and 0.50 are due."
+    ]
+
+
+def _against_bottleneck(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
+    blocks = {one.group.task: one for one in by_kind.get(FIRST, [])}
+    found = []
+    for control in by_kind.get(("lite0", "bottleneck", "frozen"), []):
+        block = blocks.get(control.group.task)
+        every = control.sites.every
+        pairs = [(block.gain(s, every), control.gain(s, every)) for s in control.seeds] if block else []
+        values = [a - b for a, b in pairs if a is not None and b is not None]
+        found += [paired(values)] if values else []
+    if not found:
+        return []
+    above = sum(1 for f in found if f.interval and f.interval[0] > 0)
+    below = sum(1 for f in found if f.interval and f.interval[1] < 0)
+    return [
+        f"**Bottleneck**: at all sites SE gains more than as many parameters without attention, with an interval above "
+        f"0, on {above} of {len(found)} tasks, and less on {below}."
     ]
 
 
