@@ -149,6 +149,10 @@ def test_every_block_runs_in_a_layout_or_says_why_not(form: str, names: list[str
                 ):
                     ai.plan(model, block=name, **where)
                 continue
+            if (nd if is_map else 1) not in registry.get(name).dims:
+                with pytest.raises(errors.LayoutError, match=f"{name} works on .*D maps; inner.a is"):
+                    ai.plan(model, block=name, **where)
+                continue
             plan = ai.plan(model, block=name, **where)
             assert str(plan.sites[0].layout) == expected
             ai.inject(model, plan)

@@ -155,6 +155,25 @@ def _offset(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
     yield scene.heat(name, f"{name}: how far off each position looks, in cells", t[0].float().norm(dim=0))
 
 
+def _offsets(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
+    """t: (B, 2K, *T), down and right in pixels for each of K taps: how far off they look, in the mean."""
+    far = t[0].float().unflatten(0, (-1, 2)).norm(dim=1).mean(0)
+    text = f"{name}: how far off a position looks, in pixels, mean of {t.shape[1] // 2} taps"
+    yield Heat(name, text, plane(far, coarser(scene.grid, far.numel()) or scene.grid), scene.is_map)
+
+
+def _masks(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
+    """t: (B, K, *T): what the taps of a position count, in the mean."""
+    mean = t[0].float().mean(0)
+    text = f"{name}: a value per position, mean of {t.shape[1]} taps"
+    yield Heat(name, text, plane(mean, coarser(scene.grid, mean.numel()) or scene.grid), scene.is_map)
+
+
+def _kernels(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
+    """t: (B, K): the share of each kernel, around the even share 1 / K."""
+    yield Bars(name, f"{name}: the share of each kernel", t[0].detach().float(), 1 / t.shape[1])
+
+
 def _branches(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
     """t: (B, M, C, 1, …): bars for each branch, around the even share 1 / M."""
     for i, weights in enumerate(t[0].flatten(1)):
@@ -226,6 +245,9 @@ READINGS: dict[str, Reading] = {  # a name in what `attention(x)` returns: what 
     "local": _windows,
     "branches": _branches,
     "offset": _offset,
+    "offsets": _offsets,
+    "masks": _masks,
+    "kernels": _kernels,
 }
 OF_BLOCK: dict[tuple[str, str], Reading] = {  # where a block means something else by the name
     ("danet", "channel"): _matrix,

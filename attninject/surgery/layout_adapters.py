@@ -31,7 +31,7 @@ def run_block(
     """
     if getattr(block, "_attninject_disabled", False):  # as `passed_by`, without a call more
         return x
-    if getattr(x, "is_nested", False) and not isinstance(x, fx.Proxy):
+    if not isinstance(x, fx.Proxy) and getattr(x, "is_nested", False):
         raise LayoutError(
             "a block was given a nested tensor, whose samples have lengths of their own; where it comes from "
             "nn.TransformerEncoder with a padding mask, build that with enable_nested_tensor=False"

@@ -35,6 +35,7 @@ from .run_state import RunState
 
 def carry_out(job: Job, say: Callable[[str], None], resume: bool = False) -> Result:
     """Set up, go on where `resume` says so, train, give everything back."""
+    job = resuming.as_begun(job) if resume else job
     accelerator = devices.open_accelerator(job.train)
     main: bool = accelerator.is_main_process
     files = RunFiles(job, main)

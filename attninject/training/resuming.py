@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from attninject import api
-from attninject.errors import DataError, RunError
+from attninject.errors import CheckpointError, DataError, RunError
 
+from . import runs
 from .job import Job
 
 MAY_CHANGE = (  # on resume
@@ -29,6 +30,22 @@ def terms(job: Job, processes: int) -> dict[str, Any]:
     }
     found: dict[str, Any] = json.loads(json.dumps({**held, "settings": settings}))
     return found
+
+
+def as_begun(job: Job) -> Job:
+    """The job at the blocks' rate that its run began with, where none is given: the default may have changed since.
+
+    A checkpoint that cannot be read is left to those who load it, and say what is wrong with it.
+    """
+    if job.out is None or job.train.attn_lr is not None:
+        return job
+    try:
+        then = runs.read_meta(job.out / runs.CHECKPOINT)
+    except CheckpointError:
+        return job
+    rate = _with_rate(then)["train"]["attn_lr"]
+    same = rate is None or rate == job.train.rate_of_blocks
+    return job if same else replace(job, train=replace(job.train, attn_lr=rate))
 
 
 def check(then: Mapping[str, Any], job: Job, processes: int) -> None:

@@ -285,6 +285,7 @@ GIVEN = {  # a field: what stands on the command line, and what a recipe would s
     "input": (["1"], 1),
     "output": (["-1"], -1),
     "layout": (["NLC"], "NLC"),
+    "replace": (["**.conv2"], "**.conv2"),
     "type": (["BatchNorm2d"], "BatchNorm2d"),
     "exclude": (["**.0.**"], "**.0.**"),
     "pick": (["{every: 2, offset: 1}"], {"every": 2, "offset": 1}),
@@ -310,7 +311,7 @@ def test_the_table_of_fields_is_that_of_a_rule() -> None:
 def test_every_field_of_a_rule_is_a_flag(name: str, verb: str) -> None:
     """Each flag gives the rule that the same field gives in Python, read as in a recipe where it is no text."""
     where = {"input": "before"}.get(name, "after")
-    asked = ["block", name] if name in ("after", "before", "place") else ["block", where, name]
+    asked = ["block", name] if name in ("after", "before", "place", "replace") else ["block", where, name]
     argv: list[str] = []
     for field in asked:
         values = GIVEN[field][0]

@@ -217,7 +217,7 @@ def test_data_may_be_a_folder(images: Path, tmp_path: Path) -> None:
             1,
             "there is no folder gone",
         ),
-        ([*GIVEN, "--data", "photos"], 1, "a folder of images that is there"),
+        ([*GIVEN, "--data", "photos"], 2, "a folder of images that is there"),
         ([*GIVEN, "--data", "/", "--data-root", "/"], 1, "give one of the two"),
     ],
 )

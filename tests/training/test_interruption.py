@@ -26,6 +26,7 @@ from attninject.training.data import loaders
 from attninject.training.data.datasets import Images
 from attninject.training.experiment import settings
 from attninject.training.job import Job
+from attninject.training.log_columns import renamed
 from attninject.training.loop import Run
 from attninject.training.reporting import Reporter
 from attninject.training.run_files import RunFiles
@@ -378,7 +379,7 @@ def test_checkpoints_are_plain_data(run: Path) -> None:
     assert ai.__version__ == meta["version"]
     assert set(meta) == {
         "alive", "batch", "best", "checksums", "classes", "epoch", "format", "history", "loss_sum", "optimizer",
-        "processes", "scaler", "settings", "skipped", "step", "version", "warnings",
+        "processes", "scaler", "settings", "skipped", "step", "version", "warnings", "forms", "rate_of_blocks",
     }  # fmt: skip
     assert {part: type(value) for part, value in meta["settings"].items()} == {"data": dict, "train": dict}
 
@@ -401,7 +402,7 @@ def old_run(tmp_path: Path) -> Path:
 def test_a_checkpoint_of_the_first_version_is_taken_over_whole(old_run: Path) -> None:
     """Weights, average, momenta, counters and log: what is loaded gives the same checkpoint again."""
     data, train = settings("digits", **OF_0_1_0)
-    job = Job(net(), Images(*DATA, Shades.classes), data, train, out=old_run)
+    job = resuming.as_begun(Job(net(), Images(*DATA, Shades.classes), data, train, out=old_run))
     accelerator = devices.open_accelerator(train)
     try:
         run = Run(job, accelerator, RunFiles(job, True), Reporter(lambda text: None, None, True, 1))
@@ -413,6 +414,9 @@ def test_a_checkpoint_of_the_first_version_is_taken_over_whole(old_run: Path) ->
     assert len(tensors) == 87
     assert all(torch.equal(state[key], tensor) for key, tensor in tensors.items())
     plain = json.loads(json.dumps({key: value for key, value in state.items() if key not in tensors}))
+    assert plain.pop("rate_of_blocks") == plain["settings"]["train"].pop("attn_lr") == OF_0_1_0["lr"]
+    assert meta["settings"]["train"].pop("attn_lr") is None
+    meta |= {"best": renamed(meta["best"]), "history": [renamed(row) for row in meta["history"]]}
     numbers, numbers_then = plain.pop("optimizer"), meta.pop("optimizer")
     assert all(entry in numbers for entry in numbers_then)  # another torch may keep more
     assert plain == {k: meta[k] for k in meta if k not in ("checksums", "format", "version")}
@@ -423,5 +427,5 @@ def test_a_run_of_the_first_version_goes_on(old_run: Path) -> None:
     before = runs.read_meta(old_run / runs.CHECKPOINT)
     assert (before["epoch"], before["batch"], before["step"]) == (1, 2, 8)
     result = finetune(net(), DATA, **OF_0_1_0, say=lambda text: None, out=old_run, resume=True)
-    assert result.history[:2] == before["history"]
+    assert result.history[:2] == [renamed(row) for row in before["history"]]
     assert [(row["epoch"], row["step"]) for row in result.history] == [(0, 0), (1, 6), (2, 12), (3, 18)]
