@@ -50,8 +50,9 @@ def test_two_runs_are_the_same_bits(device: str) -> None:
     """Ten steps with CBAM from one seed, twice, with deterministic kernels."""
 
     def run() -> dict[str, Tensor]:
+        model = nets.net("torchvision/resnet18").to(device)
         torch.manual_seed(0)
-        model = ai.inject(nets.net("torchvision/resnet18").to(device), "cbam_resnet").train()
+        ai.inject(model, "cbam_resnet").train()
         optimizer = torch.optim.AdamW(ai.param_groups(model, attn_lr=1e-3))
         x = images("torchvision/resnet18", device)
         for _ in range(3 if device == "cpu" else 10):
