@@ -60,8 +60,9 @@ def _unknown(scene: Scene, spot: Spot) -> str:
     return f"{why}; {fix}"
 
 
-def packs_tokens(carrier: nn.Module, model: nn.Module) -> bool:
-    """Whether a carrier is in an encoder of torch's that may hand nested tensors to its layers."""
+def in_packed_tokens(model: nn.Module) -> frozenset[int]:
+    """Ids of the modules in encoders of torch's that may hand nested tensors to their layers."""
     encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
-    inside = any(m is carrier for encoder in encoders for layer in encoder.layers for m in layer.modules())
-    return inside and torch.backends.mha.get_fastpath_enabled()
+    if not torch.backends.mha.get_fastpath_enabled():
+        return frozenset()
+    return frozenset(id(m) for encoder in encoders for layer in encoder.layers for m in layer.modules())

@@ -29,7 +29,7 @@ from attninject.wording import listed
 
 from . import replacing
 from .cost import Cost, injected_parameters, macs_of, replacement_cost, site_cost
-from .layout_check import layout_for, packs_tokens
+from .layout_check import in_packed_tokens, layout_for
 from .locating import locate, parted, refuse_partly_matched, token_source
 from .matching import match
 from .naming import Names
@@ -174,7 +174,8 @@ class _Planner:
             site = rows[key][0]
             if site.layout.prefix and self.scene.unread(spot.value):
                 idle.append(site.name)
-        packed = [site.name for site, at in rows.values() if packs_tokens(at.carrier, self.scene.model)]
+        packing = in_packed_tokens(self.scene.model)
+        packed = [site.name for site, at in rows.values() if id(at.carrier) in packing]
         self.notes += _noted(rule, list(rows.values()), idle, packed, label)
         return list(rows.values())
 
