@@ -110,7 +110,7 @@ def carry_out(model: nn.Module, given: Plan, *, verify: bool = False) -> nn.Modu
     blocks = building.build(given, model)
     change_history.remember(model)
     with apply.apply(blocks):
-        change_history.remember_blocks(injected_state.injected_blocks(model).values())
+        change_history.remember_blocks(block for _, block in blocks)
         if verify and not equal(before, outputs(model, given.inputs)):
             raise VerificationError(
                 f"the outputs of {given.model_name} differ after injecting {given.recipe.name}; it was restored"
