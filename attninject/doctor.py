@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from attninject import __version__
-from attninject.wording import aligned
+from attninject.wording import aligned, first_line
 
 IMPORTED = ("torch", "torchvision", "timm")
 """What is imported to see whether it works: a torchvision of another torch is installed, and fails."""
@@ -81,7 +81,7 @@ def examine() -> Findings:
             importlib.import_module(name)
         except Exception as error:
             faults.append(
-                f"{name} cannot be imported ({_line(error)}): install torch and torchvision together"
+                f"{name} cannot be imported ({first_line(error)}): install torch and torchvision together"
             )
             break
     devices = () if faults else tuple(_devices())
@@ -173,7 +173,3 @@ def _card(number: int) -> str:
 
 def _titled(title: str, rows: list[tuple[str, ...]]) -> list[str]:
     return ["", title, *(f"  {line}" for line in aligned(rows))] if rows else []
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from attninject.errors import HubError
+from attninject.wording import first_line
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 DELTA = "attninject.safetensors"
@@ -98,7 +99,9 @@ def _said(repo: str, revision: str) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError as error:
-        raise HubError(f"{repo!r} is no name of a repository, such as user/name: {_line(error)}") from error
+        raise HubError(
+            f"{repo!r} is no name of a repository, such as user/name: {first_line(error)}"
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repo} has no revision {revision}") from error
     except errors.RepositoryNotFoundError as error:
@@ -108,8 +111,4 @@ def _said(repo: str, revision: str) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise HubError(f"{repo}{at} is not in the cache, and the hub cannot be reached") from error
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, OSError) as error:
-        raise HubError(f"the hub refused {repo}{at}: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HubError(f"the hub refused {repo}{at}: {first_line(error)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from attninject.planning.table import HEADER, row
 from attninject.surgery import injected_state
 from attninject.training import runs
 from attninject.training.experiment import Experiment, read_experiment
+from attninject.wording import markdown_table
 
 PACKAGES = ("attninject", "torch", "torchvision", "timm")
 FIGURES = ("epoch", "val_loss", "top1", "top5")
@@ -148,13 +149,13 @@ def _blocks(model: nn.Module) -> list[str]:
     added = sum(block.parameters for block in counts.blocks)
     total = counts.trainable.total
     line = f"{len(counts.blocks)} blocks with {added:,} parameters, beside {total - added:,} of the network."
-    return ["## Blocks", line, _markdown(HEADER, map(row, sites))]
+    return ["## Blocks", line, markdown_table(HEADER, map(row, sites))]
 
 
 def _table(metrics: Mapping[str, float]) -> list[str]:
     if not metrics:
         return []
-    return ["## Figures", _markdown(tuple(metrics), [[f"{value:.4g}" for value in metrics.values()]])]
+    return ["## Figures", markdown_table(tuple(metrics), [[f"{value:.4g}" for value in metrics.values()]])]
 
 
 def _run_figures(run: Path) -> list[str]:
@@ -169,7 +170,7 @@ def _run_figures(run: Path) -> list[str]:
     return [
         "## Figures",
         "On the validation images; epoch 0 is the model before training.",
-        _markdown(FIGURES, cells),
+        markdown_table(FIGURES, cells),
     ]
 
 
@@ -187,8 +188,3 @@ def _settings(experiment: Experiment) -> list[str]:
         f"Recipe: {said}. {train.epochs} epochs of batches of {train.batch_size}, {train.optimizer}, {rates}, seed "
         f"{train.seed}. `experiment.json` has every setting: `attninject finetune experiment.json --out a` repeats it.",
     ]
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -104,6 +104,17 @@ def _with_unit(count: int, units: str, show: Callable[[float], str]) -> str:
     return str(count)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or what kind it is of."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Container[int] = ()) -> str:
+    """A table in Markdown, the columns of `right` flush right."""
+    rule = ["---:" if i in right else "---" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
 def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
     """Rows of cells as lines whose columns stand below one another, those of `right` flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -109,7 +109,7 @@ def trained(folder: Any, file: str = runs.BEST) -> nn.Module:
     if not (where / runs.SETTINGS).is_file() or not (where / file).is_file():
         raise RunError(f"{where} holds no run of attninject finetune ({runs.SETTINGS} and {file})")
     experiment = read_experiment(where / runs.SETTINGS)
-    classes = (where / runs.CLASSES).read_text(encoding="utf-8").split("\n")[:-1]
+    classes = runs.classes_in(where)
     if experiment.recipe is None:
         return models.build(experiment.model, str(where / file), num_classes=len(classes)).eval()
     with rng_kept():
@@ -128,7 +128,7 @@ def started(folder: Any) -> nn.Module:
     if not (where / runs.SETTINGS).is_file():
         raise RunError(f"{where} holds no run of attninject finetune ({runs.SETTINGS})")
     experiment = read_experiment(where / runs.SETTINGS)
-    classes = (where / runs.CLASSES).read_text(encoding="utf-8").split("\n")[:-1]
+    classes = runs.classes_in(where)
     with rng_kept():
         torch.manual_seed(experiment.train.seed)
         model = build(experiment.model, experiment.weights, len(classes))

@@ -113,7 +113,7 @@ def evaluate_run(
     if without_blocks and not api.injected(model):
         raise RunError(f"{where} is a run of plain fine-tuning: there are no blocks to switch off")
     experiment = read_experiment(where / runs.SETTINGS)
-    classes = tuple((where / runs.CLASSES).read_text(encoding="utf-8").split("\n")[:-1])
+    classes = runs.classes_in(where)
     read = experiment.data
     images = _images(read, classes, where) if data is None else _other(read, data, classes)
     if data is not None:  # read from files, whatever the run's images came from, at its size

@@ -95,7 +95,7 @@ def predict(
     folder = hub.folder_of(run)
     model = trained(folder)
     data = read_experiment(folder / runs.SETTINGS).data
-    classes = (folder / runs.CLASSES).read_text(encoding="utf-8").split("\n")[:-1]
+    classes = runs.classes_in(folder)
     size = preprocessing_of(model, data).size
     _, transform = transforms(Data("imagefolder"), preprocessing_of(model, Data("imagefolder", size=size)))
     files = Files(found_in(images), transform)

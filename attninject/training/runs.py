@@ -37,6 +37,11 @@ BEST, LAST, LOG = "best.safetensors", "last.safetensors", "log.csv"
 SETTINGS, CLASSES, MEASURED = "experiment.json", "classes.txt", "measured.json"
 
 
+def classes_in(folder: Path) -> tuple[str, ...]:
+    """Names of a run's classes, in the order of its outputs."""
+    return tuple((folder / CLASSES).read_text(encoding="utf-8").split("\n")[:-1])
+
+
 class Folder:
     """One run's folder, held by one process at a time."""
 

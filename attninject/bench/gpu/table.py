@@ -8,6 +8,7 @@ from typing import Any
 
 from attninject.bench.block_speed import COMPILED, OURS, PLAIN, THEIRS_COMPILED
 from attninject.bench.measure import geometric_mean
+from attninject.wording import markdown_table
 
 from . import sheet
 
@@ -128,7 +129,7 @@ def _blocks(good: Iterable[Row], bandwidth: float | None) -> str:
          _over(r, PLAIN), _over(r, "timm"), _over(r, THEIRS_COMPILED), _saved(r)]
         for r in rows
     ]  # fmt: skip
-    return _table(head, cells)
+    return markdown_table(head, cells)
 
 
 def _networks(good: Iterable[Row]) -> str:
@@ -150,7 +151,7 @@ def _networks(good: Iterable[Row]) -> str:
                 f"{ours / theirs:.3f}",
             ]
         )
-    return _table(head, cells)
+    return markdown_table(head, cells)
 
 
 def _engine(good: Iterable[Row]) -> str:
@@ -203,8 +204,3 @@ def _saved(row: Row) -> str:
 
 def _size(row: Row) -> str:
     return "×".join(map(str, row["size"]))
-
-
-def _table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

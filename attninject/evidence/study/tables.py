@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from attninject.evidence.statistics import Paired, holm, paired
+from attninject.wording import markdown_table
 
 from .design import SEEDS, Group
 from .kendall import bootstrapped, ceiling, partial_tau, tau
@@ -20,8 +21,7 @@ Kind = tuple[str, str, str]
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; the first column to the left, the others to the right."""
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(header, rows, right=range(1, len(header)))
 
 
 def number(value: float | None, digits: int = 2) -> str:
