@@ -57,6 +57,21 @@ class Net(nn.Module):
         return self.head(self.features(x))
 
 
+class ManyTypes(nn.Module):
+    """A net whose delta holds several dtypes: float32, bfloat16 in the head, an integer buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 4).to(torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, 3, H, W) → (B, 4)."""
+        return self.head(self.norm(self.stem(x)).mean((2, 3)).to(torch.bfloat16))
+
+
 class Through(nn.Module):
     """An owner with children `a` and `b` whose forward is given as a function of (self, x)."""
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import ManyTypes
 from torch import Tensor, nn
 
 import attninject as ai
@@ -21,24 +22,9 @@ FLIPS = 400
 SEED = 20240607
 
 
-class Net(nn.Module):
-    """A small net whose delta holds several dtypes: float32, bfloat16 in the head, an integer buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.head = nn.Linear(16, 4).to(torch.bfloat16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, H, W) → (B, 4)."""
-        return self.head(self.norm(self.stem(x)).mean((2, 3)).to(torch.bfloat16))
-
-
 def fresh() -> nn.Module:
     """The base model, the same each time."""
-    return Net().eval()
+    return ManyTypes().eval()
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the helpers of all tests
+
+from small import ManyTypes
+
 import attninject as ai
 from attninject.errors import CheckpointError, DeltaError, RecipeError
 from attninject.recipe.loading import load_recipe, parse_recipe
@@ -149,28 +153,13 @@ def _damage(content: bytearray, chance: random.Random) -> None:
 # --- files -------------------------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    """A small net of several dtypes: float32, bfloat16 in the head, an integer buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.head = nn.Linear(16, 4).to(torch.bfloat16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, H, W) → (B, 4)."""
-        return self.head(self.norm(self.stem(x)).mean((2, 3)).to(torch.bfloat16))
-
-
 def _with_block() -> nn.Module:
     args: dict[str, Any] = {
         "args": {"reduction": 4},
         "init": "paper",
         "example_inputs": torch.zeros(1, 3, 8, 8),
     }
-    return ai.inject(Net().eval(), block="se", after="stem", **args)
+    return ai.inject(ManyTypes().eval(), block="se", after="stem", **args)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -265,7 +254,7 @@ class Deltas(_Files):
 
     def verdict(self, case: Case) -> str:
         """Wrong is a model that is neither the saved one nor the one before."""
-        content, path, net = self.damaged(case), self.folder / "damaged.safetensors", Net().eval()
+        content, path, net = self.damaged(case), self.folder / "damaged.safetensors", ManyTypes().eval()
         path.write_bytes(content)
         before = {k: t.clone() for k, t in net.state_dict().items()}
         try:
