@@ -64,10 +64,14 @@ VERSIONS = (
 
 
 def interpreter(python: str) -> str | None:
-    """The interpreter of this version that PATH has: this one, `python3.11` and the like."""
+    """The interpreter of this version that PATH has: this one, `python3.11` and the like, if it runs."""
     if python == f"{sys.version_info.major}.{sys.version_info.minor}":
         return sys.executable
-    return shutil.which(f"python{python}")
+    found = shutil.which(f"python{python}")
+    asked = found and subprocess.run(  # pyenv's shims stand on PATH for versions that are not switched on
+        [found, "-c", "import sys; print(sys.executable)"], capture_output=True, text=True
+    )
+    return asked.stdout.strip() if asked and asked.returncode == 0 else None
 
 
 def environment(version: Version, folder: Path) -> Path:
@@ -82,7 +86,7 @@ def environment(version: Version, folder: Path) -> Path:
         return python
     found = interpreter(version.python)
     if found is None:
-        raise RuntimeError(f"no python{version.python} on PATH")
+        raise RuntimeError(f"no python{version.python} that runs on PATH")
     if found == sys.executable:
         venv.create(place, with_pip=True, clear=True)
     else:

@@ -85,35 +85,35 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make rows, then print the table."""
-    from attninject.zoo import coverage, tables
+    from attninject.zoo import row_file, tables
 
     if args.table is not None:
         if args.names:
             args.parser.error("--table makes no rows: leave the names out")
-        rows = tables.strongest(row for folder in args.table for row in coverage.read(folder))
+        rows = tables.strongest(row for folder in args.table for row in row_file.read(folder))
         if not rows:
-            args.parser.error(f"there are no rows in {args.table[0] / coverage.ROWS}")
+            args.parser.error(f"there are no rows in {args.table[0] / row_file.ROWS}")
     else:
         rows = _sweep(args)
     _print(args, rows)
 
 
 def _sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from attninject.zoo import coverage, tables
+    from attninject.zoo import coverage, row_file, sweeping, tables
 
     names = _names(args)
     _check_block(args)
     asked = coverage.Asked(tuple(args.places or coverage.DEFAULT_PLACES), args.block, args.level, args.meta)
-    limits = coverage.Limits(args.timeout, _bytes(args))
+    limits = sweeping.Limits(args.timeout, _bytes(args))
     todo = names
     if args.out is not None and args.resume:
-        todo = coverage.to_do(names, asked, args.out, args.retry)
-    made = coverage.sweep(todo, asked, folder=args.out, jobs=args.jobs, limits=limits)
+        todo = sweeping.to_do(names, asked, args.out, args.retry)
+    made = sweeping.sweep(todo, asked, folder=args.out, jobs=args.jobs, limits=limits)
     fresh = list(_shown(made))
     if args.out is None:
         return fresh
     wanted = set(names)
-    return tables.strongest(r for r in coverage.read(args.out) if r["model"] in wanted)
+    return tables.strongest(r for r in row_file.read(args.out) if r["model"] in wanted)
 
 
 def _check_block(args: argparse.Namespace) -> None:

@@ -19,9 +19,9 @@ from attninject import models
 from attninject.anatomy.places import PLACES
 from attninject.cli import main
 from attninject.observe.example_inputs import Inputs
-from attninject.zoo import coverage, guarantees, subjects, tables
+from attninject.zoo import coverage, guarantees, row_file, subjects, sweeping, tables
 
-PATIENT = coverage.Limits(300, 2**40)
+PATIENT = sweeping.Limits(300, 2**40)
 SMALL = {  # by kind of trunk: tokens, NHWC, container that hides its children, detector, clip, flow, segmentation
     "timm/test_convnext": {"stage_end": 4, "residual_branch": 9},
     "timm/test_mambaout": {"stage_end": 4},
@@ -303,10 +303,10 @@ CHEAP = coverage.Asked(("stage_end",), level="plan", meta=True)
 
 
 def sweep(
-    names: list[str], folder: Path, limits: coverage.Limits = PATIENT, **more: Any
+    names: list[str], folder: Path, limits: sweeping.Limits = PATIENT, **more: Any
 ) -> list[dict[str, Any]]:
     """The rows made, in the order in which they came."""
-    return [r for _, _, r in coverage.sweep(names, CHEAP, folder=folder, limits=limits, **more)]
+    return [r for _, _, r in sweeping.sweep(names, CHEAP, folder=folder, limits=limits, **more)]
 
 
 @pytest.fixture(scope="module")
@@ -320,51 +320,51 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sweep_goes_on_where_it_was_killed(swept: Path, tmp_path: Path) -> None:
     """Rows that are there are not made again, and a line cut short is made anew and harms no other."""
-    lines = (swept / coverage.ROWS).read_text().splitlines(keepends=True)
-    (tmp_path / coverage.ROWS).write_text(lines[0] + lines[1][:100])
+    lines = (swept / row_file.ROWS).read_text().splitlines(keepends=True)
+    (tmp_path / row_file.ROWS).write_text(lines[0] + lines[1][:100])
     names = ["timm/test_resnet", "torchvision/vgg11"]
-    assert coverage.to_do(names, CHEAP, tmp_path, retry=False) == ["torchvision/vgg11"]
-    coverage.append(tmp_path, json.loads(lines[1]))
-    assert coverage.to_do(names, CHEAP, tmp_path, retry=False) == []
-    assert [r["model"] for r in coverage.read(tmp_path)] == names
+    assert sweeping.to_do(names, CHEAP, tmp_path, retry=False) == ["torchvision/vgg11"]
+    row_file.append(tmp_path, json.loads(lines[1]))
+    assert sweeping.to_do(names, CHEAP, tmp_path, retry=False) == []
+    assert [r["model"] for r in row_file.read(tmp_path)] == names
 
 
 def test_a_row_that_answers_another_question_does_not_count(swept: Path) -> None:
     """Other places, another block or a higher level are examined anew."""
     names = ["timm/test_resnet"]
     for asked in (coverage.Asked(), coverage.Asked(("stage_end",), "se", "plan", True)):
-        assert coverage.to_do(names, asked, swept, retry=False) == names
+        assert sweeping.to_do(names, asked, swept, retry=False) == names
 
 
 def test_retry_examines_again_only_what_was_not_green(tmp_path: Path) -> None:
     """A newer green row takes a model off the list."""
     old = {"model": "a", "family": "timm/a", "asked": CHEAP.to_dict(), "status": "failed"}
-    coverage.append(tmp_path, old)
-    coverage.append(tmp_path, {**old, "model": "b", "status": "green"})
-    assert coverage.to_do(["a", "b"], CHEAP, tmp_path, retry=False) == []
-    assert coverage.to_do(["a", "b"], CHEAP, tmp_path, retry=True) == ["a"]
-    coverage.append(tmp_path, {**old, "status": "green"})
-    assert coverage.to_do(["a", "b"], CHEAP, tmp_path, retry=True) == []
+    row_file.append(tmp_path, old)
+    row_file.append(tmp_path, {**old, "model": "b", "status": "green"})
+    assert sweeping.to_do(["a", "b"], CHEAP, tmp_path, retry=False) == []
+    assert sweeping.to_do(["a", "b"], CHEAP, tmp_path, retry=True) == ["a"]
+    row_file.append(tmp_path, {**old, "status": "green"})
+    assert sweeping.to_do(["a", "b"], CHEAP, tmp_path, retry=True) == []
 
 
 @pytest.mark.parametrize(
     ("limits", "said"),
-    [(coverage.Limits(0.0, 2**40), "took longer than 0 s"), (coverage.Limits(300, 1), "GiB of memory")],
+    [(sweeping.Limits(0.0, 2**40), "took longer than 0 s"), (sweeping.Limits(300, 1), "GiB of memory")],
     ids=["time", "memory"],
 )
 def test_a_model_that_takes_too_much_costs_its_own_row_only(
-    limits: coverage.Limits, said: str, tmp_path: Path
+    limits: sweeping.Limits, said: str, tmp_path: Path
 ) -> None:
     """The process is ended, the row says why, and the sweep comes to its end."""
     made = sweep(["timm/test_resnet", "torchvision/vgg11"], tmp_path, limits)
     assert [r["status"] for r in made] == ["failed", "failed"]
     assert all(said in r["error"] for r in made)
-    assert [r["model"] for r in coverage.read(tmp_path)] == ["timm/test_resnet", "torchvision/vgg11"]
+    assert [r["model"] for r in row_file.read(tmp_path)] == ["timm/test_resnet", "torchvision/vgg11"]
 
 
 def test_a_process_that_dies_costs_its_own_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row names the signal; the next model gets a fresh process."""
-    worker = coverage.Worker(CHEAP, PATIENT, 1)
+    worker = sweeping.Worker(CHEAP, PATIENT, 1)
     worker.process.kill()
     assert worker.ask("timm/test_resnet") == (None, "its process ended with signal 9")
     assert worker.spent
@@ -490,8 +490,8 @@ def test_wrong_usage_ends_with_code_two(given: list[str], capsys: pytest.Capture
 @pytest.mark.zoo
 def test_every_family_is_green(tmp_path: Path) -> None:
     """One small model of every file of timm and family of torchvision keeps every promise."""
-    made = coverage.sweep(
-        subjects.sample(), coverage.Asked(), folder=tmp_path, limits=coverage.Limits(900, 12 * 2**30)
+    made = sweeping.sweep(
+        subjects.sample(), coverage.Asked(), folder=tmp_path, limits=sweeping.Limits(900, 12 * 2**30)
     )
     wrong = [tables.one_line(r) for _, _, r in made if r["status"] not in ("green", "bare", "refused")]
     assert wrong == []
