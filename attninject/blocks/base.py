@@ -164,8 +164,7 @@ class Block(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """As every module's; says first where a norm of weights divides by the zero that makes the identity."""
-        inner = tuple(f"{name}." for name, m in self.named_modules() if name and isinstance(m, Block))
-        if found := [name for name in divided_zeros(self) if not f"{name}.".startswith(inner)]:
+        if found := self._divided_zeros():
             warnings.warn(
                 f"{type(self).__name__}: the weight of {', '.join(found)} is zero, by which the block starts as the "
                 "identity, and weight or spectral norm divides by it: what comes out is not finite. Take the norm "
@@ -173,6 +172,13 @@ class Block(nn.Module):
                 stacklevel=2,
             )
         return super().train(mode)
+
+    def _divided_zeros(self) -> list[str]:
+        """Layers whose zero weight is divided by, but for those of blocks inside, which say so themselves."""
+        if not (found := divided_zeros(self)):
+            return []
+        inner = tuple(f"{name}." for name, m in self.named_modules() if name and isinstance(m, Block))
+        return [name for name in found if not f"{name}.".startswith(inner)]
 
     def extra_repr(self) -> str:
         """Channels, and whatever differs from the defaults."""

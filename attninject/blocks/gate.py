@@ -136,6 +136,12 @@ def divided_zeros(module: nn.Module) -> list[str]:
     """Layers in a module whose weight is zero and stands under weight or spectral norm, which divides by it."""
     found = []
     for name, layer in module.named_modules():
+        if not (
+            "weight_g" in layer._parameters
+            or "weight_u" in layer._buffers
+            or "parametrizations" in layer._modules
+        ):
+            continue
         g, whole = getattr(layer, "weight_g", None), None
         if hasattr(layer, "weight_u"):
             whole = getattr(layer, "weight_orig", None)
