@@ -178,6 +178,14 @@ def test_detectors_need_no_example_for_their_trunk() -> None:
         ai.plan(model, block="se", after="head.nothing_like_it", example_inputs=images(size=64))
 
 
+def test_a_place_that_a_detectors_trunk_lacks_needs_no_data_to_be_missed() -> None:
+    """The trunk's run ended, so nothing behind it can have the place: no second run, which on meta would fail."""
+    with torch.device("meta"):
+        model = detection.retinanet_resnet50_fpn(**TINY)
+    with pytest.raises(errors.NoSuchPlaceError, match="decoder"):
+        ai.plan(model, block="se", place="decoder_end", root="backbone.body")
+
+
 def test_tokens_of_a_video_lie_in_frames_rows_and_columns() -> None:
     """MViT's pooled tokens keep three extents, its class token aside."""
     with torch.device("meta"):

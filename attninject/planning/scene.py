@@ -88,6 +88,12 @@ class Scene:
         path = self.path(spot.module)
         return path if spot.target is None else f"{path}::{spot.target.name}"
 
+    @property
+    def root_ran(self) -> bool:
+        """Whether the root's first run was recorded to its end, though the model's may not have been."""
+        calls = self.record.calls_of(self.root)
+        return bool(calls) and calls[0].end >= 0
+
     @functools.cached_property
     def places(self) -> PlaceMap:
         """Places below the root, from its first run."""
