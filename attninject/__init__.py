@@ -27,6 +27,7 @@ _HOME = {
     "AttnInjectError": "errors",
     "attention_maps": "attention",
     "visualize": "evidence.pictures",
+    **dict.fromkeys(("activate", "active", "unload"), "switching"),
     "compile_blocks": "compiling",
     "status": "inspection",
     "save": "delta",
@@ -66,6 +67,9 @@ if TYPE_CHECKING:  # `as`: names that type checkers take for public ones
     from attninject.recipe.rules import Recipe as Recipe
     from attninject.recipe.rules import Rule as Rule
     from attninject.sharing import push_to_hub as push_to_hub
+    from attninject.switching import activate as activate
+    from attninject.switching import active as active
+    from attninject.switching import unload as unload
     from attninject.training.freezing import freeze as freeze
     from attninject.training.freezing import trainable as trainable
     from attninject.training.freezing import unfreeze as unfreeze

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from attninject import switching
 from attninject.notebook import html_table
 from attninject.planning.support import unwrapped
 from attninject.surgery import change_history, injected_state
@@ -64,16 +65,22 @@ class BlockStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """The injected blocks of a model, and how much of it learns; `print` it."""
+    """The injected blocks of a model, and how much of it learns; `print` it.
+
+    `deltas`: the names of those that were loaded under one; `active`: that of the one whose blocks these are.
+    """
 
     model: str
     blocks: tuple[BlockStatus, ...]
     trainable: Learning
+    deltas: tuple[str, ...] = ()
+    active: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         counts = {"learning": self.trainable.learning, "total": self.trainable.total}
-        return {"model": self.model, "blocks": [asdict(block) for block in self.blocks], **counts}
+        named = {"deltas": list(self.deltas), "active": self.active} if self.deltas else {}
+        return {"model": self.model, "blocks": [asdict(block) for block in self.blocks], **counts, **named}
 
     def __str__(self) -> str:
         rows = ["  " + line for line in aligned([HEADER, *map(_row, self.blocks)], right=NUMBERS)]
@@ -85,7 +92,8 @@ class Status:
     def _title(self) -> str:
         count = len(self.blocks)
         blocks = f"{count or 'no'} injected block{'s' * (count != 1)}"
-        return f"{self.model}: {blocks}; {self.trainable} parameters learn"
+        named = f"; {self.active or 'none'} of the deltas {', '.join(self.deltas)} is active" if self.deltas else ""
+        return f"{self.model}: {blocks}; {self.trainable} parameters learn{named}"
 
 
 def status(model: nn.Module) -> Status:
@@ -94,7 +102,8 @@ def status(model: nn.Module) -> Status:
     Looks through DDP, torch.compile and averages. Nothing runs; what has moved in numbers is `attention_maps`.
     """
     model = unwrapped(model)
-    return Status(type(model).__name__, tuple(_blocks(model)), learning_of(model))
+    deltas = switching.names(model), switching.active(model)
+    return Status(type(model).__name__, tuple(_blocks(model)), learning_of(model), *deltas)
 
 
 def learning_of(model: nn.Module) -> Learning:

@@ -17,7 +17,7 @@ from small import Net
 from torch import nn
 
 import attninject as ai
-from attninject import delta, errors, models
+from attninject import delta_file, errors, models
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -68,7 +68,7 @@ def edited(file: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]
     tensors = load_file(file)
     change(tensors, record)
     record.pop("sha256")
-    save_file(tensors, file, metadata=delta.metadata(record, tensors))
+    save_file(tensors, file, metadata=delta_file.metadata(record, tensors))
     return file
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attninject import models
-from attninject.delta import detached, save_tensors
+from attninject.delta_file import detached, save_tensors
 from attninject.observe.snapshot import rng_kept
 
 from .samples import Samples

@@ -1,17 +1,26 @@
-"""The only file that changes a model's structure: `apply` puts blocks in, `revert` takes them out."""
+"""The only file that changes a model's structure: `apply` puts blocks in, `revert` takes them out.
+
+`take_out` keeps what `put_back` needs to have the same blocks in again, without a plan.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
+from attninject.errors import CannotRewriteError
 from attninject.observe.snapshot import undoing
+from attninject.observe.walking import named_modules_in
 
-from .generated_class import generate, set_class
+from .generated_class import generate, set_class, settled
 from .injected_state import OWN, Contents, Injected, Insertion, base_class, injected_in, insertions
 from .layout_adapters import EXTENT, Extent
+from .local_graph import Arguments
 from .location import Location
 from .own_forward import own_signature, refuse_wrapped
 
@@ -97,6 +106,80 @@ def revert(model: nn.Module, names: Sequence[str]) -> None:
             set_class(module, cls)
             if injected_in(module) is None and OWN in module.__dict__:
                 module.__dict__["forward"] = module.__dict__.pop(OWN)
+
+
+@dataclass(frozen=True, eq=False)
+class Removed:
+    """What one module had of an injection. A copy has blocks of its own; a pickle leaves the graph out.
+
+    Attributes:
+        known: its original class, and how its forward called the blocks.
+        blocks: name among the module's children → block.
+        extent: what the module wrote the size of its result into.
+        arguments: how the graph is traced anew, where `known` came without it.
+    """
+
+    known: Injected
+    blocks: dict[str, nn.Module]
+    extent: Extent | None
+    arguments: Arguments | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Removed:
+        blocks, extent = copy.deepcopy((self.blocks, self.extent), memo)
+        return replace(self, blocks=blocks, extent=extent)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = self.known.local.arguments if self.known.local else self.arguments
+        return Removed, (replace(self.known, local=None), self.blocks, self.extent, arguments)
+
+
+def take_out(model: nn.Module) -> dict[str, Removed]:
+    """Take every block out; returns what `put_back` needs, by the names of the modules that they hung on."""
+    names = [name for name, *_ in insertions(model)]
+    outer = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    removed = {}
+    for path, module in named_modules_in(model):
+        known = injected_in(module)
+        if known is not None and not any(f"{path}.".startswith(f"{block}.") for block in outer):
+            blocks = {i.name: getattr(module, i.name) for i in known.edit}
+            removed[path] = Removed(known, blocks, module.__dict__.get(EXTENT))
+    revert(model, outer)
+    return removed
+
+
+def put_back(model: nn.Module, removed: Mapping[str, Removed]) -> None:
+    """Put the blocks of `take_out` into the same model again, or into a copy of it.
+
+    Raises:
+        CannotRewriteError: a module has another class since, or no place for its block; the model is as it was.
+    """
+    prepared = [(_module_for(model, path, was), was) for path, was in removed.items()]
+    classes = [settled(module, was.known, was.arguments) for module, was in prepared]
+    with _all_or_nothing([module for module, _ in prepared]):
+        for (module, was), cls in zip(prepared, classes, strict=True):
+            for insertion in was.known.edit:
+                _attach(module, insertion, was.blocks[insertion.name])
+            if was.extent is not None:
+                module.__dict__[EXTENT] = was.extent
+            set_class(module, cls)
+
+
+def _module_for(model: nn.Module, path: str, was: Removed) -> nn.Module:
+    """The module that blocks were taken from, as it must be to have them back."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise CannotRewriteError(f"{path} is gone, which {', '.join(was.blocks)} hung on") from None
+    if type(module) is not was.known.base:
+        raise CannotRewriteError(
+            f"{path or 'the model'} is a {type(module).__name__} by now and was a plain {was.known.base.__name__}: "
+            f"{', '.join(was.blocks)} cannot be put back there"
+        )
+    for i in was.known.edit:
+        free = {"free": not hasattr(module, i.name)}.get(i.slot, getattr(module, i.name, module) is None)
+        if not free:
+            raise CannotRewriteError(f"{path or 'the model'} has another {i.name!r} by now")
+    return module
 
 
 @contextlib.contextmanager

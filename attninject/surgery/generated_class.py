@@ -234,21 +234,24 @@ def _pending(
     if key in _classes:
         return _classes[key]
 
-    def settle(self: nn.Module) -> None:
-        slots = frozenset(i.name for i in edit if i.slot != "free")
-        local = trace(self, base.forward, arguments, slots) if arguments else None
-        own = own_forward.own_signature(self)
-        set_class(self, generate(base, edit, local, watched, own))
+    known = Injected(base, edit, None, watched)
 
     def setstate(self: nn.Module, state: Any) -> None:
         original: Any = base
         original.__setstate__(self, state)
-        settle(self)
+        set_class(self, settled(self, known, arguments))
 
-    known = Injected(base, edit, None, watched)
     attributes = {"_attninject": known, "__setstate__": setstate, "__module__": base.__module__}
     cls = _classes[key] = _subclass(base, attributes)
     return cls
+
+
+def settled(carrier: nn.Module, known: Injected, arguments: Arguments | None) -> type[nn.Module]:
+    """The class of a carrier that is all there again: with the graph that is known, or with one of a call so."""
+    local = known.local
+    if local is None and arguments is not None:
+        local = trace(carrier, known.base.forward, arguments, known.slots)
+    return generate(known.base, known.edit, local, known.watched, own_forward.own_signature(carrier))
 
 
 def _hiding(base: type[nn.Module], hidden: frozenset[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attninject import models
-from attninject.delta import detached, save_tensors
+from attninject.delta_file import detached, save_tensors
 from attninject.errors import AttnInjectError, ExportError, MissingPackageError
 from attninject.planning import support
 from attninject.surgery import injected_state

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attninject import api, delta
+from attninject import api, delta, delta_file
 
 from . import runs
 from .job import Job
@@ -44,7 +44,7 @@ class RunFiles:
             if api.injected(model):
                 delta.save(model, temporary, base=self.job.base)
             else:
-                delta.save_tensors(delta.detached(model.state_dict()), temporary, {"format": "pt"})
+                delta_file.save_tensors(delta_file.detached(model.state_dict()), temporary, {"format": "pt"})
 
     def measured(self, epoch: int, metrics: Metrics) -> None:
         """What a log has no columns for: the newest epoch's counts per class, and its calibration."""

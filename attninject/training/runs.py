@@ -26,7 +26,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from attninject import __version__
-from attninject.delta import detached, save_tensors
+from attninject.delta_file import detached, save_tensors
 from attninject.errors import CheckpointError, DeltaError, RunError
 from attninject.files import raw_bytes, replacing
 

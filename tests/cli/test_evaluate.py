@@ -15,7 +15,7 @@ from PIL import Image
 import attninject as ai
 from attninject import models
 from attninject.cli import main
-from attninject.delta import detached, save_tensors
+from attninject.delta_file import detached, save_tensors
 from attninject.training import trained
 from attninject.training.evaluation import evaluate_run
 from attninject.training.runs import MEASURED

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attninject.delta import detached, save_tensors
+from attninject.delta_file import detached, save_tensors
 from attninject.errors import UnknownModelError
 from attninject.evidence import source_net
 

@@ -15,7 +15,7 @@ from small import images, se
 from torch import nn
 
 import attninject as ai
-from attninject import delta
+from attninject import delta_file
 
 from .models import small
 from .registry import before, case, cases
@@ -48,7 +48,7 @@ def _tampered(change: Change, folder: Path, forged: bool = True) -> Any:
         tensors = load_file(file)
         change(tensors, record)
         seal = record.pop("sha256")
-        whole = delta.metadata(record, tensors) if forged else {delta.METADATA_KEY: _kept(seal, record)}
+        whole = delta_file.metadata(record, tensors) if forged else {delta_file.METADATA_KEY: _kept(seal, record)}
         save_file(tensors, file, metadata=whole)
 
     return _load(edit, folder)
