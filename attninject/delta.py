@@ -95,7 +95,9 @@ def load(
     file = read(hub.delta_of(path))
     if name is None:
         if names := switching.names(base_model):
-            raise DeltaError(f"the model has named deltas ({', '.join(names)}): give {path} a name too (name=…)")
+            raise DeltaError(
+                f"the model has named deltas ({', '.join(names)}): give {path} a name too (name=…)"
+            )
         _load(base_model, file, strict_base, example_inputs)
         return base_model
     shapes = {key: tuple(file.tensors[key].shape) for key in file.of_base}

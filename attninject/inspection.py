@@ -92,7 +92,11 @@ class Status:
     def _title(self) -> str:
         count = len(self.blocks)
         blocks = f"{count or 'no'} injected block{'s' * (count != 1)}"
-        named = f"; {self.active or 'none'} of the deltas {', '.join(self.deltas)} is active" if self.deltas else ""
+        named = (
+            f"; {self.active or 'none'} of the deltas {', '.join(self.deltas)} is active"
+            if self.deltas
+            else ""
+        )
         return f"{self.model}: {blocks}; {self.trainable} parameters learn{named}"
 
 

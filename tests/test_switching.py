@@ -34,7 +34,9 @@ def with_classes(net: Net, count: int | None) -> Net:
     return net
 
 
-def make(file: Path, block: str, classes: int | None = None, seed: int = 1, whole: bool = False, **where: Any) -> Any:
+def make(
+    file: Path, block: str, classes: int | None = None, seed: int = 1, whole: bool = False, **where: Any
+) -> Any:
     """The answer of a trained model on X, whose delta is in the file then: blocks, head, norms, and all if `whole`."""
     net = with_classes(base(), classes)
     ai.inject(net, **{"block": block, "after": "units.*.norm", "example_inputs": X, "args": {}, **where})
@@ -130,8 +132,8 @@ def test_only_the_active_delta_is_part_of_the_model(net: nn.Module) -> None:
     """Parameters and keys are those of a model with this delta alone: nothing that waits reaches an optimizer."""
     ai.activate(net, "b")
     names = [name for name, _ in net.named_parameters()]
-    assert {n for n in names if ".cbam." in n} and not [n for n in names if ".se." in n]
-    assert list(ai.injected(net)) == ["stem.cbam", "units.1.cbam"] or set(ai.injected(net))
+    assert [n for n in names if ".cbam." in n]
+    assert not [n for n in names if ".se." in n]
     assert [k for k in net.state_dict() if "deltas" in k] == []
 
 
@@ -168,7 +170,9 @@ def test_saving_writes_the_active_one(net: nn.Module, made: dict[str, Any], tmp_
     ai.freeze(net)
     ai.activate(net, "c")
     ai.save(net, tmp_path / "c2.safetensors")
-    assert torch.equal(answers(ai.load(base(), tmp_path / "c2.safetensors", example_inputs=X)), made["outputs"]["c"])
+    assert torch.equal(
+        answers(ai.load(base(), tmp_path / "c2.safetensors", example_inputs=X)), made["outputs"]["c"]
+    )
     ai.activate(net, "b")
     ai.freeze(net)
     ai.save(net, tmp_path / "b2.safetensors")
@@ -184,9 +188,9 @@ def test_copies_switch_for_themselves(net: nn.Module, made: dict[str, Any], way:
     assert ai.active(twin) == "b"
     for name in ["a", "c", "b"]:
         assert torch.equal(answers(ai.activate(twin, name)), made["outputs"][name])
-        with torch.no_grad():
-            for parameter in twin.parameters():
-                parameter.zero_()
+    for name in ["a", "c", "b"]:
+        for parameter in ai.activate(twin, name).parameters():
+            parameter.data.zero_()
     for name in ["c", "a"]:
         assert torch.equal(answers(ai.activate(net, name)), made["outputs"][name])
 
@@ -198,9 +202,7 @@ def test_what_waits_follows_the_model(net: nn.Module, made: dict[str, Any]) -> N
         ai.activate(net, name)
         assert {p.dtype for p in net.parameters()} == {torch.float64}
         assert all(m.training for m in net.modules())
-    torch.testing.assert_close(
-        net.eval()(X.double()), made["outputs"]["c"].double(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(net.eval()(X.double()), made["outputs"]["c"].double(), rtol=1e-4, atol=1e-5)
 
 
 def test_unloading_one(net: nn.Module, made: dict[str, Any]) -> None:
@@ -271,7 +273,7 @@ def test_status_names_the_deltas(net: nn.Module) -> None:
     assert ai.status(ai.activate(net, None)).to_dict()["active"] is None
 
 
-def test_a_frozen_layer_is_compiled_anew(net: nn.Module, made: dict[str, Any]) -> None:
+def test_compiled_after_a_switch(net: nn.Module, made: dict[str, Any]) -> None:
     """A torch.compile made after a switch computes the delta that is active; a compiled model is not switched."""
     compiled = torch.compile(net, backend="eager")
     assert torch.equal(answers(compiled), made["outputs"]["a"])
