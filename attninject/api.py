@@ -21,6 +21,7 @@ from attninject.planning.support import unwrapped
 from attninject.recipe.loading import RecipeLike, load_recipe, recipe_names, rule_from_fields
 from attninject.recipe.patterns import compile_pattern
 from attninject.recipe.rules import Init, Recipe, RuleFields, explains_fields
+from attninject.recipe.targets import as_ending
 from attninject.surgery import apply, change_history, injected_state
 from attninject.wording import nearest
 
@@ -132,11 +133,9 @@ def eject(model: nn.Module, pattern: str | None = None) -> nn.Module:
         wanted = compile_pattern(pattern)
         chosen = [n for n in names if wanted.matches(n) or any(wanted.matches(p) for p in _parents(n))]
         if not chosen:
-            near = nearest(pattern, names) or names[:3]
-            raise NoMatchError(
-                f"no injected block matches {pattern!r}; "
-                + (f"the nearest are {', '.join(near)}" if names else "the model has none")
-            )
+            near = f"; the nearest are {', '.join(nearest(pattern, names) or names[:3])}"
+            near = as_ending(pattern, names) or near if names else "; the model has none"
+            raise NoMatchError(f"no injected block matches {pattern!r}{near}")
         names = chosen
     apply.revert(model, names)
     return model

@@ -19,7 +19,15 @@ from torch import nn
 
 from attninject import adapters, api, hub, site_rules, switching
 from attninject.delta_file import (
-    FORMAT, DeltaFile, detached, digest_of, metadata, prefixes, read, save_tensors, signature,
+    FORMAT,
+    DeltaFile,
+    detached,
+    digest_of,
+    metadata,
+    prefixes,
+    read,
+    save_tensors,
+    signature,
 )  # fmt: skip
 from attninject.errors import DeltaError, UnsupportedModelError
 from attninject.files import installed_versions, replacing

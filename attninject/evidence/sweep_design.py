@@ -219,7 +219,7 @@ def _name(point: Mapping[str, Any], recipe: Recipe) -> str:
     place = point.get("place")
     if place is None and isinstance(given, Mapping) and "rules" not in given:
         rule = recipe.rules[0]
-        place = rule.place or ",".join(rule.after or rule.before or rule.replace or ())
+        place = rule.place or ",".join(map(str, rule.after or rule.before or rule.replace or ()))
     return f"{recipe.name} at {place}" if place else recipe.name
 
 

@@ -21,6 +21,7 @@ from attninject.errors import (
 from attninject.observe.record import Call, Op, Ref, refs
 from attninject.recipe.patterns import Pattern, compile_pattern
 from attninject.recipe.rules import Rule
+from attninject.recipe.targets import Target, as_ending
 from attninject.surgery.local_graph import LocalGraph, targets
 from attninject.terms import Position
 from attninject.wording import listed, nearest_hint
@@ -51,14 +52,18 @@ class _Search:
     def __init__(self, rule: Rule, scene: Scene, label: str) -> None:
         self.rule, self.scene, self.label = rule, scene, label
         self.position: Position = "after" if rule.after else "before" if rule.before else "replace"
-        self.patterns = [compile_pattern(p) for p in (rule.after or rule.before or rule.replace or ())]
+        given = rule.after or rule.before or rule.replace or ()
+        self.patterns = [p if isinstance(p, Target) else compile_pattern(p) for p in given]
         self.spots: dict[Any, Spot] = {}
-        self.unused: list[Pattern] = []  # match no name
+        self.unused: list[Pattern | Target] = []  # match no name
         self.uncalled: list[str] = []  # matched, but never called
         self.unfit: PlanError | None = None  # of a module that the filters leave out anyway
 
-    def look_for(self, pattern: Pattern) -> None:
-        """Add what one pattern finds."""
+    def look_for(self, pattern: Pattern | Target) -> None:
+        """Add what one pattern finds; a target that is still one chooses nothing."""
+        if isinstance(pattern, Target):
+            self.unused.append(pattern)
+            return
         if pattern.operation is not None:
             found = [s for n, m in self.scene.names.items() for s in self.operations(pattern, n, m)]
             named = bool(found)
@@ -99,17 +104,20 @@ class _Search:
     def notes(self) -> list[str]:
         """What is left aside beside what was found."""
         notes = [self.no_match(pattern) for pattern in self.unused]
-        if self.uncalled:
-            names = ", ".join(sorted(set(self.uncalled)))
-            notes.append(f"{self.label}: left aside, since never called: {names}")
+        if names := {n for n in self.uncalled if wanted(self.rule, n, self.scene.names[n])}:
+            notes.append(f"{self.label}: left aside, since never called: {', '.join(sorted(names))}")
         return notes
 
-    def no_match(self, pattern: Pattern) -> str:
+    def no_match(self, pattern: Pattern | Target) -> str:
         """That a pattern matches nothing, and what is near."""
+        if isinstance(pattern, Target):
+            kinds = sorted({type(module).__name__ for module in self.scene.names.values()})
+            return f"{self.label}: the {pattern} chooses no module; there are {listed(kinds, 8)}"
         if there := _operation_names(pattern, self.scene):
             hint = f"; the operations there are {listed(there, 8)}"
         else:
-            hint = nearest_hint(str(pattern).split("::")[0], [n for n in self.scene.names if n])
+            text, names = str(pattern).split("::")[0], [n for n in self.scene.names if n]
+            hint = as_ending(text, names) or nearest_hint(text, names)
         what = "operation" if pattern.operation is not None else "module"
         where = f" under {self.scene.root_path!r}" if self.scene.root_path else ""
         return f"{self.label}: no {what}{where} matches {str(pattern)!r}{hint}"

@@ -22,6 +22,7 @@ from attninject.observe.probe import hooked, probe, run
 from attninject.observe.record import Record, map_tensors
 from attninject.observe.snapshot import PATCHING, undoing
 from attninject.recipe.rules import Recipe, Rule
+from attninject.recipe.targets import named
 from attninject.surgery.injected_state import as_original
 from attninject.surgery.location import Location
 from attninject.terms import Slot
@@ -135,10 +136,11 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Every rule resolved, in order."""
-        rows = [row for index, rule in enumerate(self.recipe.rules) for row in self.rule(index, rule)]
+        rules = tuple(named(rule, self.scene.names) for rule in self.recipe.rules)
+        rows = [row for index, rule in enumerate(rules) for row in self.rule(index, rule)]
         return Plan(
             sites=tuple(site for site, _ in rows),
-            recipe=self.recipe,
+            recipe=replace(self.recipe, rules=rules),
             model_name=type(self.model).__name__,
             base_parameters=sum(p.numel() for p in self.model.parameters()) - injected_parameters(self.model),
             base_macs=macs_of(self.record),

@@ -13,6 +13,7 @@ from attninject.layout import Layout
 from attninject.notebook import html_table
 from attninject.observe.probe import probe
 from attninject.recipe.patterns import compile_pattern
+from attninject.recipe.targets import as_ending
 from attninject.surgery import injected_state
 from attninject.wording import aligned, nearest_hint
 
@@ -78,9 +79,9 @@ def sites(model: nn.Module, pattern: str = "**", *, root: str = "", example_inpu
     scene = Scene(model, record, root, lambda how: None)
     names = {id(m): n for n, m in reversed(scene.names.items()) if wanted.matches(n)}
     if not names:
-        raise NoMatchError(
-            f"no module matches {pattern!r}{nearest_hint(pattern, [n for n in scene.names if n])}"
-        )
+        there = [n for n in scene.names if n]
+        near = as_ending(pattern, there) or nearest_hint(pattern, there)
+        raise NoMatchError(f"no module matches {pattern!r}{near}")
     found = []
     for call in record.calls:
         if id(call.module) in names:

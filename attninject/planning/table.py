@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from attninject.notebook import html_table
 from attninject.recipe.rules import Recipe, Rule
-from attninject.wording import aligned, human
+from attninject.wording import aligned, human, listed
 
 from .planned_site import Site
 
@@ -62,7 +62,7 @@ def _noted(notes: Sequence[str]) -> list[str]:
 
 def described(rule: Rule) -> str:
     """A rule in one line: `se (reduction=16), after layer1.*, init identity`."""
-    patterns = ", ".join(rule.after or rule.before or rule.replace or ())
+    patterns = listed([str(p) for p in rule.after or rule.before or rule.replace or ()], 8)
     said = "after" if rule.after else "before" if rule.before else "in place of"
     where = rule.place or f"{said} {patterns}"
     args = ", ".join(f"{key}={value}" for key, value in rule.args.items())

@@ -24,13 +24,15 @@ from .frozen import FrozenDict
 from .patterns import compile_pattern
 from .report import BAD, Node, Report
 from .rules import CallWord, Every, Init, Per, PickWord, Recipe, Rule, tree_of
+from .targets import Target, target
 
 # --- the checks of a field: node in, value or BAD out ----------------------------------------
 
 
 def _pattern(node: Node, report: Report) -> Any:
     if not isinstance(node.value, str):
-        return report.expected(node, "a pattern")
+        found = target(node.value)
+        return report.expected(node, "a pattern") if found is None else found
     try:
         return compile_pattern(node.value).text
     except PatternError as error:
@@ -154,7 +156,7 @@ _patterns = some(_pattern, "a pattern")
 def _module_pattern(node: Node, report: Report) -> Any:
     """A pattern of modules; an operation is no module, whose place could be taken."""
     text = _pattern(node, report)
-    if text is not BAD and compile_pattern(text).operation is not None:
+    if isinstance(text, str) and compile_pattern(text).operation is not None:
         return report.add(node, f"`replace` names modules, and {quoted(text)} is an operation; use `after`")
     return text
 
@@ -251,7 +253,7 @@ def rule_from(node: Node, report: Report) -> Rule | None:
         check_block_args(block, args, values.get("args", FrozenDict()), report.within("args"))
     if len(report.faults) > before or BAD in values.values():
         return None
-    return _with_usable_name(Rule(**_without_partial(values)), node, report)
+    return _with_usable_name(Rule(**_classes_as_types(_without_partial(values))), node, report)
 
 
 def _without_partial(values: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +266,16 @@ def _without_partial(values: dict[str, Any]) -> dict[str, Any]:
     if silent.faults:
         return values
     return {**values, "block": block.func, "args": FrozenDict({**keywords, **values.get("args", {})})}
+
+
+def _classes_as_types(values: dict[str, Any]) -> dict[str, Any]:
+    """Classes alone, as in `after=nn.Conv2d`, are every module and its `type`, which can be written and read."""
+    for field in set(WHERE) & set(values):
+        given = values[field]
+        classes = [t.chooser for t in given if isinstance(t, Target) and isinstance(t.chooser, type)]
+        if classes and len(classes) == len(given) and "type" not in values:
+            return {**values, field: ("**",), "type": tuple(c.__name__ for c in classes)}
+    return values
 
 
 def _check_together(node: Node, values: Mapping[str, Any], report: Report) -> None:

@@ -12,12 +12,14 @@ from typing import Any, Literal, TypedDict, TypeVar
 import yaml
 
 from attninject.blocks.options import Init as Init
+from attninject.errors import Fault, RecipeError
 from attninject.recipe import yaml_text
 from attninject.wording import name_of
 
 from .block_args import check_block_args, plain_args
 from .frozen import FrozenDict
 from .report import BAD, Node, Report
+from .targets import Target, TargetLike, targets_of
 
 # --- what goes in -----------------------------------------------------------------------------
 
@@ -25,7 +27,7 @@ Per = Literal["model", "owner", "stage"]
 PickWord = Literal["all", "first", "last"]
 CallWord = Literal["last", "all"]
 
-_Patterns = str | Sequence[str]
+_Patterns = TargetLike | Sequence[TargetLike]
 _Class = type[Any]
 
 
@@ -34,7 +36,8 @@ class RuleFields(TypedDict, total=False):
 
     Attributes:
         block: a block's name, as "cbam", or a class, function or partial: cls(channels, **args); an instance is copied.
-        after: pattern of modules or operations whose result is replaced: "layer[1-4].*.bn3".
+        after: pattern of modules or operations whose result is replaced: "layer[1-4].*.bn3". In Python patterns may
+            also be classes, compiled regular expressions for the whole name, and functions (name, module) → bool.
         before: pattern of modules or operations whose input is replaced, for that one call.
         place: a family of sites with the same meaning on every model: "residual_branch".
         replace: pattern of modules whose place the block takes; what they compute stays until training begins.
@@ -105,6 +108,8 @@ def thawed(value: Any) -> Any:
         return {key: thawed(item) for key, item in value.items()}
     if isinstance(value, Every):
         return {"every": value.every, "offset": value.offset}
+    if isinstance(value, Target):
+        return str(value)
     return [thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -121,15 +126,15 @@ class Rule:
     """A block, its arguments, and where it goes; made and checked by `load_recipe` and `rule_from_fields`."""
 
     block: str | Callable[..., Any]
-    after: tuple[str, ...] | None = None
-    before: tuple[str, ...] | None = None
+    after: tuple[str | Target, ...] | None = None
+    before: tuple[str | Target, ...] | None = None
     place: str | None = None
-    replace: tuple[str, ...] | None = None
+    replace: tuple[str | Target, ...] | None = None
     input: int | str | None = None
     output: int | str | None = None
     layout: str | None = None
     type: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    exclude: tuple[str | Target, ...] = ()
     pick: PickWord | tuple[int, ...] | Every = "all"
     per: Per = "model"
     call: int | CallWord | None = None
@@ -157,7 +162,7 @@ class Rule:
         return f"{own}_" if keyword.iskeyword(own) else own
 
     def to_dict(self) -> dict[str, Any]:
-        """The rule as in a YAML file, JSON-ready, without what is default; a class appears by its name."""
+        """The rule as in a YAML file, JSON-ready, without what is default; classes and functions appear by name."""
         result: dict[str, Any] = {"block": self.block_name}
         for spec in fields(self)[1:]:
             value = getattr(self, spec.name)
@@ -165,7 +170,7 @@ class Rule:
             if value == default:
                 continue
             single = spec.name in ("after", "before", "replace", "type", "exclude") and len(value) == 1
-            result[spec.name] = value[0] if single else thawed(value)
+            result[spec.name] = thawed(value[0] if single else value)
         return result
 
 
@@ -178,12 +183,23 @@ class Recipe:
     source: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as in a YAML file, JSON-ready; `load_recipe` takes it back."""
+        """The recipe as in a YAML file, JSON-ready; `load_recipe` takes it back, a function or the like apart."""
         source = {} if self.source is None else {"source": self.source}
         return {"name": self.name, **source, "rules": [rule.to_dict() for rule in self.rules]}
 
     def to_yaml(self) -> str:
-        """The recipe as the text of a YAML file; `load_recipe` takes it back."""
+        """The recipe as the text of a YAML file; `load_recipe` takes it back.
+
+        Raises:
+            RecipeError: a rule's target is a function or the like, which no file can hold.
+        """
+        faults = [
+            Fault(f"rule {number}: no file can hold the {target} of `{field}`; a plan has the names that it found: "
+                  "ai.plan(model, recipe).recipe.to_yaml()")
+            for number, rule in enumerate(self.rules, 1) for field, target in targets_of(rule)
+        ]  # fmt: skip
+        if faults:
+            raise RecipeError(faults)
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
         return text
 
