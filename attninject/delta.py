@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attninject import adapters, api, hub, site_rules, switching
+from attninject import adapters, api, hub, plugins, site_rules, switching
 from attninject.delta_file import (
     FORMAT,
     DeltaFile,
@@ -61,6 +61,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
         "format": FORMAT,
         "versions": installed_versions(("attninject", "torch", "torchvision", "timm")),
         "base": base or _timm_name(model),
+        **({"plugins": plugins.names()} if plugins.names() else {}),
         "sites": sites,
         "fingerprint": _fingerprint(state, chosen, prefixes(sites)),
     }
@@ -241,7 +242,10 @@ def _check_base(model: nn.Module, file: DeltaFile, strict: bool) -> None:
 
 def _plan(model: nn.Module, file: DeltaFile, example_inputs: Any) -> Plan:
     """The record's rules resolved on this model: the same names in the same layouts, and no larger."""
-    plan = site_rules.planned(model, file.record["sites"], file.path, example_inputs)
+    record = file.record
+    plan = site_rules.planned(
+        model, record["sites"], file.path, example_inputs, made_with=record.get("plugins", ())
+    )
     for site in plan.sites:
         held = [t.numel() for key, t in file.tensors.items() if key.startswith(f"{site.name}.")]
         if site.parameters > sum(held):

@@ -157,6 +157,8 @@ def _check_form(record: Mapping[str, Any]) -> None:
     for name, texts in {**held, "digests": record.get("digests", {})}.items():
         if not all(isinstance(v, str) for v in texts.values()):
             raise ValueError(f"{name} holds something that is no text")
+    if not all(isinstance(name, str) for name in record.get("plugins", ())):
+        raise ValueError("plugins holds something that is no text")
     site_rules.check_form(record["sites"])
 
 

@@ -180,6 +180,10 @@ class NonFiniteError(RunError):
     """The loss or a weight became NaN or infinite; the message gives the step and the last good checkpoint."""
 
 
+class PluginError(AttnInjectError, ImportError):
+    """A plugin of the command line cannot be loaded, or fails while it is."""
+
+
 class MissingPackageError(AttnInjectError, ImportError):
     """An optional package is not installed; the message gives the extra that brings it."""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from attninject import plugins
 from attninject.errors import HubError
 from attninject.wording import first_line
 
@@ -20,7 +21,7 @@ DELTA = "attninject.safetensors"
 """The delta of a model in a repository."""
 RUN = "best.safetensors"
 """The delta in the folder of a run, which may be pushed whole."""
-WANTED = (DELTA, RUN, "experiment.json", "classes.txt")
+WANTED = (DELTA, RUN, "experiment.json", "classes.txt", plugins.RECORD)
 """What is fetched; a repository may hold more."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from attninject import delta, hub
+from attninject import delta, hub, plugins
 from attninject.errors import RunError
 from attninject.files import installed_versions
 from attninject.inspection import status
@@ -79,6 +79,8 @@ def push_run(
         folder = Path(made)
         for file in (runs.BEST, runs.SETTINGS, runs.CLASSES, runs.LOG):
             shutil.copyfile(run / file, folder / file)
+        if (run / plugins.RECORD).is_file():
+            shutil.copyfile(run / plugins.RECORD, folder / plugins.RECORD)
         card = [
             _title(name, experiment.model),
             description,

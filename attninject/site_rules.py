@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from attninject import api
+from attninject import api, plugins
 from attninject.blocks import registry
 from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
 from attninject.planning.plan import Plan
@@ -58,7 +58,11 @@ def check_form(sites: Any) -> None:
 
 
 def planned(
-    model: nn.Module, sites: Sequence[Mapping[str, Any]], source: object, example_inputs: Any
+    model: nn.Module,
+    sites: Sequence[Mapping[str, Any]],
+    source: object,
+    example_inputs: Any,
+    made_with: Sequence[str] = (),
 ) -> Plan:
     """The rules of `recorded` resolved on a model: the same names in the same layouts.
 
@@ -67,6 +71,7 @@ def planned(
         sites: what `recorded` gave.
         source: where it was read, for messages.
         example_inputs: see `plan`.
+        made_with: names of the plugins that may have its blocks, for messages.
 
     Raises:
         DeltaError: a rule finds nothing here, a block is not registered, or a site is another one.
@@ -81,6 +86,7 @@ def planned(
         raise DeltaError(
             f"{source}: its recipe does not fit this model: {'; '.join(str(error).splitlines())}"
             + ("; register the missing block first (ai.register_block)" if register else "")
+            + (plugins.made_with(made_with) if register else "")
         ) from error
     found = {site.name: str(site.layout) for site in plan.sites}
     wanted = {site["qualified"]: site["layout"] for site in sites}

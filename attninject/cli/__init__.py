@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from attninject import __version__
+from attninject import __version__, plugins
 from attninject.errors import AttnInjectError
 from attninject.wording import aligned
 
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (help and usage errors leave through SystemExit, as in argparse)."""
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
+        for file in getattr(args, "plugins", ()):
+            plugins.load(file)
         args.run(args)
         sys.stdout.flush()
         return 0

@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
     _add_finetune(parser.add_argument_group("finetune: throughput and memory beside plain fine-tuning"))
     _add_gpu(parser.add_argument_group("gpu: one command that uses a card well, by the clock"))
     _add_digits(parser.add_argument_group("digits: resnet18 with and without attention, several seeds"))
-    add_output(parser)
+    add_output(parser, plugin=False)
 
 
 def _add_shared(group: argparse._ArgumentGroup) -> None:

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def add_output(parser: Parser) -> None:
-    """The last group: `--json` and `--help`."""
+def add_output(parser: Parser, plugin: bool = True) -> None:
+    """The last groups: `--plugin`, unless the verb has no use for it, `--json` and `--help`."""
+    if plugin:
+        own = parser.add_argument_group("blocks of your own")
+        own.add_argument("--plugin", dest="plugins", action="append", default=[], type=path, metavar="FILE",
+            help="a Python file that registers them; may be repeated")  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print machine-readable output")
     parser.add_help_to(group)

@@ -15,7 +15,7 @@ def add_arguments(parser: Parser) -> None:
     run.add_argument("--pretrained", action="store_true",
         help="with EfficientNet-Lite0's ImageNet weights, out of a package, on digits on photographs")  # fmt: skip
     run.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of weights and order")
-    add_output(parser)
+    add_output(parser, plugin=False)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from .usage import Parser
 
 def add_arguments(parser: Parser) -> None:
     """Nothing but `--json`."""
-    add_output(parser)
+    add_output(parser, plugin=False)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from attninject import plugins
 from attninject.errors import MissingPackageError, RunError
 from attninject.files import replacing
 from attninject.training import runs
@@ -56,9 +57,10 @@ class Engine(Protocol):
 
 
 def environment(threads: int) -> dict[str, str]:
-    """For a worker: this package, wherever it was imported from, and so many threads."""
+    """For a worker: this package, wherever it was imported from, so many threads, and the plugins."""
     paths = [PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+    made = {plugins.VARIABLE: os.pathsep.join(map(str, plugins.files()))} if plugins.files() else {}
+    return {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), **made}
 
 
 # --- this machine ------------------------------------------------------------------------------
@@ -199,6 +201,7 @@ class Slurm:
     def script(self, count: int) -> str:
         """The script: each task carries one run out, or on, by `attninject finetune` alone."""
         out = self.out.resolve()
+        own = "".join(f" --plugin {shlex.quote(str(file))}" for file in plugins.files())
         return f"""\
 #!/bin/bash
 #SBATCH --job-name=attninject-sweep
@@ -213,7 +216,7 @@ cd {shlex.quote(os.getcwd())}
 run=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(f"{out}/runs.txt")})
 resume=()
 if [ -e "$run/{runs.CHECKPOINT}" ] || [ -e "$run/{runs.PREVIOUS}" ]; then resume=(--resume); fi
-{shlex.quote(sys.executable)} -m attninject finetune "$run/{runs.SETTINGS}" --out "$run" "${{resume[@]}}"
+{shlex.quote(sys.executable)} -m attninject finetune "$run/{runs.SETTINGS}" --out "$run" "${{resume[@]}}"{own}
 """
 
 
@@ -295,6 +298,7 @@ def _ray_task(settings: dict[str, Any], threads: int) -> str:
     from attninject.evidence.sweep_runs import carry_on
 
     try:
+        plugins.load_inherited()
         carry_on(settings, threads, lambda text: None)
     except (AttnInjectError, OSError, RuntimeError) as error:
         return " ".join(str(error).split()) or type(error).__name__

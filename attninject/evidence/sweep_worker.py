@@ -11,6 +11,7 @@ import os
 import sys
 from typing import IO, Any
 
+from attninject import plugins
 from attninject.errors import AttnInjectError
 
 from .sweep_runs import carry_on
@@ -18,6 +19,7 @@ from .sweep_runs import carry_on
 
 def main() -> None:
     """Runs until there are no more lines."""
+    plugins.load_inherited()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         for line in sys.stdin:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from attninject import plugins
 from attninject.errors import ExperimentError
 from attninject.recipe.checks import Checker, checked_fields
 from attninject.recipe.report import BAD, Node, Report
@@ -150,8 +151,9 @@ def read_experiment(path: str | Path | None, overrides: Mapping[str, Any] | None
     if path is not None:
         text = read_file(str(path), error=ExperimentError)
         node = read_yaml(text, report, "experiment", FORM)
-        values = {} if node is None else _sections(node, report)
-        report.raise_if_any()
+        with plugins.named_beside(Path(path)):
+            values = {} if node is None else _sections(node, report)
+            report.raise_if_any()
     flags = Report(None, "flags" if overrides else "", error=ExperimentError)
     given = _sections(from_python(dict(overrides or {}), flags), flags)
     flags.raise_if_any()

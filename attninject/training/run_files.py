@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attninject import api, delta, delta_file
+from attninject import api, delta, delta_file, plugins
 
 from . import runs
 from .job import Job
@@ -63,6 +63,8 @@ class RunFiles:
         if self.job.experiment is not None:
             text = json.dumps(self.job.experiment.to_dict(), indent=2) + "\n"
             self.folder.write(runs.SETTINGS, text)
+        if plugins.names():
+            self.folder.write(plugins.RECORD, "".join(f"{name}\n" for name in plugins.names()))
         self.folder.write(runs.CLASSES, "\n".join(self.job.images.classes) + "\n")
         self.folder.save(tensors, meta)
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from torch import nn
 
-from attninject import api, models
+from attninject import api, models, plugins
 from attninject.errors import AttnInjectError, RunError
 from attninject.zoo.coverage import Asked, row
 from attninject.zoo.row_file import append, read
@@ -120,6 +120,7 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     asked = Asked(**{**given, "places": tuple(given["places"])})
     _warm_up()
+    plugins.load_inherited()
     for line in sys.stdin:
         task = json.loads(line)
         out.write(json.dumps(row(task["name"], asked, task["meta_because"]), ensure_ascii=False) + "\n")
