@@ -25,6 +25,12 @@ WANTED = (DELTA, RUN, "experiment.json", "classes.txt", plugins.RECORD)
 """What is fetched; a repository may hold more."""
 
 
+def names_folder(name: str | os.PathLike[str]) -> bool:
+    """Whether a name stands for a folder or a repository, where a run's files may be, and not for a file."""
+    text = os.fspath(name)
+    return text.startswith((HUB, LOCAL)) or os.path.isdir(text)
+
+
 def folder_of(name: str | os.PathLike[str]) -> Path:
     """The folder of a name: itself, or where a repository's files lie after they were fetched.
 
@@ -77,6 +83,10 @@ def publish(
     """
     if name.startswith(LOCAL):
         target = Path(name.removeprefix(LOCAL))
+        if not target.is_dir() and target.exists():
+            raise HubError(
+                f"{target} is a file: {LOCAL} takes the name of a folder, which is made if it is not there"
+            )
         shutil.copytree(folder, target, dirs_exist_ok=True)
         return str(target)
     from huggingface_hub import HfApi
@@ -111,5 +121,10 @@ def _said(repo: str, revision: str) -> Iterator[None]:
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise HubError(f"{repo}{at} is not in the cache, and the hub cannot be reached") from error
-    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
         raise HubError(f"the hub refused {repo}{at}: {first_line(error)}") from error
+    except (
+        OSError,
+        getattr(errors, "HTTPError", OSError),
+    ) as error:  # of its newer versions: no OSError any more
+        raise HubError(f"the hub cannot be reached for {repo}{at}: {first_line(error)}") from error

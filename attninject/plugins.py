@@ -85,10 +85,11 @@ def named_beside(settings: Path) -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
+        recorded: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             recorded = (settings.parent / RECORD).read_text(encoding="utf-8").split("\n")[:-1]
-            if said := made_with(recorded).removeprefix("; "):
-                raise type(error)([*error.faults, Fault(said, str(settings))]) from error
+        if said := made_with(recorded).removeprefix("; "):
+            raise type(error)([*error.faults, Fault(said, str(settings))]) from error
         raise
 
 

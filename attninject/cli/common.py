@@ -123,6 +123,12 @@ def path(text: str) -> Path:
     raise argparse.ArgumentTypeError(f"{text!r} is no file name")
 
 
+def file_or_run(text: str) -> str:
+    """An argparse type: a file, a folder or a repository, as it was written."""
+    path(text)
+    return text
+
+
 def refuse_unwritable(file: Path) -> None:
     """Before the work is done: a folder in the file's place, or no folder around it, is an OSError."""
     if file.is_dir():

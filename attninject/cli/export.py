@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from .common import add_output, path, positive, print_json, refuse_unwritable, seed, whole, word
+from attninject import hub
+
+from .common import add_output, file_or_run, path, positive, print_json, refuse_unwritable, seed, whole, word
 from .usage import Parser
 
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}
@@ -14,7 +17,10 @@ SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "state_dict": ".safetensors"}
 def add_arguments(parser: Parser) -> None:
     """FILE, its base, and the target."""
     parser.add_argument(
-        "file", metavar="FILE", type=path, help="a run's folder, or a delta file with --model"
+        "file",
+        metavar="FILE",
+        type=file_or_run,
+        help="a run's folder or hf-hub:user/name; a delta file with --model",
     )
     copy = parser.add_argument_group("the copy")
     copy.add_argument(
@@ -40,11 +46,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, export, compare."""
-    if args.model is None and not args.file.is_dir():
+    if args.model is None and not hub.names_folder(args.file):
         args.parser.error(f"{args.file} is no run's folder: give --model, the base of the delta file")
-    output = (
-        args.out or (args.file if args.file.is_dir() else args.file.parent) / f"exported{SUFFIX[args.to]}"
-    )
+    output = args.out or _beside(args.file) / f"exported{SUFFIX[args.to]}"
     refuse_unwritable(output)
     from attninject.training.exporting import export
 
@@ -59,13 +63,21 @@ def run(args: argparse.Namespace) -> None:
         print(f"  {parity}")
 
 
+def _beside(file: str) -> Path:
+    """The folder where a copy goes: that of the run or the file; the current one, where that is a repository's."""
+    if file.startswith(hub.HUB):
+        return Path()
+    return hub.folder_of(file) if hub.names_folder(file) else Path(file).parent
+
+
 def _from_run(args: argparse.Namespace) -> tuple[Any, str, int]:
     from attninject.training import read_experiment, trained
     from attninject.training.data.preprocessing import preprocessing_of
     from attninject.training.runs import SETTINGS
 
-    model = trained(args.file)
-    experiment = read_experiment(args.file / SETTINGS)
+    folder = hub.folder_of(args.file)
+    model = trained(folder)
+    experiment = read_experiment(folder / SETTINGS)
     return model, experiment.model, preprocessing_of(model, experiment.data).size
 
 

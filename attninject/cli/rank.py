@@ -19,18 +19,16 @@ def add_arguments(parser: Parser) -> None:
         help="a folder with a folder per class; or digits, digits_on_photos, letters, stamps, corruptions, "
         "rotations")  # fmt: skip
     data.add_argument("--size", type=positive, metavar="N", help="height and width; default: the model's own")
-    data.add_argument(
-        "--images", type=positive, default=512, metavar="N", help="how many are looked at (512)"
-    )
-    data.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per batch (32)")
+    data.add_argument("--images", type=positive, default=512, metavar="N", help="how many are looked at")
+    data.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per batch")
     short = parser.add_argument_group("the short list")
     short.add_argument("--top", type=positive, metavar="K", help="how many sites the recipe of -o names (5)")
     short.add_argument("-o", "--out", type=path, metavar="FILE", help="write the best sites as a recipe here")
     how = parser.add_argument_group("how")
     how.add_argument("--method", default="auto", metavar="WORD",
-        help="score, or a method to compare it with, as gradient_norm, depth, random (auto)")  # fmt: skip
-    how.add_argument("--head", default="auto", metavar="WORD", help="keep, fit, or auto (auto)")
-    how.add_argument("--seed", type=whole, default=0, metavar="N", help="of everything drawn (0)")
+        help="score, or a method to compare it with, as gradient_norm, depth, random")  # fmt: skip
+    how.add_argument("--head", default="auto", metavar="WORD", help="keep, fit, or auto")
+    how.add_argument("--seed", type=whole, default=0, metavar="N", help="of everything drawn")
     add_recipe(parser)
     add_model(parser)
     add_output(parser)

@@ -7,10 +7,11 @@ beside them.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import add_model, add_output, build_model, path, positive, print_json, seed
+from attninject import hub
+
+from .common import add_model, add_output, build_model, file_or_run, path, positive, print_json, seed
 from .rule_flags import add_fields, add_settings, plan_arguments, rule_fields
 from .usage import Parser
 
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: Parser) -> None:
     """MODEL or RUN, images, and the folder."""
-    parser.add_argument("model", metavar="MODEL|RUN", help="torchvision/resnet50, …; or a run's folder")
+    parser.add_argument(
+        "model",
+        metavar="MODEL|RUN",
+        type=file_or_run,
+        help="torchvision/resnet50, …; or a run's folder or hf-hub:user/name",
+    )
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=path, help="image files of any size")
     pictures = parser.add_argument_group("the pictures")
     pictures.add_argument(
@@ -44,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Build or load, draw, say where."""
-    model = _run_folder(args) if Path(args.model).is_dir() else _injected(args)
+    model = _run_folder(args) if hub.names_folder(args.model) else _injected(args)
     from attninject.evidence.pictures import visualize
 
     files = visualize(model, args.images, args.out, at=args.at, size=args.size, cam=args.cam)
@@ -62,6 +68,10 @@ def _run_folder(args: argparse.Namespace) -> str:
 
 
 def _injected(args: argparse.Namespace) -> nn.Module:
+    if args.recipe is None and "/" not in args.model and not rule_fields(args):
+        args.parser.error(
+            f"{args.model} is no run's folder, and no model, such as torchvision/resnet50 with a recipe"
+        )
     given = plan_arguments(args)
     import torch
 

@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from attninject import api
+from attninject import api, hub
 from attninject.errors import PictureError
 from attninject.files import replacing
 from attninject.observe.example_inputs import first_float
@@ -51,7 +51,8 @@ def visualize(
     afterwards: modes, buffers, gradients, random generators.
 
     Args:
-        model: with injected blocks; or the folder of a run of `attninject finetune`, whose start is shown too.
+        model: with injected blocks; or a run of `attninject finetune`, as its folder or `hf-hub:user/name`, whose start
+            is shown too.
         image: a file, an image of Pillow, or a tensor (C, H, W) as the model takes it; or several of them. Files
             enter as timm's evaluation has it: resized, the centre cropped, normalised by the model's own values.
         out: the folder for the files; made if it is not there.
@@ -89,8 +90,8 @@ def _opened(model: Any, start: nn.Module | None) -> tuple[nn.Module, Any, nn.Mod
     from attninject.training.engine import started
     from attninject.training.runs import SETTINGS
 
-    net = trained(model)
-    return net, read_experiment(Path(model) / SETTINGS).data, start or started(model)
+    folder = hub.folder_of(model)
+    return trained(folder), read_experiment(folder / SETTINGS).data, start or started(folder)
 
 
 def _title(model: Any, net: nn.Module) -> str:

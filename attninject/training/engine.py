@@ -119,12 +119,12 @@ def trained(folder: Any, file: str = runs.BEST) -> nn.Module:
 
 
 def started(folder: Any) -> nn.Module:
-    """The model of a run as it was before its first step, blocks and all, in eval mode.
+    """The model of a run as it was before its first step, blocks and all, in eval mode; see `trained`.
 
     Raises:
         RunError: the folder holds no such run.
     """
-    where = Path(folder)
+    where = hub.folder_of(folder)
     if not (where / runs.SETTINGS).is_file():
         raise RunError(f"{where} holds no run of attninject finetune ({runs.SETTINGS})")
     experiment = read_experiment(where / runs.SETTINGS)

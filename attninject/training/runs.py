@@ -29,6 +29,7 @@ from attninject import __version__
 from attninject.delta_file import detached, save_tensors
 from attninject.errors import CheckpointError, DeltaError, RunError
 from attninject.files import raw_bytes, replacing
+from attninject.wording import first_line
 
 FORMAT = 1
 KEY, SUM = "attninject_checkpoint", "attninject_checksum"
@@ -39,7 +40,10 @@ SETTINGS, CLASSES, MEASURED = "experiment.json", "classes.txt", "measured.json"
 
 def classes_in(folder: Path) -> tuple[str, ...]:
     """Names of a run's classes, in the order of its outputs."""
-    return tuple((folder / CLASSES).read_text(encoding="utf-8").split("\n")[:-1])
+    try:
+        return tuple((folder / CLASSES).read_text(encoding="utf-8").split("\n")[:-1])
+    except UnicodeDecodeError as error:
+        raise RunError(f"{folder / CLASSES} is damaged: {first_line(error)}") from error
 
 
 class Folder:
