@@ -1,4 +1,7 @@
-"""Names, counts and lists in words: what every message and table of the house is made of."""
+"""Names, counts and lists in words: what every message and table of the house is made of.
+
+Columns are padded by hand, in ten lines: tabulate or rich would take longer to load than all of the command line.
+"""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _figures(done: Swept) -> dict[str, object]:
 
 
 class _Redrawn:
-    """The table in a terminal, drawn over itself."""
+    """The table in a terminal, drawn over itself: two escape codes, for which rich would be one more package."""
 
     def __init__(self, write: Callable[[str], object] = sys.stdout.write) -> None:
         self.write, self.height = write, 0

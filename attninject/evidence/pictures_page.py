@@ -1,4 +1,6 @@
-"""All pictures of a model in one HTML file that needs no network: light and dark, on a phone too."""
+"""All pictures of a model in one HTML file that needs no network: light and dark, on a phone too; without jinja2, see
+`report_html`.
+"""
 
 from __future__ import annotations
 

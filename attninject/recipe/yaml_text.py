@@ -2,7 +2,8 @@
 
 `read_yaml` folds a YAML text event by event into a tree of `Node`s with line and column, capped in size, depth
 and number of values before anything is built; `from_python` makes the same tree of a dict. Nothing is imported,
-evaluated or fetched.
+evaluated or fetched. PyYAML's events, not ruamel.yaml: they take half the time, can be counted before anything is built,
+and comments, which ruamel keeps, are never written back.
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ class Folder:
             raise RunError(f"there is nothing to resume in {self.path}: it has no {CHECKPOINT}")
 
     def _take_lock(self) -> None:
+        """By hand: filelock would lock on Windows too, but its 3.x empties the file, and the holder's number with it."""
         try:
             import fcntl
         except ImportError:  # no such locks on Windows
