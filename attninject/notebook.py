@@ -1,6 +1,6 @@
 """Tables for notebooks, in HTML that takes font and colours from the page around it, light or dark.
 
-Joined texts, each through `html.escape`: one element needs no jinja2, and rich's and tabulate's bring styles of their own.
+Joined texts, each through `html.escape`: one element needs no jinja2, and rich's and tabulate's have styles of their own.
 """
 
 from __future__ import annotations

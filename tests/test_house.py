@@ -18,9 +18,9 @@ PACKAGE = ROOT / "attninject"
 
 # From the ground up: a module imports only what stands before it (or beside it, in its own room).
 ORDER = (
-    "errors", "terms", "wording", "plugins", "doctor", "files", "notebook", "layout", "blocks", "observe", "surgery", "anatomy",
-    "recipe", "planning", "api", "switching", "compiling", "attention", "inspection", "adapters", "hub", "site_rules",
-    "delta_file", "delta",
+    "errors", "terms", "wording", "plugins", "doctor", "files", "notebook", "layout", "blocks", "observe", "surgery",
+    "anatomy", "recipe", "planning", "api", "switching", "compiling", "attention", "inspection", "adapters", "hub",
+    "site_rules", "delta_file", "delta",
     "integrations", "package_weights", "models", "training", "sharing", "evidence", "zoo", "bench", "cli", "__main__",
 )  # fmt: skip
 

@@ -254,7 +254,7 @@ def test_a_switch_that_fails_half_way_is_undone(net: nn.Module, made: dict[str, 
     net.units[1].norm = nn.Identity()
     before = everything(net)
     for name in ["b", "c"]:
-        with pytest.raises(errors.AttnInjectError, match="units.1.norm"):
+        with pytest.raises(errors.AttnInjectError, match=r"units\.1\.norm"):
             ai.activate(net, name)
         assert everything(net) == before
 

@@ -2,7 +2,7 @@
 
 The unit is the seed. Two arms with the same seed share weights, split, order and augmentation, so that their
 difference is free of what these contribute (the paired design of Bouthillier et al. 2021, arXiv:2103.03098).
-Distributions are scipy's. By hand are Holm's correction, which it has not, and the percentile bootstrap, one line of numpy.
+Distributions are scipy's. By hand are Holm's correction, which it has not, and the percentile bootstrap, a line of numpy.
 """
 
 from __future__ import annotations

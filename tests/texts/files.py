@@ -48,7 +48,9 @@ def _tampered(change: Change, folder: Path, forged: bool = True) -> Any:
         tensors = load_file(file)
         change(tensors, record)
         seal = record.pop("sha256")
-        whole = delta_file.metadata(record, tensors) if forged else {delta_file.METADATA_KEY: _kept(seal, record)}
+        whole = (
+            delta_file.metadata(record, tensors) if forged else {delta_file.METADATA_KEY: _kept(seal, record)}
+        )
         save_file(tensors, file, metadata=whole)
 
     return _load(edit, folder)
