@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import QUICK, Shades, net
+from tiny import QUICK, Shades, hears, net
 
 from attninject import errors
 from attninject.training import finetune
@@ -108,7 +108,7 @@ def test_unreadable_images_are_counted_across_an_interruption(tmp_path: Path) ->
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(errors.RunError, match="interrupted by SIGINT"):
-        finetune(net(), data, **{**settings, "say": impatient})
+        finetune(net(), data, **settings, **hears(impatient))
     assert finetune(net(), data, **settings, resume=True).history[-1]["skipped"] == 9
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DATA, QUICK, Net, Shades, net
+from tiny import DATA, QUICK, Net, Shades, hears, net
 from torch import nn
 
 import attninject as ai
@@ -26,7 +26,7 @@ from attninject.training import finetune
 def said(**kw: Any) -> tuple[Any, list[str]]:
     """The result of a run and the lines that it said."""
     lines: list[str] = []
-    result = finetune(kw.pop("model", None) or net(), DATA, **{**QUICK, **kw, "say": lines.append})
+    result = finetune(kw.pop("model", None) or net(), DATA, **{**QUICK, **kw}, **hears(lines.append))
     return result, lines
 
 
