@@ -287,7 +287,9 @@ class RateTest:
         tried = f"{len(self.rates)} rates from {self.rates[0]:.0e} to {self.rates[-1]:.0e} were tried, a step each"
         if self.suggestion is None:
             return f"{tried}: the loss never fell, and there is nothing to suggest; look at the data and at `freeze`"
-        others = ", ".join(f"{n} {self.suggestion * r:.1e}" for n, r in self.ratios.items() if r != 1)
+        others = ", ".join(
+            f"{n} {self.suggestion * r:.1e}" for n, r in self.ratios.items() if r != 1 and "no decay" not in n
+        )
         least = self.rates[min(range(len(self.smoothed)), key=self.smoothed.__getitem__)]
         return "\n".join([
             f"{tried}; the loss fell most steeply at lr {self.suggestion:.1e}: try --lr {self.suggestion:.1e}",

@@ -416,50 +416,6 @@ def test_a_bar_in_a_terminal_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, cap
     assert "epoch 2/2: 100%" in capsys.readouterr().err
 
 
-def test_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log's figures go to TensorBoard too; a resumed run takes back what lies beyond its checkpoint."""
-    import importlib.machinery
-    import sys
-    import types
-
-    written: list[Any] = []
-
-    class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            written.append((folder, purge_step))
-
-        def add_scalar(self, tag: str, value: float, step: int) -> None:
-            written.append((tag, value, step))
-
-        def flush(self) -> None:
-            pass
-
-        def close(self) -> None:
-            written.append("closed")
-
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
-    finetune(net(), DATA, **QUICK, out=tmp_path / "without")
-    assert not (tmp_path / "without" / "tensorboard").exists()
-    installed, torchs = types.ModuleType("tensorboard"), types.ModuleType("torch.utils.tensorboard")
-    installed.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
-    torchs.SummaryWriter = Writer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tensorboard", installed)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", torchs)
-    result = finetune(net(), DATA, **QUICK, out=tmp_path / "a", log_every=2)
-    assert written[0] == (str(tmp_path / "a" / "tensorboard"), 1)
-    assert written[-1] == "closed"
-    assert [w[1:] for w in written if w[0] == "top1"] == [
-        (row["top1"], row["step"]) for row in result.history
-    ]
-    assert [w[2] for w in written if w[0] == "step_loss"] == [2, 4, 6, 8, 10, 12]
-    assert {"val_loss", "train_loss", "lr/backbone", "lr/blocks_no_decay"} <= {w[0] for w in written}
-    finetune(net(), DATA, **{**QUICK, "epochs": 3}, out=tmp_path / "a", resume=True)
-    assert (str(tmp_path / "a" / "tensorboard"), 13) in written
-    written.clear()
-    finetune(net(), DATA, **QUICK)
-    assert written == []
-
-
 # --- what is refused ----------------------------------------------------------------------------
 
 
