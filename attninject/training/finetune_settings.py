@@ -152,7 +152,7 @@ def _class_weights(node: Node, report: Report) -> Any:
     if node.value == "balanced":
         return "balanced"
     if isinstance(node.value, dict):
-        rows = [(str(name), item.value) for name, item in node.value.items()]
+        rows = [(str(name), item.value) for name, (_, item) in node.value.items()]
     elif isinstance(node.value, str):
         try:
             rows = _weights_in(Path(node.value))
