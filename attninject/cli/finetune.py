@@ -150,8 +150,8 @@ def _find_lr(experiment: Experiment, as_json: bool) -> None:
 
     folder = Path(experiment.out)
     table, picture = folder / "find_lr.csv", folder / "find_lr.png"
-    folder.mkdir(parents=True, exist_ok=True)
     found = find_lr_of(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
     table.write_text(found.csv(), encoding="utf-8")
     written = [str(table)]
     try:
