@@ -89,6 +89,8 @@ def _add_setting(
 
 def run(args: argparse.Namespace) -> None:
     """Train, or try; with --json only the figures go to standard output."""
+    if sum((args.resume, args.dry_run, args.find_lr)) > 1:
+        args.parser.error("--resume, --dry-run and --find-lr: give one of them")
     overrides = _overrides(args)
     if args.dry_run:
         overrides.setdefault("out", "none")  # nothing is written
@@ -102,8 +104,6 @@ def run(args: argparse.Namespace) -> None:
             raise RunError(f"{overrides['out']} holds no run to go on with ({SETTINGS} is missing)")
     if file is None and "model" not in overrides:
         args.parser.error("give an experiment FILE, or --model and --out")
-    if sum((args.resume, args.dry_run, args.find_lr)) > 1:
-        args.parser.error("--resume, --dry-run and --find-lr: give one of them")
     from attninject.errors import ExperimentError
     from attninject.training.experiment import read_experiment
 

@@ -87,11 +87,8 @@ def make_loss(train: Training, images: Images) -> tuple[nn.Module, Any]:
     if images.many:
         return LabelsCrossEntropy(weights, smoothing), None
     if train.mixup or train.cutmix:
-        classes = len(images.classes)
-        mixup, smoothing = (
-            Mixup(train.mixup, train.cutmix, label_smoothing=smoothing, num_classes=classes),
-            0.0,
-        )
+        mixup = Mixup(train.mixup, train.cutmix, label_smoothing=smoothing, num_classes=len(images.classes))
+        smoothing = 0.0  # done by Mixup
     if train.loss == "bce":
         return BinaryCrossEntropy(smoothing=smoothing, pos_weight=weights), mixup
     if weights is not None:

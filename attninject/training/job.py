@@ -35,7 +35,7 @@ class Job:
         Raises:
             ExperimentError: a figure that they do not give, or mixing where it is not to be had.
         """
-        assert self.monitor
+        monitor_of(self.train.monitor, self.images.many)
         if self.images.many and (self.train.mixup or self.train.cutmix):
             raise ExperimentError(
                 [Fault("train, mixup and cutmix: they mix images of one class each, not of several labels")]

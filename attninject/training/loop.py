@@ -49,7 +49,7 @@ def carry_out(job: Job, callbacks: Sequence[Callback] = (), resume: bool = False
         run = Run(job, accelerator, files, tell)
         if resume:
             run.resume()
-        trackers.begin(run.state.step, config_of(job), plan_of(job.model))
+        trackers.begin(run.state.step, resume, config_of(job), plan_of(job.model))
         with devices.interruptible(run.ask_to_stop, accelerator.num_processes), devices.deterministic():
             run.go()
     finally:

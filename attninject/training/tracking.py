@@ -27,7 +27,7 @@ from .log_columns import scalar_name
 BOARD = "tensorboard"  # the tracker, and its folder within the run's
 NAMES = "trackers.json"
 _OF_THE_EXTRA = (BOARD, "mlflow", "wandb")
-_ID_OF = {"mlflow": lambda run: run.info.run_id, "wandb": lambda run: run.id}
+_ID_OF = {BOARD: lambda _: BOARD, "mlflow": lambda run: run.info.run_id, "wandb": lambda run: run.id}
 """Trackers whose runs can be gone on with, and what names one."""
 
 
@@ -53,25 +53,25 @@ class Trackers:
         if BOARD in names and folder is None:
             raise ExperimentError([Fault("train, track: tensorboard writes into `out`, which is not given")])
 
-    def begin(self, step: int, config: Mapping[str, Any], plan: str) -> None:
-        """Begin, or go on after a step; what is new to a tracker is told the settings and the plan first.
+    def begin(self, step: int, resumed: bool, config: Mapping[str, Any], plan: str) -> None:
+        """Begin, or go on after a step; who does not know the run is told its settings and plan first.
 
         Raises:
             RunError: a tracker cannot begin, as without a login.
         """
-        known = self._known() if step else {}
+        known = self._known() if resumed else {}
         for name in self.names:
             try:
                 tracker = self._begun(name, step, known.get(name))
                 self.open.append(tracker)
-                if not (step if name == BOARD else name in known):
+                if name not in known:
                     _introduce(tracker, config, plan)
                 if name in _ID_OF:
                     known[name] = _ID_OF[name](tracker.tracker)
             except Exception as error:  # whatever a tracker's package raises
                 offline = "; WANDB_MODE=offline keeps the run on this machine" if name == "wandb" else ""
                 raise RunError(f"the tracker {name} cannot begin: {first_line(error)}{offline}") from error
-        if self.folder is not None and known:
+        if self.folder is not None and self.open:
             self.folder.write(NAMES, json.dumps(known) + "\n")
 
     def log(self, values: Mapping[str, Any], step: int) -> Iterator[str]:

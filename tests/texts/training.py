@@ -172,7 +172,7 @@ class Aux(Net):
 
 def finetune(model: nn.Module | None = None, data: Any = None, **settings: Any) -> Any:
     """A run of one epoch on the CPU that says nothing; its summary."""
-    quick = {"epochs": 1, "batch_size": 8, "lr": 1e-2, "device": "cpu", "say": lambda text: None}
+    quick = {"epochs": 1, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
     given = (Shades(16), Shades(6)) if data is None else data
     result = ai.training.finetune(net() if model is None else model, given, **{**quick, **settings})
     return f"{len(result.history)} rows"

@@ -37,7 +37,7 @@ def test_it_learns_and_writes_its_files(tmp_path: Path) -> None:
     result, lines = said(model=model, epochs=6, out=tmp_path / "a")
     assert [row["epoch"] for row in result.history] == list(range(7))
     assert result.best["top1"] > 0.8 > result.history[0]["top1"]
-    assert {p.name for p in (tmp_path / "a").iterdir()} - {"tensorboard"} == {
+    assert {p.name for p in (tmp_path / "a").iterdir()} - {"tensorboard", "trackers.json"} == {
         ".lock", "best.safetensors", "last.safetensors", "log.csv", "classes.txt", "checkpoint.safetensors",
         "checkpoint.previous.safetensors", "measured.json",
     }  # fmt: skip
