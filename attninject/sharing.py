@@ -16,14 +16,14 @@ from attninject.errors import RunError
 from attninject.files import installed_versions
 from attninject.inspection import status
 from attninject.planning.support import unwrapped
-from attninject.planning.table import HEADER, row
-from attninject.surgery import injected_state
 from attninject.training import runs
 from attninject.training.experiment import Experiment, read_experiment
+from attninject.training.monitors import MONITORS, monitor_of
+from attninject.training.tracking import plan_of
 from attninject.wording import markdown_table
 
 PACKAGES = ("attninject", "torch", "torchvision", "timm")
-FIGURES = ("epoch", "val_loss", "top1", "top5")
+FIGURES = ("epoch", *MONITORS)
 
 
 def push_to_hub(
@@ -85,7 +85,7 @@ def push_run(
             _title(name, experiment.model),
             description,
             *_run_usage(name, experiment),
-            *_run_figures(run),
+            *_run_figures(run, experiment),
         ]
         _write_card(folder, [*card, *_settings(experiment)], experiment.model, license)
         return hub.publish(folder, name, private=private, revision=revision, token=token)
@@ -146,12 +146,11 @@ def _code(*lines: str) -> str:
 def _blocks(model: nn.Module) -> list[str]:
     """A row per block, and how much the blocks add."""
     plain = unwrapped(model)
-    sites = [site for site in injected_state.sites_of(plain).values() if site is not None]
     counts = status(plain)
     added = sum(block.parameters for block in counts.blocks)
     total = counts.trainable.total
     line = f"{len(counts.blocks)} blocks with {added:,} parameters, beside {total - added:,} of the network."
-    return ["## Blocks", line, markdown_table(HEADER, map(row, sites))]
+    return ["## Blocks", line, plan_of(plain)]
 
 
 def _table(metrics: Mapping[str, float]) -> list[str]:
@@ -160,19 +159,21 @@ def _table(metrics: Mapping[str, float]) -> list[str]:
     return ["## Figures", markdown_table(tuple(metrics), [[f"{value:.4g}" for value in metrics.values()]])]
 
 
-def _run_figures(run: Path) -> list[str]:
-    """The best epoch by top-1, and the model before training."""
+def _run_figures(run: Path, experiment: Experiment) -> list[str]:
+    """The best epoch by the run's monitor, and the model before training."""
     with (run / runs.LOG).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         return []
-    best = max(rows, key=lambda r: float(r["top1"]))
+    monitor = monitor_of(experiment.train.monitor, experiment.data.kind == "multilabel")
+    best = max(rows, key=monitor.worth)
     shown = [rows[0], best] if best is not rows[0] else [best]
-    cells = [[_figure(r.get(column, "")) for column in FIGURES] for r in shown]
+    columns = [name for name in FIGURES if name in rows[0]]
+    cells = [[_figure(r.get(column, "")) for column in columns] for r in shown]
     return [
         "## Figures",
         "On the validation images; epoch 0 is the model before training.",
-        markdown_table(FIGURES, cells),
+        markdown_table(columns, cells),
     ]
 
 

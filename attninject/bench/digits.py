@@ -25,9 +25,10 @@ from attninject import __version__, api, models
 from attninject.errors import RunError
 from attninject.files import replacing
 from attninject.training import finetune
-from attninject.training.data.datasets import Digits
+from attninject.training.callbacks import printed
+from attninject.training.data.datasets import InMemory
 from attninject.training.data.opening import open_images
-from attninject.training.data.preprocessing import DigitsTransform, preprocessing_of
+from attninject.training.data.preprocessing import TensorTransform, preprocessing_of
 from attninject.training.experiment import Data
 
 MODEL = "torchvision/resnet18"
@@ -44,7 +45,7 @@ FIRST: dict[str, Any] = {**SHARED, "epochs": 6, "lr": 0.02}
 SECOND: dict[str, Any] = {**SHARED, "epochs": 10, "lr": 0.01}
 
 
-class Enlarged(Digits):
+class Enlarged(InMemory):
     """Digits as the model takes them, made once."""
 
     classes = tuple(str(n) for n in range(10))
@@ -92,9 +93,9 @@ def run(
 def _images() -> tuple[Enlarged, Enlarged]:
     data = Data()
     opened = open_images(data)
-    transform = DigitsTransform(preprocessing_of(None, data))
+    transform = TensorTransform(preprocessing_of(None, data))
 
-    def enlarged(part: Digits) -> Enlarged:
+    def enlarged(part: InMemory) -> Enlarged:
         return Enlarged(torch.stack([transform(image) for image in part.images]), part.labels)
 
     return enlarged(opened.train), enlarged(opened.val)
@@ -110,7 +111,8 @@ def _backbone(first: Enlarged, test: Enlarged, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = models.build(MODEL, num_classes=10)
-    finetune(model, (first, test), seed=seed, say=_silent, **FIRST)
+    with printed(quiet=True):
+        finetune(model, (first, test), seed=seed, **FIRST)
     return model
 
 
@@ -123,7 +125,8 @@ def _row(
         if NETS[net] is not None:
             api.inject(model, NETS[net])
     one_rate = {**SECOND, "attn_lr": SECOND["lr"]}  # of the blocks too: the page has been measured so
-    result = finetune(model, data, seed=seed, say=_silent, **{**one_rate, "epochs": epochs})
+    with printed(quiet=True):
+        result = finetune(model, data, seed=seed, **{**one_rate, "epochs": epochs})
     start, end = result.history[0], result.history[-1]
     return {
         "seed": seed,
@@ -137,10 +140,6 @@ def _row(
         "loss": end["val_loss"],
         "seconds": round(sum(row["seconds"] for row in result.history), 1),
     }
-
-
-def _silent(_: str) -> None:
-    """Say nothing: a row is said when it is there."""
 
 
 # --- the file -----------------------------------------------------------------------------------

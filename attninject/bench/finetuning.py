@@ -132,8 +132,7 @@ class Step:
         data, _ = settings("digits")
         images = Images(noise, noise, noise.classes)
         job = Job(model, images, data, train)
-        silent = Reporter(lambda text: None, None, True, train.log_every)
-        self.run = Run(job, devices.open_accelerator(train), RunFiles(job, True), silent)
+        self.run = Run(job, devices.open_accelerator(train), RunFiles(job, True), Reporter(main=False))
         self.run.learner.nets.net.train()
         self.batch = next(iter(self.run.loaders.train))
         self.on_gpu = self.run.accelerator.device.type == "cuda"

@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .common import add_output, path, print_json, say, scalar, silent
+from .common import add_output, path, print_json, say, scalar
 from .rule_flags import add_fields, add_settings, flag, refuse_incomplete, rule_fields
 from .usage import Parser, with_default
+
+if TYPE_CHECKING:
+    from attninject.training.experiment import Experiment
 
 METAVARS = {
     "model": "MODEL",
@@ -27,6 +30,9 @@ METAVARS = {
     "data.name": "NAME",
     "train.freeze": "WHAT",
     "train.unfreeze": "STEPS",
+    "train.class_weights": "balanced|FILE",
+    "train.track": "NAMES",
+    "data.labels": "FILE|FOLDER",
 }
 SHORT = {"--data-size": ("--size",)}
 """Flag → what hands write in its place."""
@@ -43,6 +49,10 @@ def add_arguments(parser: Parser) -> None:
     for key, row in TOP.items():
         _add_setting(run, f"--{key}", key, row, Experiment)
     run.add_argument("--resume", action="store_true", help="go on with the run in the folder `out`")
+    run.add_argument("--dry-run", action="store_true",
+        help="train nothing: show the plan, what learns, and an estimate of time and memory")  # fmt: skip
+    run.add_argument("--find-lr", action="store_true",
+        help="train nothing: try learning rates on a copy of the model and suggest one")  # fmt: skip
     train = parser.add_argument_group("train")
     for key, row in TRAIN.items():
         _add_setting(train, f"--{key.replace('_', '-')}", f"train.{key}", row, Training)
@@ -78,8 +88,12 @@ def _add_setting(
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train; with --json only the figures go to standard output."""
+    """Train, or try; with --json only the figures go to standard output."""
+    if sum((args.resume, args.dry_run, args.find_lr)) > 1:
+        args.parser.error("--resume, --dry-run and --find-lr: give one of them")
     overrides = _overrides(args)
+    if args.dry_run:
+        overrides.setdefault("out", "none")  # nothing is written
     file = args.file
     if file is None and args.resume and "out" in overrides:
         from attninject.errors import RunError
@@ -91,8 +105,6 @@ def run(args: argparse.Namespace) -> None:
     if file is None and "model" not in overrides:
         args.parser.error("give an experiment FILE, or --model and --out")
     from attninject.errors import ExperimentError
-    from attninject.training.devices import leave_processes
-    from attninject.training.engine import run_experiment
     from attninject.training.experiment import read_experiment
 
     try:
@@ -103,7 +115,24 @@ def run(args: argparse.Namespace) -> None:
         ):  # a flag's value: a usage error
             args.parser.error("; ".join(map(str, error.faults)))
         raise
-    result = run_experiment(experiment, resume=args.resume, say=silent if args.json else say)
+    if args.dry_run:
+        from attninject.training.engine import dry_run_of
+
+        _show(dry_run_of(experiment), args.json)
+    elif args.find_lr:
+        _find_lr(experiment, args.json)
+    else:
+        _train(experiment, args)
+
+
+def _train(experiment: Experiment, args: argparse.Namespace) -> None:
+    from attninject.training.callbacks import printed
+    from attninject.training.devices import leave_processes
+    from attninject.training.engine import run_experiment
+    from attninject.training.monitors import monitor_of
+
+    with printed(quiet=args.json):
+        result = run_experiment(experiment, resume=args.resume)
     leave_processes()
     if not result.main:
         return
@@ -111,7 +140,34 @@ def run(args: argparse.Namespace) -> None:
         print_json({"experiment": experiment.to_dict(), "history": result.history, "best": result.best,
                     "warnings": result.warnings})  # fmt: skip
         return
-    say(f"best: epoch {result.best['epoch']}, top-1 {result.best['top1']:.2%}; see {experiment.out}")
+    best = monitor_of(experiment.train.monitor, experiment.data.kind == "multilabel").words(result.best)
+    say(f"best: epoch {result.best['epoch']}, {best}; see {experiment.out}")
+
+
+def _find_lr(experiment: Experiment, as_json: bool) -> None:
+    """The figures as CSV in the run's folder, a picture beside it where matplotlib is installed."""
+    from attninject.training.engine import find_lr_of
+
+    folder = Path(experiment.out)
+    table, picture = folder / "find_lr.csv", folder / "find_lr.png"
+    found = find_lr_of(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    table.write_text(found.csv(), encoding="utf-8")
+    written = [str(table)]
+    try:
+        found.draw(picture)
+        written.append(str(picture))
+    except ImportError:
+        note = 'no picture: it needs matplotlib, pip install "attninject[pictures]"'
+    else:
+        note = ""
+    _show(found, as_json)
+    if not as_json:
+        say("; ".join(filter(None, (f"wrote {', '.join(written)}", note))))
+
+
+def _show(found: Any, as_json: bool) -> None:
+    print_json(found.to_dict()) if as_json else say(found)
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

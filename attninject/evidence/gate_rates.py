@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from attninject import api, models
+from attninject.training.callbacks import printed
 from attninject.training.engine import finetune
 
 from . import source_net
@@ -59,11 +60,12 @@ def measured(cell: Cell, ratio: float, seed: int) -> dict[str, float]:
     model = NETS[cell.net]()
     if cell.block is not None:
         api.inject(model, block=cell.block, place="residual_branch")
-    result = finetune(
-        model, (_data_set(train), _data_set(test)), epochs=cell.epochs, batch_size=32, lr=cell.lr,
-        attn_lr=cell.lr * ratio, head_lr=cell.head_lr, freeze=cell.freeze, optimizer=cell.optimizer, seed=seed,
-        log_every=10**6, say=lambda line: None,
-    )  # fmt: skip
+    with printed(quiet=True):
+        result = finetune(
+            model, (_data_set(train), _data_set(test)), epochs=cell.epochs, batch_size=32, lr=cell.lr,
+            attn_lr=cell.lr * ratio, head_lr=cell.head_lr, freeze=cell.freeze, optimizer=cell.optimizer, seed=seed,
+            log_every=10**6,
+        )  # fmt: skip
     last = result.history[-1]
     moved = [value for key, value in last.items() if key.startswith("moved.")]
     with api.disabled(model):

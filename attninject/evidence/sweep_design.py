@@ -137,6 +137,8 @@ def design(sweep: Sweep) -> Design:
     """
     common = plain_data({key: value for key, value in sweep.common.items() if key != "recipe"})
     first = _experiment(common, Arm("", PLAIN, {}), sweep.seeds[0], Path(sweep.out))
+    if first.data.kind == "multilabel":
+        raise ExperimentError([Fault("data: a sweep compares top-1, of images of one class each")])
     with rng_kept():
         torch.manual_seed(sweep.seeds[0])
         classes = len(open_images(first.data).classes)

@@ -14,9 +14,11 @@ import torch
 
 from attninject.errors import AttnInjectError, CheckpointError
 from attninject.training import runs
+from attninject.training.callbacks import Lines, printed
 from attninject.training.engine import run_experiment
-from attninject.training.experiment import Experiment, read_experiment
+from attninject.training.experiment import Experiment, Training, read_experiment
 from attninject.training.log_columns import renamed
+from attninject.training.monitors import ended_early
 
 from .run_measured import Measured, read_measured
 
@@ -61,7 +63,7 @@ def outcome(folder: Path, experiment: Experiment) -> Outcome:
         if changed:
             return Outcome("damaged", reason=f"its settings are not the design's ({changed})")
         rows = read_log(folder / runs.LOG)
-        found = _compared(folder, rows, experiment.train.epochs)
+        found = _compared(folder, rows, experiment.train)
         return (
             replace(found, measured=read_measured(folder, rows[-1])) if found.status == "finished" else found
         )
@@ -115,11 +117,12 @@ def read_log(path: Path) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _compared(folder: Path, rows: tuple[Row, ...], epochs: int) -> Outcome:
+def _compared(folder: Path, rows: tuple[Row, ...], train: Training) -> Outcome:
     """Log against checkpoint: a run that was killed between the two has one row more, and does that epoch again."""
+    epochs, early = train.epochs, ended_early(train, False, rows)
     newest = next((p for p in (folder / runs.CHECKPOINT, folder / runs.PREVIOUS) if p.exists()), None)
     if newest is None:  # removed to save space
-        return Outcome("finished" if len(rows) == epochs + 1 else "begun", rows)
+        return Outcome("finished" if early or len(rows) == epochs + 1 else "begun", rows)
     saved = runs.read_meta(newest)
     kept = saved["history"]
     if len(rows) < len(kept):
@@ -129,7 +132,8 @@ def _compared(folder: Path, rows: tuple[Row, ...], epochs: int) -> Outcome:
             raise CheckpointError(f"{runs.LOG} says otherwise than the checkpoint of epoch {then['epoch']}")
     if len(rows) > epochs + 1:
         raise CheckpointError(f"{runs.LOG} has {len(rows) - 1} epochs, the design {epochs}")
-    return Outcome("finished" if saved["epoch"] >= epochs else "begun", rows)
+    done = saved["epoch"] >= epochs or (early and len(rows) == len(kept))
+    return Outcome("finished" if done else "begun", rows)
 
 
 def carry_on(settings: Mapping[str, Any], threads: int, say: Callable[[str], None]) -> None:
@@ -150,4 +154,5 @@ def carry_on(settings: Mapping[str, Any], threads: int, say: Callable[[str], Non
     if found.status == "damaged":
         raise CheckpointError(f"{folder}: {found.reason}")
     there = any((folder / name).exists() for name in (runs.CHECKPOINT, runs.PREVIOUS))
-    run_experiment(experiment, resume=there, say=say)
+    with printed(quiet=True):
+        run_experiment(experiment, resume=there, callbacks=[Lines(say)])

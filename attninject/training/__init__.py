@@ -10,13 +10,14 @@ A *job* is what a run is asked for, its *state* all that training changes.
 
 From the ground up, each importing only what stands before it:
 
-- settings: words · finetune_settings · experiment
+- settings: words · monitors · finetune_settings · experiment
 - a model's parts: dotted_names · heads · selecting · freezing · groups · dead_gates
 - images: runs · data/
 - machine and nets: devices · sharding · nets
-- one step: factories · metrics · measuring · gate_movement · learner
-- one run: job · optimizer_state · log_columns · run_state · resuming · run_files · reporting · loop
-- from outside: building · engine · evaluation · exporting
+- one step: losses · factories · metrics · multilabel_metrics · measuring · gate_movement · learner
+- one run: job · optimizer_state · log_columns · run_state · resuming · run_files · callbacks · tracking · reporting ·
+  loop · trial
+- from outside: building · engine · evaluation · predicting · exporting
 
 Nothing of the settings needs torch: the command line describes its flags from `experiment`.
 """
@@ -34,16 +35,22 @@ _HOME = {
     "param_groups": "groups",
     "extend_optimizer": "groups",
     "Result": "job",
+    "Callback": "callbacks",
     "finetune": "engine",
+    "find_lr": "engine",
+    "dry_run": "engine",
     "run_experiment": "engine",
     "trained": "engine",
     "read_experiment": "experiment",
 }
 
 __all__ = [
+    "Callback",
     "GradualUnfreezing",
     "Result",
+    "dry_run",
     "extend_optimizer",
+    "find_lr",
     "finetune",
     "freeze",
     "param_groups",
@@ -55,7 +62,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .engine import finetune, run_experiment, trained
+    from .callbacks import Callback
+    from .engine import dry_run, find_lr, finetune, run_experiment, trained
     from .experiment import read_experiment
     from .freezing import GradualUnfreezing, freeze, trainable, unfreeze
     from .groups import extend_optimizer, param_groups

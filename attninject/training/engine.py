@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from attninject.observe.snapshot import rng_kept
 
 from . import runs
 from .building import build
+from .callbacks import Callback, printed, spoken, with_say
 from .data.datasets import Images, classes_of
 from .data.opening import open_images
 from .data.preprocessing import preprocessing_of
 from .experiment import Experiment, read_experiment, settings
 from .job import Job, Result
 from .loop import carry_out
+from .trial import DryRun, RateTest, estimate, try_rates
 
 
 def finetune(
@@ -33,21 +35,26 @@ def finetune(
     resume: bool = False,
     base: str | None = None,
     workers: int | None = None,
+    callbacks: Sequence[Callback] = (),
     say: Callable[[str], None] | None = None,
     **train: Any,
 ) -> Result:
     """Fine-tune a model, with or without injected blocks; the model is trained in place.
 
+    Lines of progress go to the logger `attninject`; where no logging is set up they are printed.
+
     Args:
         model: gives logits (B, classes) for images (B, 3, H, W).
         data: a kind (`"digits"`), a mapping as in an experiment file, or a pair of data sets of (image
-            tensor, label): training and validation.
+            tensor, label): training and validation. Labels are rows of zeros and ones, (classes,), where the first
+            data set has a true attribute `multilabel`.
         out: folder for log and checkpoints; None: nothing is written.
         recipe: injected first, as `inject` takes it; new weights follow the setting `seed`.
         resume: go on from the checkpoint in `out`.
         base: the base model's name, stored in the delta for messages.
         workers: loader processes; None: as `data` says, else none.
-        say: gets lines of progress; None: `print`.
+        callbacks: told of lines, steps, epochs and the end; see `Callback`.
+        say: deprecated: a function that gets the lines, in place of the logger.
         **train: the keys of `train` in an experiment file: `epochs=10, lr=1e-4, freeze="backbone"`, …
 
     Raises:
@@ -56,44 +63,93 @@ def finetune(
         RunError: the folder serves no run, the run was interrupted, or its loss is no longer finite.
         CheckpointError: the checkpoint to go on from is damaged, or of another model.
     """
+    heard = with_say(callbacks, say)
+    with rng_kept(), spoken() if say is None else printed(quiet=True):
+        job = _job(model, data, train, None if out is None else Path(out), base, workers)
+        if recipe is not None:
+            torch.manual_seed(job.train.seed)
+            api.inject(model, recipe)
+        return carry_out(job, heard, resume)
+
+
+def _job(
+    model: nn.Module, data: Any, train: Mapping[str, Any], out: Path | None = None, base: str | None = None,
+    workers: int | None = None,
+) -> Job:  # fmt: skip
+    """What `finetune` is asked for."""
     pair = data if isinstance(data, tuple | list) else None
     data_settings, train_settings = settings("digits" if pair else data, **train)
     if workers is not None:
         data_settings = replace(data_settings, workers=workers)
+    if pair:
+        many = bool(getattr(pair[0], "multilabel", False))
+        opened = Images(pair[0], pair[1], classes_of(pair[0]), many)
+    else:
+        opened = open_images(data_settings)
+    preprocessing = None if pair else preprocessing_of(model, data_settings)
+    return Job(model, opened, data_settings, train_settings, preprocessing, out, base)
+
+
+def find_lr(model: nn.Module, data: Any = "digits", *, workers: int | None = None, **train: Any) -> RateTest:
+    """Try learning rates from 1e-7 to 1 on a copy of the model, and suggest one; nothing else is changed.
+
+    Takes what `finetune` takes. Method: see `trial.try_rates`.
+
+    Raises:
+        As `finetune`.
+    """
     with rng_kept():
-        opened = Images(pair[0], pair[1], classes_of(pair[0])) if pair else open_images(data_settings)
-        if recipe is not None:
-            torch.manual_seed(train_settings.seed)
-            api.inject(model, recipe)
-        preprocessing = None if pair else preprocessing_of(model, data_settings)
-        where = None if out is None else Path(out)
-        job = Job(model, opened, data_settings, train_settings, preprocessing, where, base)
-        return carry_out(job, say or _print, resume)
+        return try_rates(_job(model, data, train, workers=workers))
+
+
+def dry_run(model: nn.Module, data: Any = "digits", *, workers: int | None = None, **train: Any) -> DryRun:
+    """What `finetune` would take of time and memory, by a few steps on a copy of the model; nothing is changed.
+
+    Raises:
+        As `finetune`.
+    """
+    with rng_kept():
+        return estimate(_job(model, data, train, workers=workers))
 
 
 def run_experiment(
-    experiment: Experiment, resume: bool = False, say: Callable[[str], None] | None = None
+    experiment: Experiment,
+    resume: bool = False,
+    say: Callable[[str], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Build the model, inject the recipe, train: what `attninject finetune` does."""
+    """Build the model, inject the recipe, train: what `attninject finetune` does.
+
+    `say` is deprecated; see `finetune`.
+    """
+    heard = with_say(callbacks, say)
+    with rng_kept(), spoken() if say is None else printed(quiet=True):
+        return carry_out(_job_of(experiment), heard, resume)
+
+
+def find_lr_of(experiment: Experiment) -> RateTest:
+    """What `attninject finetune --find-lr` does; see `find_lr`."""
     with rng_kept():
-        opened = open_images(experiment.data)
-        torch.manual_seed(experiment.train.seed)
-        model = build(experiment.model, experiment.weights, len(opened.classes))
-        if experiment.recipe is not None:
-            api.inject(model, experiment.recipe)
-        preprocessing = preprocessing_of(model, experiment.data)
-        where = Path(experiment.out)
-        job = Job(
-            model,
-            opened,
-            experiment.data,
-            experiment.train,
-            preprocessing,
-            where,
-            experiment.model,
-            experiment,
-        )
-        return carry_out(job, say or _print, resume)
+        return try_rates(_job_of(experiment))
+
+
+def dry_run_of(experiment: Experiment) -> DryRun:
+    """What `attninject finetune --dry-run` does; see `dry_run`."""
+    with rng_kept():
+        return estimate(_job_of(experiment))
+
+
+def _job_of(experiment: Experiment) -> Job:
+    """The model built, its recipe injected, the images opened."""
+    opened = open_images(experiment.data)
+    torch.manual_seed(experiment.train.seed)
+    model = build(experiment.model, experiment.weights, len(opened.classes))
+    if experiment.recipe is not None:
+        api.inject(model, experiment.recipe)
+    return Job(
+        model, opened, experiment.data, experiment.train, preprocessing_of(model, experiment.data),
+        Path(experiment.out), experiment.model, experiment,
+    )  # fmt: skip
 
 
 def trained(folder: Any, file: str = runs.BEST) -> nn.Module:
@@ -135,7 +191,3 @@ def started(folder: Any) -> nn.Module:
         if experiment.recipe is not None:
             api.inject(model, experiment.recipe)
     return model.eval()
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)

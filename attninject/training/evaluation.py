@@ -19,13 +19,15 @@ from attninject.errors import DataError, RunError
 from . import devices, runs
 from .data.datasets import Images, Part, class_names
 from .data.loaders import Schedule, batches, loader
+from .data.multilabel import open_labelled
 from .data.opening import open_folder, open_images
 from .data.preprocessing import preprocessing_of, transforms
 from .data.samples import Padded
 from .engine import trained
 from .experiment import Data, Experiment, read_experiment
-from .measuring import evaluate
+from .measuring import Measured, evaluate
 from .metrics import ClassCounts, Metrics
+from .multilabel_metrics import LabelMetrics
 from .nets import placed
 
 FILES = {"best": runs.BEST, "last": runs.LAST}
@@ -47,8 +49,8 @@ class Evaluation:
     run: Path
     file: str
     data: str
-    metrics: Metrics
-    without: Metrics | None = None
+    metrics: Measured
+    without: Measured | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -74,7 +76,7 @@ class Evaluation:
         Raises:
             RunError: the matrix was not counted.
         """
-        if self.metrics.confusion is None:
+        if not isinstance(self.metrics, Metrics) or self.metrics.confusion is None:
             raise RunError("the confusion matrix was not counted: evaluate_run(…, confusion=True)")
         names = [c.name for c in self.metrics.classes]
         rows = [[name, *counts] for name, counts in zip(names, self.metrics.confusion, strict=True)]
@@ -98,7 +100,8 @@ def evaluate_run(
     Args:
         folder: of the run.
         data: a folder with a folder of images per class, or with such folders under the run's `val_split`; its classes
-            are some of the run's, by name. None: the run's own validation images.
+            are some of the run's, by name. Of a run on images with several labels each: a folder with `labels.csv`
+            or `labels` in it. None: the run's own validation images.
         file: `best` or `last`.
         without_blocks: measure once more with the blocks switched off: what the trained blocks are worth.
         confusion: count which class is taken for which.
@@ -116,9 +119,10 @@ def evaluate_run(
     classes = runs.classes_in(where)
     read = experiment.data
     images = _images(read, classes, where) if data is None else _other(read, data, classes)
-    if data is not None:  # read from files, whatever the run's images came from, at its size
+    many = read.kind == "multilabel"
+    if data is not None and not many:  # read from files, whatever the run's images came from, at its size
         read = replace(read, kind="imagefolder", root=str(data), size=preprocessing_of(model, read).size)
-    measure = _Measure(model, replace(experiment, data=read), images, classes, batch_size)
+    measure = _Measure(model, replace(experiment, data=read), images, classes, batch_size, many)
     found = measure(confusion)
     without = measure(False, blocks=False) if without_blocks else None
     said = "its validation images" if data is None else str(data)
@@ -135,12 +139,14 @@ class _Measure:
         images: Any,
         classes: Sequence[str],
         batch_size: int | None,
+        many: bool,
     ) -> None:
+        self.many = many
         self.model, self.train, self.data = model, experiment.train, experiment.data
         self.images, self.classes = images, classes
         self.batch_size = batch_size or experiment.train.batch_size
 
-    def __call__(self, confusion: bool, blocks: bool = True) -> Metrics:
+    def __call__(self, confusion: bool, blocks: bool = True) -> Measured:
         """Metrics, with the blocks or with them switched off."""
         accelerator = devices.open_accelerator(self.train)
         try:
@@ -159,7 +165,7 @@ class _Measure:
     def _loader(self, pin: bool) -> Any:
         _, plain = transforms(self.data, preprocessing_of(self.model, self.data))
         skip = self.data.unreadable == "skip"
-        held = Padded(self.images, plain, self.train.seed, skip, len(self.classes))
+        held = Padded(self.images, plain, self.train.seed, skip, len(self.classes), self.many)
         return loader(held, Schedule(len(held), self.batch_size, train=False), self.data.workers, pin)
 
 
@@ -180,6 +186,10 @@ def _other(data: Data, folder: Any, classes: tuple[str, ...]) -> Any:
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"--data: there is no folder {root}")
+    if data.kind == "multilabel":
+        labelled = open_labelled(root, classes=classes)
+        split = labelled.under(data.val_split)
+        return Part(labelled, split) if split else labelled
     found = open_folder(root / data.val_split if (root / data.val_split).is_dir() else root)
     names = class_names(found) or ()
     unknown = [name for name in names if name not in classes]
@@ -211,13 +221,8 @@ def _differ(now: Sequence[str], then: Sequence[str]) -> str:
 
 
 def _rates(one: ClassCounts, prefix: str) -> dict[str, Any]:
-    numbers = {
-        "predicted": one.predicted,
-        "right": one.right,
-        "precision": one.precision,
-        "recall": one.recall,
-    }
-    return {prefix + key: value for key, value in {**numbers, "f1": one.f1}.items()}
+    numbers = {key: value for key, value in one.to_dict().items() if key not in ("name", "images")}
+    return {prefix + key: value for key, value in numbers.items()}
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -236,17 +241,18 @@ def _lines(of: Evaluation) -> list[str]:
     head = ["", "value"] if without is None else ["", "value", "without blocks", "difference"]
     rows = [head] + [
         _compared(name, *(getattr(m, key) for m in (found, without) if m is not None), percent=percent)
-        for name, key, percent in (
-            ("loss", "loss", False), ("top-1", "top1", True), ("top-5", "top5", True),
-            ("macro-F1", "macro_f1", True), ("calibration error", "ece", True),
-        )
-    ]  # fmt: skip
+        for name, key, percent in found.FIGURES
+    ]
     lines += [*columns(rows), ""]
     head = ["class", "images", "predicted", "precision", "recall"]
     rows = [head] + [
         [c.name, str(c.images), str(c.predicted), _percent(c.precision), _percent(c.recall)]
         for c in found.classes
     ]
+    if isinstance(found, LabelMetrics):
+        rows = [
+            [*row, ap] for row, ap in zip(rows, ["AP", *(_percent(c.ap) for c in found.classes)], strict=True)
+        ]
     if without is not None:
         rows = [
             [*row, "recall without" if number == 0 else _percent(without.classes[number - 1].recall)]

@@ -43,6 +43,7 @@ class Data:
 
     kind: str = "digits"
     root: str | None = None
+    labels: str | None = None
     name: str | None = None
     train_split: str = "train"
     val_split: str = "val"
@@ -54,6 +55,9 @@ class Data:
     hflip: float = 0.5
     reprob: float = 0.0
     unreadable: str = "refuse"
+    images: int = 256
+    classes: int = 10
+    seed: int = 0
     workers: int = 0
 
 
@@ -87,10 +91,14 @@ class Training:
     min_lr: float = 0.0
     loss: str = "ce"
     smoothing: float = 0.0
+    class_weights: str | tuple[tuple[str, float], ...] | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     ema: float | None = None
     precision: str | None = None
+    monitor: str | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
     clip: float | None = None
     channels_last: bool = False
     compile: bool = False
@@ -101,6 +109,8 @@ class Training:
     seed: int = 0
     save_every: int | None = None
     log_every: int = 50
+    track: tuple[str, ...] | None = None
+    project: str = "attninject"
 
     @property
     def rate_of_blocks(self) -> float:
@@ -111,6 +121,8 @@ class Training:
         """As in an experiment file."""
         found = asdict(self)
         found["unfreeze"] = [{"epoch": epoch, "what": _plain(what)} for epoch, what in self.unfreeze]
+        if isinstance(self.class_weights, tuple):
+            found["class_weights"] = dict(self.class_weights)
         return {key: _plain(value) for key, value in found.items()}
 
 
@@ -195,7 +207,9 @@ def settings(data: Any = "digits", **train: Any) -> tuple[Data, Training]:
 
 
 def data_of(values: Mapping[str, Any]) -> Data:
-    """The settings `data`; where `kind` is a folder, an image folder, and without splits a part is held out.
+    """The settings `data`; a folder as `kind` is an image folder, or with `labels` of several labels each.
+
+    Without splits in it a part is held out.
 
     Raises:
         ExperimentError: a folder as `kind`, and `root` beside it.
@@ -207,7 +221,7 @@ def data_of(values: Mapping[str, Any]) -> Data:
         report = Report(error=ExperimentError)
         report.add(Node(None), f"data {kind!r} is a folder, and `root` is another: give one of the two")
         report.raise_if_any()
-    found = Data(**{**values, "kind": "imagefolder", "root": kind})
+    found = Data(**{**values, "kind": "multilabel" if values.get("labels") else "imagefolder", "root": kind})
     divided = found.val_fraction is not None or (Path(kind) / found.train_split).is_dir()
     return found if divided else replace(found, val_fraction=HELD_OUT)
 
@@ -242,10 +256,16 @@ def _check_together(made: Experiment) -> None:
     """What settings demand or forbid one another."""
     report, data, train = Report(error=ExperimentError), made.data, made.train
     nowhere = Node(None)
-    if data.kind != "digits" and not data.root:
+    if data.kind not in ("digits", "random") and not data.root:
         report.add(nowhere, f"data kind {data.kind!r} needs `root`, the folder of the images")
     if data.kind in ("timm", "torchvision") and not data.name:
         report.add(nowhere, f"data kind {data.kind!r} needs `name`, such as CIFAR10")
+    if data.labels and data.kind != "multilabel":
+        report.add(
+            nowhere, f"`labels` is for images of several labels each: data kind multilabel, not {data.kind!r}"
+        )
+    if train.min_delta and train.patience is None:
+        report.add(nowhere, "`min_delta` counts for `patience`, which is not given")
     if (train.mixup or train.cutmix) and train.batch_size % 2:
         report.add(
             nowhere, f"Mixup and CutMix pair images: `batch_size` must be even, it is {train.batch_size}"

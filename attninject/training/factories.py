@@ -10,8 +10,10 @@ from torch import nn
 from attninject.errors import ExperimentError, Fault
 from attninject.wording import did_you_mean, nearest_hint
 
+from .data.datasets import Images
 from .experiment import Training
 from .groups import param_groups
+from .losses import LabelsCrossEntropy, WeightedCrossEntropy, class_weights
 
 SCHEDULERS = ("cosine", "tanh", "step", "constant", "multistep", "plateau", "poly", "wsd", "rsqrt", "none")
 """timm's, for the nearest word: its factory lists none."""
@@ -76,19 +78,24 @@ def make_scheduler(optimizer: torch.optim.Optimizer, train: Training, steps: int
     return scheduler
 
 
-def make_loss(train: Training, classes: int) -> tuple[nn.Module, Any]:
+def make_loss(train: Training, images: Images) -> tuple[nn.Module, Any]:
     """The loss, and timm's Mixup (with CutMix) or None."""
     from timm.data import Mixup
     from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-    mixup = None
+    weights, smoothing, mixup = class_weights(train, images), train.smoothing, None
+    if images.many:
+        return LabelsCrossEntropy(weights, smoothing), None
     if train.mixup or train.cutmix:
-        mixup = Mixup(train.mixup, train.cutmix, label_smoothing=train.smoothing, num_classes=classes)
+        mixup = Mixup(train.mixup, train.cutmix, label_smoothing=smoothing, num_classes=len(images.classes))
+        smoothing = 0.0  # done by Mixup
     if train.loss == "bce":
-        return BinaryCrossEntropy(smoothing=0.0 if mixup else train.smoothing), mixup
+        return BinaryCrossEntropy(smoothing=smoothing, pos_weight=weights), mixup
+    if weights is not None:
+        return WeightedCrossEntropy(weights, smoothing), mixup
     if mixup is not None:
         return SoftTargetCrossEntropy(), mixup
-    return (LabelSmoothingCrossEntropy(train.smoothing) if train.smoothing else nn.CrossEntropyLoss()), None
+    return (LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()), None
 
 
 def switch_checkpointing_on(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ of the command line for every row. The defaults stand in the dataclasses of `exp
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Mapping
@@ -20,11 +21,16 @@ from attninject.recipe.patterns import compile_pattern
 from attninject.recipe.report import BAD, Node, Report
 from attninject.wording import did_you_mean
 
+from .monitors import MONITORS
 from .words import WORDS
 
 Table = Mapping[str, tuple[Checker, str]]
 
-DATA_KINDS = ("digits", "imagefolder", "timm", "torchvision")
+DATA_KINDS = ("digits", "imagefolder", "multilabel", "random", "timm", "torchvision")
+TRACKERS = (
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+"""Those that Accelerate knows."""
 
 # --- checks ------------------------------------------------------------------------------------
 
@@ -127,6 +133,58 @@ def _recipe_field(node: Node, report: Report) -> Any:
     return FrozenDict(loaded.to_dict())  # the run's folder stands for itself when the file moves or changes
 
 
+def _trackers(node: Node, report: Report) -> Any:
+    """Names in a list, or in a text with commas; `none`: not even TensorBoard's files."""
+    names = [item.value for item in node.value] if isinstance(node.value, list) else node.value
+    if isinstance(names, str):
+        names = [] if names == "none" else [name.strip() for name in names.split(",")]
+    if not isinstance(names, list):
+        return report.expected(node, "trackers, as tensorboard,mlflow")
+    for name in names:
+        if name not in TRACKERS:
+            near = did_you_mean(name, TRACKERS) if isinstance(name, str) else ""
+            return report.add(node, f"no tracker {name!r}{near}; known are {', '.join(TRACKERS)}, or none")
+    return tuple(dict.fromkeys(names))
+
+
+def _class_weights(node: Node, report: Report) -> Any:
+    """`balanced`, or names of classes and weights: as a mapping, or in a CSV file of two columns."""
+    if node.value == "balanced":
+        return "balanced"
+    if isinstance(node.value, dict):
+        rows = [(str(name), item.value) for name, (_, item) in node.value.items()]
+    elif isinstance(node.value, str):
+        try:
+            rows = _weights_in(Path(node.value))
+        except (OSError, ValueError) as error:
+            return report.add(
+                node, f"expected balanced, or a CSV file with `class,weight` in each row: {error}"
+            )
+    else:
+        return report.expected(node, "balanced, a file, or a mapping of classes to weights")
+    for name, weight in rows:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            return report.add(node, f"the weight of {name!r} must be a number from 0, found {weight!r}")
+    return tuple((name, float(weight)) for name, weight in rows)
+
+
+def _weights_in(file: Path) -> list[tuple[str, Any]]:
+    """The rows of a CSV file; a first row without a number is its head."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.reader(stream) if row]
+    if any(len(row) != 2 for row in rows):
+        raise ValueError(f"{file} has rows that are not of two cells")
+    found = [(name.strip(), _as_number(cell)) for name, cell in rows]
+    return found[1:] if found and isinstance(found[0][1], str) else found
+
+
+def _as_number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _precision(node: Node, report: Report) -> Any:
     """A word; YAML reads a bare `no` as false."""
     found = Node("no", node.line, node.column) if node.value is False else node
@@ -152,6 +210,8 @@ TOP: Table = {
 DATA: Table = {
     "kind": (_kind, f"a folder with a folder of images per class, or one of {', '.join(DATA_KINDS)}"),
     "root": (_maybe(words), "folder of the images"),
+    "labels": (_maybe(words),
+        "of multilabel: a CSV file, or a folder with a text file per image; default: labels.csv or labels in root"),
     "name": (_maybe(words),
         "name for timm's create_dataset (torch/cifar10, hfds/…) or of a torchvision class (CIFAR10)"),
     "train_split": (words, "name of the training split, or of its folder"),
@@ -167,6 +227,9 @@ DATA: Table = {
     "reprob": (_number("a probability", 0, 1), "probability of random erasing"),
     "unreadable": (choice("what to do with unreadable images", ("refuse", "skip")),
         "refuse: stop and name the file; skip: leave out and count"),
+    "images": (_from_one, "of random: how many images; a fifth of them is for validation"),
+    "classes": (integer("a number from 2", 2), "of random: how many classes"),
+    "seed": (_whole, "of random: seed of images and labels"),
     "workers": (_whole, "loader processes; 0: load in the training process"),
 }  # fmt: skip
 TRAIN: Table = {
@@ -192,12 +255,18 @@ TRAIN: Table = {
     "loss": (choice("a loss", ("ce", "bce")),
         "ce: cross-entropy; bce: binary cross-entropy on one-hot targets"),
     "smoothing": (_share, "label smoothing"),
+    "class_weights": (_maybe(_class_weights),
+        "weights of the classes in the loss: balanced, or a CSV file with class,weight in each row"),
     "mixup": (_from_zero, "Mixup's alpha; 0: off"),
     "cutmix": (_from_zero, "CutMix's alpha; 0: off"),
     "ema": (_maybe(_number("a decay between 0 and 1", 0, 0.999999999, above=True)),
         "decay of an average of the weights, which is then evaluated and saved"),
     "precision": (_maybe(_precision),
         "mixed precision: no, bf16 or fp16; default: as Accelerate's config says, else no"),
+    "monitor": (_maybe(choice("a figure of the log", tuple(MONITORS))),
+        f"what the best epoch is best in: {', '.join(MONITORS)}; default: top1, of multilabel map"),
+    "patience": (_maybe(_from_one), "end early, after so many epochs in which the monitor got no better"),
+    "min_delta": (_from_zero, "by how much the monitor must get better to count for patience"),
     "clip": (_maybe(_rate), "clip the gradient's norm"),
     "channels_last": (boolean, "channels_last memory format"),
     "compile": (boolean, "torch.compile the model"),
@@ -209,4 +278,8 @@ TRAIN: Table = {
     "seed": (_whole, "seed of weights, order, augmentation and dropout"),
     "save_every": (_maybe(_from_one), "optimizer steps between checkpoints; default: at epoch ends"),
     "log_every": (_from_one, "optimizer steps between lines of a log"),
+    "track": (_maybe(_trackers),
+        "tensorboard, mlflow, wandb, …, several with commas; none: not even TensorBoard's files; "
+        "default: these, where it is installed"),
+    "project": (words, "name that trackers put runs of one purpose together under"),
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Sample:
         for batch in batches:
             x, y = batch[0], batch[1]
             if len(self.kept) * self.each < IMAGES:
-                self.kept.append(x[y >= 0][: self.each])
+                self.kept.append(x[y.view(len(y), -1)[:, 0] >= 0][: self.each])  # y: (B,) or (B, classes)
             yield batch
 
     def chunks(self) -> Iterator[Tensor]:
@@ -52,10 +52,11 @@ class Sample:
 
 
 def movement(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
-    """Column → mean |gate − 1| of each injected block that has gates, over the images.
+    """How the gates of each injected block stand over the images: columns `moved.<block>`, and their spread.
 
-    Of a blended block, x + α(f(x) − x), the factor that acts is 1 + α(gate − 1): |α| · |gate − 1|; where its f has
-    no gate, |α|. Blocks without a gate or α (Non-Local's rows say nothing of how much is added) have no column.
+    `moved` is mean |gate − 1|. Of a blended block, x + α(f(x) − x), the factor that acts is 1 + α(gate − 1):
+    |α| · |gate − 1|; where its f has no gate, |α|. Blocks without a gate or α (Non-Local's rows say nothing of how
+    much is added) have none. `gates.<block>.mean`, `.sd`, `.min` and `.max` are over images, positions and channels.
 
     Args:
         model: whole, with injected blocks or without.
@@ -66,12 +67,28 @@ def movement(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
         return {}
     device = next(model.parameters()).device
     found: dict[str, list[float]] = {}
+    seen: dict[str, list[Tensor]] = {}
     for x in images:
         for name, maps in attention_maps(model, x.to(device)).items():
             moved = _moved(blocks[name], maps)
             if moved is not None:
                 found.setdefault(PREFIX + name, []).extend([moved] * len(x))
-    return {column: sum(values) / len(values) for column, values in found.items()}
+            seen.setdefault(name, []).extend(_sums(gate.double()) for gate in _gates(maps))
+    spread = {f"gates.{n}.{k}": v for n, sums in seen.items() if sums for k, v in _spread(sums).items()}
+    return {column: sum(values) / len(values) for column, values in found.items()} | spread
+
+
+def _sums(gate: Tensor) -> Tensor:
+    """Count, sum, sum of squares, least and greatest."""
+    count = torch.full((), gate.numel(), dtype=gate.dtype, device=gate.device)
+    return torch.stack([count, gate.sum(), (gate * gate).sum(), gate.min(), gate.max()]).cpu()
+
+
+def _spread(sums: Sequence[Tensor]) -> dict[str, float]:
+    of = torch.stack(list(sums))
+    count, total, squares = of[:, :3].sum(0).tolist()
+    sd = max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+    return {"mean": total / count, "sd": sd, "min": float(of[:, 3].min()), "max": float(of[:, 4].max())}
 
 
 def _moved(block: nn.Module, maps: Mapping[str, Tensor]) -> float | None:

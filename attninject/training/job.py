@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from attninject.errors import ExperimentError, Fault
+
 from .data.datasets import Images
 from .data.preprocessing import Preprocessing
 from .experiment import Data, Experiment, Training
+from .monitors import Monitor, monitor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,23 @@ class Job:
     out: Path | None = None  # None: nothing is written
     base: str | None = None  # the base model's name, for the delta
     experiment: Experiment | None = None  # where the run was asked for by one
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not go with such images.
+
+        Raises:
+            ExperimentError: a figure that they do not give, or mixing where it is not to be had.
+        """
+        monitor_of(self.train.monitor, self.images.many)
+        if self.images.many and (self.train.mixup or self.train.cutmix):
+            raise ExperimentError(
+                [Fault("train, mixup and cutmix: they mix images of one class each, not of several labels")]
+            )
+
+    @property
+    def monitor(self) -> Monitor:
+        """What the best epoch is best in."""
+        return monitor_of(self.train.monitor, self.images.many)
 
 
 @dataclass

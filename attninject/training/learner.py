@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attninject.errors import ExperimentError, Fault
 
 from . import factories
+from .data.datasets import Images
 from .dead_gates import Watch
 from .experiment import Training
 from .freezing import GradualUnfreezing, freeze
@@ -46,17 +47,18 @@ class Learner:
         train: Training,
         thawing: GradualUnfreezing,
         accelerator: Any,
-        classes: int,
+        images: Images,
         steps: int,
     ) -> None:
         self.train, self.thawing, self.accelerator = train, thawing, accelerator
-        self.classes, self.steps = classes, steps
+        self.classes, self.steps = len(images.classes), steps
         self.nets = Nets(model, train, accelerator)
         self.names = {id(p): n for n, p in self.nets.net.named_parameters()}
         self.optimizer = factories.make_optimizer(self.nets.net, train)
         self.prepared: Any = accelerator.prepare_optimizer(self.optimizer)  # scales gradients of fp16
         self.scheduler = self._schedule(0)
-        self.criterion, self.mixup = factories.make_loss(train, classes)
+        self.criterion, self.mixup = factories.make_loss(train, images)
+        self.criterion.to(accelerator.device)
         self.watch = Watch()
 
     def _schedule(self, step: int) -> Any:
@@ -82,7 +84,8 @@ class Learner:
     def backward(self, batches: Sequence[Sequence[Tensor]]) -> tuple[float, int]:
         """Gradients of one step from as many batches (x, y, passed over) as it accumulates.
 
-        x: (B, 3, H, W), y: (B,). Returns the mean loss and the number of unreadable images, over all processes.
+        x: (B, 3, H, W), y: (B,) or (B, classes). Returns the mean loss and the number of unreadable
+        images, over all processes.
         """
         sums = torch.zeros(2, device=self.accelerator.device)
         for number, (x, y, passed_over) in enumerate(batches, 1):

@@ -7,7 +7,7 @@ states, and a resumed run continues bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,41 +19,45 @@ from attninject.errors import NonFiniteError, RunError
 from attninject.wording import listed
 
 from . import devices, factories, gate_movement, resuming, runs
+from .callbacks import Callback
 from .data.loaders import Loaders, batches
 from .data.seeds import seed_all
 from .freezing import trainable
 from .job import Job, Result
 from .learner import Learner, frozen
 from .log_columns import rate_column
-from .measuring import evaluate
-from .metrics import Metrics
+from .measuring import Measured, evaluate
+from .monitors import ended_early
 from .nets import with_shared_norms
 from .reporting import Reporter
 from .run_files import RunFiles
 from .run_state import RunState
+from .tracking import Trackers, config_of, names_of, plan_of
 
 
-def carry_out(job: Job, say: Callable[[str], None], resume: bool = False) -> Result:
+def carry_out(job: Job, callbacks: Sequence[Callback] = (), resume: bool = False) -> Result:
     """Set up, go on where `resume` says so, train, give everything back."""
     job = resuming.as_begun(job) if resume else job
     accelerator = devices.open_accelerator(job.train)
     main: bool = accelerator.is_main_process
     files = RunFiles(job, main)
-    tell = Reporter(say, files.folder, main, job.train.log_every)
+    trackers = Trackers(names_of(job) if main else (), files.folder, job.train.project)
+    tell = Reporter(callbacks, files.folder, main, job.train.log_every, trackers)
     try:
         files.begin(resume)
         accelerator.wait_for_everyone()
         run = Run(job, accelerator, files, tell)
         if resume:
             run.resume()
-        tell.begin(run.state.step)
+        trackers.begin(run.state.step, resume, config_of(job), plan_of(job.model))
         with devices.interruptible(run.ask_to_stop, accelerator.num_processes), devices.deterministic():
             run.go()
     finally:
-        tell.end()
+        trackers.end()
         files.end()
         devices.forget_accelerator()
         job.model.eval()
+    tell.end(run.result())
     return run.result()
 
 
@@ -68,7 +72,7 @@ class Run:
             factories.switch_checkpointing_on(model)
         thawing = frozen(model, job.train)
         self.loaders = Loaders(job.images, job.data, job.train, job.preprocessing, accelerator)
-        self.learner = Learner(model, job.train, thawing, accelerator, self.classes, self.loaders.steps)
+        self.learner = Learner(model, job.train, thawing, accelerator, job.images, self.loaders.steps)
         self.state = RunState(self.learner)
         self.stop: str | None = None
 
@@ -106,7 +110,7 @@ class Run:
         if not state.history:
             self.finish_row({"epoch": 0, "step": 0}, time.perf_counter())
             self.write_checkpoint()
-        while state.epoch < self.train.epochs:
+        while not self.over():
             self.thaw(state.epoch)
             began = time.perf_counter()
             self.one_epoch()
@@ -122,6 +126,20 @@ class Run:
             self.finish_row(row, began)
             self.warn_of_still_gates()
             self.write_checkpoint()
+        self.tell_of_early_end()
+
+    def over(self) -> bool:
+        """Whether all epochs are done, or patience is at its end: from the log alone, so that a resumed run agrees."""
+        state = self.state
+        return state.epoch >= self.train.epochs or ended_early(
+            self.train, self.job.images.many, state.history
+        )
+
+    def tell_of_early_end(self) -> None:
+        """Where there were more epochs to come."""
+        if self.state.epoch < self.train.epochs:
+            best = f"{self.job.monitor.words(self.state.best)} at epoch {self.state.best['epoch']}"
+            self.tell.say(f"no better in {self.train.patience} epochs than {best}: the run ends early")
 
     def thaw(self, epoch: int) -> None:
         """Unfreeze what is due at an epoch (from 0), and say so."""
@@ -182,39 +200,40 @@ class Run:
         text = watch.warning(self.learner.nets.model)
         if text and not any(w.startswith("dead gates") for w in warnings):
             warnings.append(text)
-            self.tell.say(f"warning: {text}")
+            self.tell.warn(text)
 
     def warn_of_still_gates(self) -> None:
         """At the end, where blocks that could learn have hardly moved."""
         state = self.state
         text = gate_movement.warning(self.learner.nets.model, state.history[-1])
-        if text and state.epoch == self.train.epochs:
+        if text and self.over():
             state.warnings.append(text)
-            self.tell.say(f"warning: {text}")
+            self.tell.warn(text)
 
     # --- measuring and writing ---
 
     def finish_row(self, row: dict[str, Any], began: float) -> None:
-        """Evaluate, and give the row to the log, to TensorBoard and to the files that ship."""
+        """Evaluate, and give the row to the log, to trackers and to the files that ship."""
         state = self.state
-        measured, moved = self.measured()
-        row |= measured.row() | moved
+        measured, gates = self.measured()
+        row |= measured.row() | {k: v for k, v in gates.items() if k.startswith(gate_movement.PREFIX)}
         if self.job.data.unreadable != "skip":
             del row["val_skipped"]
         for group in self.learner.optimizer.param_groups:
             row[rate_column(group["name"])] = group["lr"]
         row["seconds"] = round(time.perf_counter() - began, 2)
         state.history.append(row)
-        if not state.best or row["top1"] > state.best["top1"]:
+        worth = self.job.monitor.worth
+        if not state.best or worth(row) > worth(state.best):
             state.best = row
             self.files.ship(runs.BEST, self.learner.nets.shipped)
         if row["epoch"]:
             self.files.ship(runs.LAST, self.learner.nets.shipped)
-        self.tell.row(state.history, self.train.epochs)
+        self.tell.row(state.history, self.train.epochs, gates)
         self.files.measured(row["epoch"], measured)
 
-    def measured(self) -> tuple[Metrics, dict[str, float]]:
-        """Metrics on the validation images, and how far gates are from 1."""
+    def measured(self) -> tuple[Measured, dict[str, float]]:
+        """Metrics on the validation images, and how the gates stand."""
         nets = self.learner.nets
         nets.gather(self.state.step)
         nets.measured.eval()
@@ -222,12 +241,12 @@ class Run:
         held = sample.of(batches(self.loaders.val))
         classes = self.job.images.classes
         found = evaluate(nets.evaluator, held, self.learner.placed, self.accelerator, classes)
-        moved = self.moved(sample)
+        gates = self.gates(sample)
         nets.settle()
-        return found, moved
+        return found, gates
 
-    def moved(self, sample: gate_movement.Sample) -> dict[str, float]:
-        """How far gates are from 1: the first process measures whole weights, the others are told."""
+    def gates(self, sample: gate_movement.Sample) -> dict[str, float]:
+        """How the gates stand: the first process measures whole weights, the others are told."""
         told: list[dict[str, float]] = [{}]
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():

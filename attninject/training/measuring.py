@@ -11,6 +11,9 @@ from torch import Tensor
 from attninject.errors import DataError
 
 from .metrics import Metrics, Tally
+from .multilabel_metrics import LabelMetrics, LabelTally
+
+Measured = Metrics | LabelMetrics
 
 
 @torch.no_grad()
@@ -21,28 +24,29 @@ def evaluate(
     accelerator: Any,
     classes: Sequence[str],
     confusion: bool = False,
-) -> Metrics:
+) -> Measured:
     """Metrics of a model in eval mode on batches (x, y, passed over), of all processes.
 
     Every process sums over images of its own in float64, with label -1 for padding; the sums are added.
 
     Args:
-        classes: their names.
+        classes: their names; labels y are (B,), or (B, classes) of images with several each.
         confusion: count which class is taken for which too; of this process's images alone.
 
     Raises:
         DataError: not one image can be read, or the model does not fit the images or the classes.
     """
-    tally = Tally(len(classes), accelerator.device, confusion)
+    tally: Tally | LabelTally | None = None
     for x, y, skipped in batches:
         with accelerator.autocast():
             logits = _outputs(runner, placed(x))
         check_classes(logits, len(classes))
+        if tally is None:
+            tally = (LabelTally if y.ndim == 2 else Tally)(len(classes), accelerator.device, confusion)
         tally.add(logits.float(), y.to(logits.device), skipped)
-    tally.reduced(accelerator)
-    if not tally.sums[3]:
+    if tally is None or not tally.reduced(accelerator).images:
         raise DataError("not one validation image can be read")
-    return Metrics.of(tally, classes)
+    return tally.metrics(classes)
 
 
 def _outputs(runner: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

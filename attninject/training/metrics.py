@@ -59,6 +59,15 @@ class Tally:
         self.sums, self.bins, self.counts = accelerator.reduce([self.sums, self.bins, self.counts], "sum")
         return self
 
+    def metrics(self, names: Sequence[str]) -> Metrics:
+        """What follows from sums over at least one image; `names` are the classes'."""
+        return Metrics.of(self, names)
+
+    @property
+    def images(self) -> int:
+        """Images that count."""
+        return int(self.sums[3])
+
 
 @dataclass(frozen=True)
 class ClassCounts:
@@ -85,6 +94,16 @@ class ClassCounts:
         both = self.images + self.predicted
         return 2 * self.right / both if both else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the counts, and what follows from them."""
+        return {**asdict(self), "precision": self.precision, "recall": self.recall, "f1": self.f1}
+
+
+def macro_f1(classes: Sequence[ClassCounts]) -> float:
+    """Mean of the classes' F1, over those that have an image or were predicted; 0 where none has."""
+    found = [c.f1 for c in classes if c.f1 is not None]
+    return math.fsum(found) / len(found) if found else 0.0
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -110,6 +129,12 @@ class Metrics:
     bins: tuple[tuple[int, float, int], ...]
     confusion: tuple[tuple[int, ...], ...] | None = None
 
+    FIGURES = (
+        ("loss", "loss", False), ("top-1", "top1", True), ("top-5", "top5", True), ("macro-F1", "macro_f1", True),
+        ("calibration error", "ece", True),
+    )  # fmt: skip
+    """What is shown: its name in words, its attribute, and whether it is shown in percent."""
+
     @classmethod
     def of(cls, tally: Tally, names: Sequence[str]) -> Metrics:
         """From sums over at least one image."""
@@ -132,9 +157,8 @@ class Metrics:
 
     @property
     def macro_f1(self) -> float:
-        """Mean of the classes' F1, over those that have an image or were predicted."""
-        found = [c.f1 for c in self.classes if c.f1 is not None]
-        return math.fsum(found) / len(found)
+        """See the function of that name."""
+        return macro_f1(self.classes)
 
     @property
     def ece(self) -> float:
@@ -147,13 +171,12 @@ class Metrics:
 
     def row(self) -> dict[str, Any]:
         """The columns of a run's log."""
-        return {"val_loss": self.loss, "top1": self.top1, "top5": self.top5, "val_skipped": self.unreadable}
+        figures = {"val_loss": self.loss, "top1": self.top1, "top5": self.top5, "macro_f1": self.macro_f1}
+        return {**figures, "val_skipped": self.unreadable}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: what is measured, and what it follows from."""
-        rates = [
-            {**asdict(c), "precision": c.precision, "recall": c.recall, "f1": c.f1} for c in self.classes
-        ]
+        rates = [c.to_dict() for c in self.classes]
         found = {
             "images": self.images, "unreadable": self.unreadable, "loss": self.loss, "top1": self.top1,
             "top5": self.top5, "macro_f1": self.macro_f1, "ece": self.ece, "classes": rates,

@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ def predict(
 ) -> Predictions:  # fmt: skip
     """The likeliest classes of image files, by the best model of a run of `attninject finetune`.
 
+    Of a run on images with several labels each, every class has a probability of its own.
+
     Files are read and transformed as the run's validation images were: grey, transparent and CMYK images become RGB,
     of any size; a rotation that only EXIF tells is not applied, as it is not in training.
 
@@ -102,7 +104,8 @@ def predict(
     began = time.perf_counter()
     loader = DataLoader(files, batch_size=batch_size, num_workers=workers, collate_fn=list)
     rows, unreadable = [], {}
-    for found, said in _batches(model, loader):
+    shares = torch.sigmoid if data.kind == "multilabel" else _softmax
+    for found, said in _batches(model, loader, shares):
         unreadable.update(said)
         if unreadable and not skip:
             file, why = next(iter(unreadable.items()))
@@ -159,7 +162,7 @@ Batch = Sequence[tuple[str, Tensor | None, str]]
 
 @torch.inference_mode()
 def _batches(
-    model: nn.Module, loader: Iterable[Batch]
+    model: nn.Module, loader: Iterable[Batch], shares: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[list[tuple[str, Tensor]], dict[str, str]]]:
     """Of each batch: files with their probabilities (classes,), and files that cannot be read, with the reason."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,8 +174,11 @@ def _batches(
             yield [], unreadable
             continue
         logits = model(torch.stack([x for _, x in readable]).to(device))
-        shares = torch.softmax(logits.float(), 1).cpu()
-        yield list(zip([file for file, _ in readable], shares, strict=True)), unreadable
+        yield list(zip([file for file, _ in readable], shares(logits.float()).cpu(), strict=True)), unreadable
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(1)
 
 
 def _prediction(file: str, shares: Tensor, classes: Sequence[str], topk: int) -> Prediction:

@@ -1,64 +1,65 @@
-"""What a run tells: lines or a progress bar, the CSV log, TensorBoard where that is installed."""
+"""What a run tells: lines or a progress bar, the CSV log, its trackers, and callbacks."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from . import runs
-from .log_columns import scalar_name
-
-BOARD = "tensorboard"  # folder within the run's
+from .callbacks import LOG, Callback
+from .job import Result
+from .monitors import shown
+from .tracking import Trackers
 
 
 class Reporter:
     """Speaks for the first process only; the others are silent."""
 
     def __init__(
-        self, say: Callable[[str], None], folder: runs.Folder | None, main: bool, every: int
+        self,
+        callbacks: Sequence[Callback] = (),
+        folder: runs.Folder | None = None,
+        main: bool = True,
+        every: int = 1,
+        trackers: Trackers | None = None,
     ) -> None:
-        self._say, self.folder, self.main, self.every = say, folder if main else None, main, every
-        self._board: Any = None
+        self.callbacks, self.folder = (callbacks, folder) if main else ((), None)
+        self.main, self.every = main, every
+        self.trackers = trackers or Trackers(())
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: int = logging.INFO) -> None:
         """A line."""
         if self.main:
-            self._say(text)
+            LOG.log(level, text)
+            for callback in self.callbacks:
+                callback.on_line(text)
 
-    def begin(self, step: int) -> None:
-        """Open TensorBoard's file; what an interrupted run wrote beyond `step` is dropped from view."""
-        writer = _writer_class() if self.folder else None
-        if writer is not None:
-            assert self.folder is not None
-            self._board = writer(str(self.folder / BOARD), purge_step=step + 1)
+    def warn(self, text: str) -> None:
+        """A line that stands out."""
+        self.say(f"warning: {text}", logging.WARNING)
 
-    def row(self, history: Sequence[Mapping[str, Any]], epochs: int) -> None:
-        """The last row of the history: a line, the CSV file, TensorBoard."""
+    def row(self, history: Sequence[Mapping[str, Any]], epochs: int, gates: Mapping[str, float]) -> None:
+        """The last row of the history: a line, the CSV file, trackers (with what they say of gates), callbacks."""
         row = history[-1]
         if self.folder:
             self.folder.log(history)
-        for key, value in row.items():
-            if key not in ("epoch", "step"):
-                self._scalar(key, value, row["step"])
-        if self._board is not None:
-            self._board.flush()
+        self._track({k: v for k, v in row.items() if k not in ("epoch", "step")} | {**gates}, row["step"])
         trained = f"train loss {row['train_loss']:.4f}, " if "train_loss" in row else "before training: "
-        self.say(f"epoch {row['epoch']}/{epochs}: {trained}validation loss {row['val_loss']:.4f}, "
-                 f"top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}, {row['seconds']:.1f} s")  # fmt: skip
+        self.say(f"epoch {row['epoch']}/{epochs}: {trained}{shown(row)}, {row['seconds']:.1f} s")
+        for callback in self.callbacks:
+            callback.on_epoch(row)
 
-    def _scalar(self, key: str, value: float, step: int) -> None:
-        if self._board is not None:
-            self._board.add_scalar(re.sub(r"[^\w/.-]+", "_", scalar_name(key)), value, step)
+    def end(self, result: Result) -> None:
+        """The run is through."""
+        for callback in self.callbacks:
+            callback.on_end(result)
 
-    def end(self) -> None:
-        """Close what is open."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        for failure in self.trackers.log(values, step):
+            self.warn(failure)
 
     @contextmanager
     def progress(
@@ -73,26 +74,22 @@ class Reporter:
                 def show(batch: int, step: int, loss: float, speed: float) -> None:
                     bar.update()
                     bar.set_postfix(loss=f"{loss:.3f}", images=f"{speed:.0f}/s")
-                    if batch % self.every == 0:
-                        self._scalar("step_loss", loss, step)
+                    self._step(batch, step, loss)
 
                 yield show
             return
 
         def tell(batch: int, step: int, loss: float, speed: float) -> None:
-            if batch % self.every == 0:
-                self._scalar("step_loss", loss, step)
+            if self._step(batch, step, loss):
                 self.say(f"{title}, step {batch}/{total}: loss {loss:.4f}, {speed:.0f} images/s")
 
         yield tell
 
-
-def _writer_class() -> Any:
-    """TensorBoard's writer, or None where it is not installed: it is nobody's requirement."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter
+    def _step(self, batch: int, step: int, loss: float) -> bool:
+        """Tell callbacks of a step, and trackers of every so-manieth of an epoch; whether it is one."""
+        for callback in self.callbacks:
+            callback.on_step(step, loss)
+        now = batch % self.every == 0
+        if now:
+            self._track({"step_loss": loss}, step)
+        return now

@@ -11,10 +11,12 @@ from attninject import api
 from attninject.errors import CheckpointError, DataError, RunError
 
 from . import runs
+from .experiment import Data, Training
 from .job import Job
 
 MAY_CHANGE = (  # on resume
-    "epochs", "log_every", "save_every", "workers", "device", "root", "sharding",
+    "epochs", "log_every", "save_every", "workers", "device", "root", "labels", "sharding", "patience", "min_delta",
+    "track", "project",
 )  # fmt: skip
 
 
@@ -75,11 +77,14 @@ def _with_rate(terms: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_settings(then: Mapping[str, Any], now: Mapping[str, Any], job: Job) -> None:
+    # a setting that is younger than the checkpoint was at its default
+    held = {"data": asdict(Data()), "train": Training().to_dict()}
+    held = {part: {**defaults, **then.get(part, {})} for part, defaults in held.items()}
     changed = [
-        f"{key}: {then.get(part, {}).get(key)!r} then, {value!r} now"
+        f"{key}: {held[part][key]!r} then, {value!r} now"
         for part in ("data", "train")
         for key, value in now[part].items()
-        if key not in MAY_CHANGE and then.get(part, {}).get(key) != value
+        if key not in MAY_CHANGE and held[part][key] != value
         if key != "attn_lr" or api.injected(job.model)  # of a run without blocks it changes nothing
     ]
     changed += [

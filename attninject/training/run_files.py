@@ -12,7 +12,7 @@ from attninject import api, delta, delta_file, plugins
 
 from . import runs
 from .job import Job
-from .metrics import Metrics
+from .measuring import Measured
 
 
 class RunFiles:
@@ -46,7 +46,7 @@ class RunFiles:
             else:
                 delta_file.save_tensors(delta_file.detached(model.state_dict()), temporary, {"format": "pt"})
 
-    def measured(self, epoch: int, metrics: Metrics) -> None:
+    def measured(self, epoch: int, metrics: Measured) -> None:
         """What a log has no columns for: the newest epoch's counts per class, and its calibration."""
         if self.folder and self.main:
             self.folder.write(runs.MEASURED, json.dumps({"epoch": epoch, **metrics.to_dict()}) + "\n")

@@ -81,4 +81,4 @@ def test_a_loss_that_is_not_finite_for_it_names_the_layer():
         pytest.warns(UserWarning, match="divides by it"),
         pytest.raises(NonFiniteError, match=r"at step 1 \(.*fc2: a zero weight"),
     ):
-        ai.training.finetune(model, epochs=1, say=lambda line: None)
+        ai.training.finetune(model, epochs=1)

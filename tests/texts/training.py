@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import attninject as ai
+from attninject.training.callbacks import printed
 
 from .models import small
 from .registry import before, case, cases
@@ -172,9 +173,10 @@ class Aux(Net):
 
 def finetune(model: nn.Module | None = None, data: Any = None, **settings: Any) -> Any:
     """A run of one epoch on the CPU that says nothing; its summary."""
-    quick = {"epochs": 1, "batch_size": 8, "lr": 1e-2, "device": "cpu", "say": lambda text: None}
+    quick = {"epochs": 1, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
     given = (Shades(16), Shades(6)) if data is None else data
-    result = ai.training.finetune(net() if model is None else model, given, **{**quick, **settings})
+    with printed(quiet=True):
+        result = ai.training.finetune(net() if model is None else model, given, **{**quick, **settings})
     return f"{len(result.history)} rows"
 
 

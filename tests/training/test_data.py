@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import QUICK, Shades, net
+from tiny import QUICK, Shades, hears, net
 
 from attninject import errors
 from attninject.training import finetune
@@ -108,7 +108,7 @@ def test_unreadable_images_are_counted_across_an_interruption(tmp_path: Path) ->
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(errors.RunError, match="interrupted by SIGINT"):
-        finetune(net(), data, **{**settings, "say": impatient})
+        finetune(net(), data, **settings, **hears(impatient))
     assert finetune(net(), data, **settings, resume=True).history[-1]["skipped"] == 9
 
 
@@ -225,3 +225,16 @@ def test_data_sets_without_classes_are_named() -> None:
 
     with pytest.raises(errors.DataError, match="Bare does not tell its classes"):
         finetune(net(), (Bare(6), Bare(3)), **QUICK)
+
+
+def test_random_images_are_of_their_seed() -> None:
+    """As many as asked for, of so many classes, a fifth for validation; the same from a seed, others from another."""
+    first, again, other = (open_images(Data("random", images=50, classes=4, seed=s)) for s in (0, 0, 1))
+    assert (len(first.train), len(first.val), first.classes) == (40, 10, ("0", "1", "2", "3"))
+    assert torch.equal(first.train.images, again.train.images)
+    assert torch.equal(first.val.labels, again.val.labels)
+    assert not torch.equal(first.train.images, other.train.images)
+    image, label = first.train[0]
+    assert (image.shape, 0 <= label < 4) == ((3, 32, 32), True)
+    transform, _ = transforms(Data("random"), preprocessing_of(None, Data("random")))
+    assert transform(image).shape == (3, 224, 224)

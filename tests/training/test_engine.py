@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DATA, QUICK, Net, Shades, net
+from tiny import DATA, QUICK, Net, Shades, hears, net
 from torch import nn
 
 import attninject as ai
@@ -26,7 +26,7 @@ from attninject.training import finetune
 def said(**kw: Any) -> tuple[Any, list[str]]:
     """The result of a run and the lines that it said."""
     lines: list[str] = []
-    result = finetune(kw.pop("model", None) or net(), DATA, **{**QUICK, **kw, "say": lines.append})
+    result = finetune(kw.pop("model", None) or net(), DATA, **{**QUICK, **kw}, **hears(lines.append))
     return result, lines
 
 
@@ -37,7 +37,7 @@ def test_it_learns_and_writes_its_files(tmp_path: Path) -> None:
     result, lines = said(model=model, epochs=6, out=tmp_path / "a")
     assert [row["epoch"] for row in result.history] == list(range(7))
     assert result.best["top1"] > 0.8 > result.history[0]["top1"]
-    assert {p.name for p in (tmp_path / "a").iterdir()} - {"tensorboard"} == {
+    assert {p.name for p in (tmp_path / "a").iterdir()} - {"tensorboard", "trackers.json"} == {
         ".lock", "best.safetensors", "last.safetensors", "log.csv", "classes.txt", "checkpoint.safetensors",
         "checkpoint.previous.safetensors", "measured.json",
     }  # fmt: skip
@@ -414,50 +414,6 @@ def test_a_bar_in_a_terminal_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, cap
     lines = said(log_every=2)[1]
     assert not any(", step " in line for line in lines)
     assert "epoch 2/2: 100%" in capsys.readouterr().err
-
-
-def test_tensorboard_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log's figures go to TensorBoard too; a resumed run takes back what lies beyond its checkpoint."""
-    import importlib.machinery
-    import sys
-    import types
-
-    written: list[Any] = []
-
-    class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            written.append((folder, purge_step))
-
-        def add_scalar(self, tag: str, value: float, step: int) -> None:
-            written.append((tag, value, step))
-
-        def flush(self) -> None:
-            pass
-
-        def close(self) -> None:
-            written.append("closed")
-
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as where it is not installed
-    finetune(net(), DATA, **QUICK, out=tmp_path / "without")
-    assert not (tmp_path / "without" / "tensorboard").exists()
-    installed, torchs = types.ModuleType("tensorboard"), types.ModuleType("torch.utils.tensorboard")
-    installed.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
-    torchs.SummaryWriter = Writer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tensorboard", installed)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", torchs)
-    result = finetune(net(), DATA, **QUICK, out=tmp_path / "a", log_every=2)
-    assert written[0] == (str(tmp_path / "a" / "tensorboard"), 1)
-    assert written[-1] == "closed"
-    assert [w[1:] for w in written if w[0] == "top1"] == [
-        (row["top1"], row["step"]) for row in result.history
-    ]
-    assert [w[2] for w in written if w[0] == "step_loss"] == [2, 4, 6, 8, 10, 12]
-    assert {"val_loss", "train_loss", "lr/backbone", "lr/blocks_no_decay"} <= {w[0] for w in written}
-    finetune(net(), DATA, **{**QUICK, "epochs": 3}, out=tmp_path / "a", resume=True)
-    assert (str(tmp_path / "a" / "tensorboard"), 13) in written
-    written.clear()
-    finetune(net(), DATA, **QUICK)
-    assert written == []
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import small
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import attninject as ai
+from attninject.training.callbacks import Lines
 
 
 class Net(small.Net):
@@ -53,4 +55,9 @@ def net(block: str | None = "se", seed: int = 0, **kw: Any) -> nn.Module:
 
 
 DATA = Shades(48), Shades(18)
-QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "say": lambda text: None}
+QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 1e-2}
+
+
+def hears(say: Callable[[str], Any]) -> dict[str, Any]:
+    """For `finetune`: a callback that hands the lines of the run to a function."""
+    return {"callbacks": [Lines(say)]}

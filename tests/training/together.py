@@ -82,7 +82,7 @@ def go(name: str, processes: int, out: Path, **more: Any) -> tuple[nn.Module, An
     given = {**COMMON, **RUNS[name], **more}
     made = model(given.pop("net", "layered"))
     given = {"batch_size": BATCH // processes // given.get("accumulate", 1), **given}
-    return made, finetune(made, DATA, out=out / name, say=lambda _: None, **given)
+    return made, finetune(made, DATA, out=out / name, **given)
 
 
 class Stops(Still):
@@ -101,7 +101,7 @@ def cut_off_and_resumed(out: Path) -> nn.Module:
     """`fsdp2_all`, cut off in the second epoch on every process, and gone on with."""
     made, images = model("layered"), Stops(48)
     images.left = 24 + 14  # of this process: one epoch, and half of the next
-    given = {**COMMON, **RUNS["fsdp2_all"], "batch_size": BATCH // 4, "save_every": 1, "say": lambda _: None}
+    given = {**COMMON, **RUNS["fsdp2_all"], "batch_size": BATCH // 4, "save_every": 1}
     with contextlib.suppress(KeyboardInterrupt):
         finetune(made, (images, DATA[1]), out=out / "resumed", **given)
     made = model("layered")
@@ -153,7 +153,7 @@ def main(out: Path) -> None:
     figures["written"] = len(written)
     (out / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(figures))
     torch.distributed.barrier()
-    finetune(model("layered"), (DATA[0], Broken(19)), out=out / "broken", batch_size=4, say=print, **COMMON)
+    finetune(model("layered"), (DATA[0], Broken(19)), out=out / "broken", batch_size=4, **COMMON)
 
 
 if __name__ == "__main__":

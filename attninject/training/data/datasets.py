@@ -15,15 +15,19 @@ from attninject.errors import DataError
 
 @dataclass(frozen=True)
 class Images:
-    """Training and validation images, as data sets of (image, label), and the names of the classes."""
+    """Training and validation images, as data sets of (image, label), and the names of the classes.
+
+    A label is a class's number; of images with `many` labels each it is a row of zeros and ones, one to a class.
+    """
 
     train: Any
     val: Any
     classes: tuple[str, ...]
+    many: bool = False
 
 
-class Digits(Dataset[tuple[Tensor, int]]):
-    """Scikit-learn's handwritten digits as RGB images in [0, 1], 8×8."""
+class InMemory(Dataset[tuple[Tensor, int]]):
+    """RGB images in [0, 1], (n, 3, H, W), with labels: scikit-learn's handwritten digits, or chance."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -77,8 +81,8 @@ class Part(Dataset[Any]):
 
 def path_of(dataset: Any, index: int) -> str:
     """The file of an image where the data set knows it, or its number."""
-    if isinstance(dataset, Part | TimmImages):
-        return dataset.path(index)
+    if callable(getattr(dataset, "path", None)):
+        return str(dataset.path(index))
     samples = getattr(dataset, "samples", None)
     if isinstance(samples, list) and index < len(samples):
         return str(samples[index][0])
@@ -90,11 +94,37 @@ def classes_of(dataset: Any) -> tuple[str, ...]:
     names = class_names(dataset)
     if names:
         return names
+    labels = _field_of_labels(dataset)
+    if labels is not None:
+        return tuple(str(n) for n in range(int(max(int(x) for x in labels)) + 1))
+    raise DataError(f"{type(dataset).__name__} does not tell its classes; give it an attribute `classes`")
+
+
+def labels_of(dataset: Any) -> Sequence[Any]:
+    """The label of each image, without reading one.
+
+    Raises:
+        DataError: the data set does not tell them.
+    """
+    if isinstance(dataset, Part):
+        whole = labels_of(dataset.whole)
+        return [whole[index] for index in dataset.indices]
+    samples = getattr(dataset, "samples", getattr(getattr(dataset, "reader", None), "samples", None))
+    tensors = getattr(dataset, "tensors", (None,))  # a TensorDataset's
+    for found in (_field_of_labels(dataset), tensors[-1]):
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    if samples is not None:
+        return [sample[1] for sample in samples]
+    raise DataError(f"{type(dataset).__name__} does not tell its labels; give it an attribute `targets`")
+
+
+def _field_of_labels(dataset: Any) -> Any:
     for field in ("targets", "labels", "_labels"):
         labels = getattr(dataset, field, None)
         if labels is not None and len(labels):
-            return tuple(str(n) for n in range(int(max(int(x) for x in labels)) + 1))
-    raise DataError(f"{type(dataset).__name__} does not tell its classes; give it an attribute `classes`")
+            return labels
+    return None
 
 
 def class_names(dataset: Any) -> tuple[str, ...] | None:

@@ -120,8 +120,8 @@ class Loaders:
                 f"{self.order.batch_size}: give an even `batch_size` below that"
             )
         in_order = Schedule(len(images.val), train.batch_size, rank, ranks, train=False)
-        samples = Samples(images.train, for_train, train.seed, skip, classes)
-        held = Padded(images.val, for_val, train.seed, skip, classes)
+        samples = Samples(images.train, for_train, train.seed, skip, classes, images.many)
+        held = Padded(images.val, for_val, train.seed, skip, classes, images.many)
         self.train = loader(samples, self.order, data.workers, pin)
         self.val = loader(held, in_order, data.workers, pin)
         self.steps = len(self.order) // train.accumulate  # per epoch

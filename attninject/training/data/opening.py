@@ -1,4 +1,4 @@
-"""From the settings to data sets on disk: digits, image folders, timm's and torchvision's. Nothing is downloaded."""
+"""From the settings to data sets: digits, folders, timm's and torchvision's, chance. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from attninject.errors import DataError, MissingPackageError
 from attninject.wording import nearest
 
-from ..experiment import Data
-from .datasets import Digits, Images, Part, TimmImages, class_names, classes_of
+from ..experiment import HELD_OUT, Data
+from .datasets import Images, InMemory, Part, TimmImages, class_names, classes_of
+from .multilabel import open_labelled
 
 DIGITS_TEST = 0.3  # held out for validation, unless `val_fraction` says otherwise
+RANDOM_SIZE = 32  # pixels of the noise, before it is enlarged to the model's size
 
 
 def open_images(data: Data) -> Images:
@@ -25,7 +27,10 @@ def open_images(data: Data) -> Images:
         DataError: a folder is missing or empty, or the splits have different classes.
         MissingPackageError: the digits without scikit-learn.
     """
-    kinds = {"digits": _digits, "imagefolder": _folders, "timm": _timm, "torchvision": _torchvision}
+    kinds = {
+        "digits": _digits, "imagefolder": _folders, "multilabel": _multilabel, "random": _random, "timm": _timm,
+        "torchvision": _torchvision,
+    }  # fmt: skip
     opened = kinds[data.kind](data)
     for name, part in (("training", opened.train), ("validation", opened.val)):
         if len(part) == 0:
@@ -48,7 +53,17 @@ def _digits(data: Data) -> Images:
     labels = torch.tensor(raw.target)
     train, val = _held_out(len(labels), data.val_fraction or DIGITS_TEST)
     names = tuple(str(n) for n in range(10))
-    return Images(Digits(images[train], labels[train]), Digits(images[val], labels[val]), names)
+    return Images(InMemory(images[train], labels[train]), InMemory(images[val], labels[val]), names)
+
+
+def _random(data: Data) -> Images:
+    """Noise with labels by chance: a set-up is tried with it, nothing is learnt that holds for other images."""
+    generator = torch.Generator().manual_seed(data.seed)
+    images = torch.rand(data.images, 3, RANDOM_SIZE, RANDOM_SIZE, generator=generator)
+    labels = torch.randint(data.classes, (data.images,), generator=generator)
+    train, val = _held_out(data.images, data.val_fraction or HELD_OUT)
+    names = tuple(str(n) for n in range(data.classes))
+    return Images(InMemory(images[train], labels[train]), InMemory(images[val], labels[val]), names)
 
 
 def _folders(data: Data) -> Images:
@@ -69,6 +84,22 @@ def _folders(data: Data) -> Images:
     if train_set.classes != val_set.classes:
         _refuse_classes(str(root), train_set.classes, val_set.classes)
     return Images(train_set, val_set, tuple(train_set.classes))
+
+
+def _multilabel(data: Data) -> Images:
+    root = Path(str(data.root))
+    whole = open_labelled(root, data.labels)
+    if data.val_fraction is not None:
+        train, val = _held_out(len(whole), data.val_fraction)
+    else:
+        train, val = whole.under(data.train_split), whole.under(data.val_split)
+    if not train or not val:
+        name = data.val_split if train else data.train_split
+        raise DataError(
+            f"no labelled image is in {root / name}; name the folders of the splits with `train_split` and "
+            f"`val_split`, or hold out a part of all images with `val_fraction: 0.2` (--data-val-fraction 0.2)"
+        )
+    return Images(Part(whole, train), Part(whole, val), whole.classes, many=True)
 
 
 def open_folder(path: Path) -> Any:

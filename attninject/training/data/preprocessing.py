@@ -40,15 +40,15 @@ def preprocessing_of(model: nn.Module | None, data: Data) -> Preprocessing:
     )
 
 
-class DigitsTransform:
-    """Enlarge to the model's size and normalise; no augmentation, as flips and crops change digits."""
+class TensorTransform:
+    """Of images in memory: enlarge to the model's size and normalise; no augmentation, as flips change digits."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.size = preprocessing.size
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
 
     def __call__(self, image: Tensor) -> Tensor:
-        """image: (3, 8, 8) in [0, 1] → (3, size, size)."""
+        """image: (3, H, W) in [0, 1] → (3, size, size)."""
         big = nn.functional.interpolate(
             image[None], size=(self.size, self.size), mode="bilinear", align_corners=False
         )
@@ -59,8 +59,8 @@ def transforms(
     data: Data, preprocessing: Preprocessing
 ) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """For training and for validation: timm's, from the data settings and the model's preprocessing."""
-    if data.kind == "digits":
-        return DigitsTransform(preprocessing), DigitsTransform(preprocessing)
+    if data.kind in ("digits", "random"):
+        return TensorTransform(preprocessing), TensorTransform(preprocessing)
     from timm.data import create_transform
 
     shared: dict[str, Any] = {
