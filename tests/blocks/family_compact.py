@@ -22,6 +22,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "category_attention": [{"classes": 3, "reduction": 4, "norm": False, "residual": False, "scale": False}],
 }
+SLOW_EXPORT = {"category_attention"}
 JOINT_NORM = {"category_attention"}  # its classes are normalised together
 DEAD = {
     # a bias in front of a softmax over positions shifts a whole row of logits; so does the query's bias,

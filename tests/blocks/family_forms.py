@@ -30,7 +30,7 @@ UNSCRIPTED = set(VARIANTS)
 NO_LOGITS = {"involution"}
 DEAD = {"splat": lambda args: {"new.fc1.bias"}}  # in front of a batch norm
 REFUSES = {"splat": {1, 3, 7}}
-SLOW_EXPORT = {"involution"}
+SLOW_EXPORT = {"involution", "splat"}
 
 
 def residual(x: Tensor, y: Tensor, w: Weights) -> Tensor:

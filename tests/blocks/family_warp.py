@@ -11,15 +11,16 @@ from torch import Tensor
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "stn": [
-        {"mode": "attention", "padding": "border", "reduction": 4, "steps": 2},
+        {"mode": "attention", "padding": "border", "reduction": 4},
         {"kernel_size": 1, "bias": False, "reduction": 2, "padding": "border"},
     ],
     "crop": [{"sharpness": 1, "kernel_size": 1, "bias": False, "reduction": 2}],
 }
 PAPER_IS_IDENTITY = {"stn"}
+SLOW_EXPORT = {"crop"}
 NO_LOGITS = {
     "stn",
-    "stn-mode=attention-padding=border-reduction=4-steps=2",
+    "stn-mode=attention-padding=border-reduction=4",
     "stn-kernel_size=1-bias=False-reduction=2-padding=border",
     "crop",
     "crop-sharpness=1-kernel_size=1-bias=False-reduction=2",
