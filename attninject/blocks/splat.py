@@ -53,11 +53,9 @@ class Splits(Replacement):
     def splits(self, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
         """x: (B, C, *S), y: (B, O, *T), weight of the old one → u_r: R of (B, O, *T); the last from the others and y."""
         geometry = self.geometry
-        parts = torch.unflatten(x, 1, (geometry.groups, self.radix, -1)).unbind(2)
-        u = [
-            geometry.convolve(part.flatten(1, 2), w)
-            for part, w in zip(parts[:-1], weight.chunk(self.radix, 1), strict=False)
-        ]
+        parts = torch.unflatten(x, 1, (geometry.groups, self.radix, -1)).unbind(2)[:-1]
+        weights = weight.chunk(self.radix, 1)[:-1]
+        u = [geometry.convolve(part.flatten(1, 2), w) for part, w in zip(parts, weights, strict=True)]
         last = y
         for one in u:
             last = last - one.to(y.dtype)
