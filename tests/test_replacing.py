@@ -463,11 +463,15 @@ def _involved(conv: Any, part: Any, x: torch.Tensor) -> torch.Tensor:
     """y + α(f − y): the surroundings of 7×7, unfolded by one-hot convolutions, times their kernels."""
     wide = copy.deepcopy(conv)
     wide.in_channels, wide.out_channels, wide.groups, wide.kernel_size = 1, 49, 1, (7, 7)
-    wide.padding = tuple(p + (7 - k) // 2 * d for p, k, d in zip(conv.padding, conv.kernel_size, conv.dilation))  # noqa: B905
+    wide.padding = tuple(
+        p + (7 - k) // 2 * d for p, k, d in zip(conv.padding, conv.kernel_size, conv.dilation)
+    )  # noqa: B905
     wide.weight, wide.bias = nn.Parameter(torch.eye(49, dtype=x.dtype).reshape(49, 1, 7, 7)), None
     seen = wide(x.reshape(-1, 1, *x.shape[2:]))
     kernels = part.attention(x)["kernels"]
-    f = (seen.reshape(*x.shape[:2], *seen.shape[1:]) * kernels.repeat_interleave(6 // kernels.shape[1], 1)).sum(2)
+    f = (
+        seen.reshape(*x.shape[:2], *seen.shape[1:]) * kernels.repeat_interleave(6 // kernels.shape[1], 1)
+    ).sum(2)
     return conv(x) + part.alpha * (f - conv(x))
 
 

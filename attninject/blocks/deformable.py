@@ -78,12 +78,24 @@ class Deformation(Replacement):
         import torchvision  # noqa: F401 (registers the operator; its own function looks at sizes, which tracing fixes)
 
         made: Tensor = torch.ops.torchvision.deform_conv2d(
-            *tensors, *geometry.stride, *padding, *geometry.dilation, geometry.groups, self.offset_groups, True
+            *tensors,
+            *geometry.stride,
+            *padding,
+            *geometry.dilation,
+            geometry.groups,
+            self.offset_groups,
+            True,
         )
         return laid_out_like(x, made)
 
     def _onnx_node(
-        self, x: Tensor, weight: Tensor, offsets: Tensor, masks: Tensor, bias: Tensor, padding: tuple[int, ...]
+        self,
+        x: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        masks: Tensor,
+        bias: Tensor,
+        padding: tuple[int, ...],
     ) -> Tensor:
         """The same as ONNX's own operator, which torch's exporter makes of none of torchvision's."""
         geometry = self.geometry

@@ -61,7 +61,9 @@ class Involving(Replacement):
         geometry = self.geometry
         x, zeros = geometry.padded(x)
         x = F.pad(x, [n for side in reversed(zeros) for n in (side, side)])
-        lies = list(zip(static_shape(x)[2:], geometry.kernel, geometry.stride, geometry.dilation, strict=True))
+        lies = list(
+            zip(static_shape(x)[2:], geometry.kernel, geometry.stride, geometry.dilation, strict=True)
+        )
         counts = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in lies]
         seen = []
         for point in itertools.product(*(range(k) for k in geometry.kernel)):
@@ -81,8 +83,12 @@ class Involving(Replacement):
     def involved(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → f(x): (B, C, *T), summed in float32 or wider."""
         seen = self.windows(x)
-        each = self.kernels(seen[self.points // 2]).unsqueeze(3).unbind(2)  # (B, G, 1, *T): beside (B, G, C/G, *T)
-        first, *others = (torch.unflatten(s, 1, (self.groups, -1)) * k for s, k in zip(seen, each, strict=True))
+        each = (
+            self.kernels(seen[self.points // 2]).unsqueeze(3).unbind(2)
+        )  # (B, G, 1, *T): beside (B, G, C/G, *T)
+        first, *others = (
+            torch.unflatten(s, 1, (self.groups, -1)) * k for s, k in zip(seen, each, strict=True)
+        )
         for other in others:
             first = first + other
         return laid_out_like(x, first.flatten(1, 2))

@@ -49,7 +49,9 @@ class SpatialAttention(Block, Normed):
     ) -> None:
         super().__init__(**given(locals()))
         self.concat, self.pool = concat, pool
-        self.conv = CONV[dims](2 if pool == "both" else 1, 1, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.conv = CONV[dims](
+            2 if pool == "both" else 1, 1, kernel_size, padding=kernel_size // 2, bias=bias
+        )
         self.norm = BATCH_NORM[dims](1) if norm else None
         self.gate = Gate(gate, identity=self.identity)
         self.initialise()

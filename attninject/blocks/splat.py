@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,18 @@ from .gate import at_least_float32, normalize, scale, zero
 from .geometry import Geometry
 from .options import Init, Int, Odd, Reduction, given
 from .replacement import Replacement
+from .warp import laid_out_like
 
 
 class Splits(Replacement):
     """The new part of a split attention: how much each split of the convolution that is there counts.
 
     The old weight's inputs fall into R splits, u_r = W_r ∗ x_r, whose sum is the old result y. With
-    `init="identity"` y + Σ (R a_r − 1) u_r, which is y where all a_r are 1 / R, as a zero last layer makes them; with
-    `paper` Σ a_r u_r. A bias of the old convolution belongs to its last split.
+    `init="identity"` y + Σ (R a_r − 1) u_r, which is y where all a_r are 1 / R, as a zero last layer makes them, and
+    u_R is y less the others; with `paper` Σ a_r u_r. A bias of the old convolution belongs to its last split.
     """
 
-    tensors = ("weight",)
+    tensors = ("weight", "bias")
 
     def __init__(
         self, geometry: Geometry, init: Init, radix: int, reduction: float, min_width: int, divisor: int
@@ -41,25 +42,27 @@ class Splits(Replacement):
             raise TooFewChannelsError(
                 f"splat: {geometry.inputs} channels in {groups} groups fall into no {radix} splits; {advice}"
             )
-        self.geometry, self.radix, self.published = geometry, radix, init == "paper"
+        self.geometry, self.radix, self.uses_result = geometry, radix, init != "paper"
         width = max(min_width, hidden_width(geometry.inputs * radix, reduction, divisor))
         width = -(-width // groups) * groups
         self.fc1 = conv(outputs, width, 1, groups=groups)
         self.norm = BATCH_NORM[geometry.dims](width)
         self.fc2 = conv(width, outputs * radix, 1, groups=groups)
-        if init != "paper":
+        if self.uses_result:
             zero(self.fc2)
 
-    def splits(self, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
-        """x: (B, C, *S), y: (B, O, *T), weight of the old one → u_r: R of (B, O, *T); the last from the others and y."""
-        geometry = self.geometry
-        parts = torch.unflatten(x, 1, (geometry.groups, self.radix, -1)).unbind(2)[:-1]
-        weights = weight.chunk(self.radix, 1)[:-1]
-        u = [geometry.convolve(part.flatten(1, 2), w) for part, w in zip(parts, weights, strict=True)]
-        last = y
+    def splits(self, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """x: (B, C, *S), y: (B, O, *T), weight and bias of the old one → u_r: R of (B, O, *T)."""
+        geometry, last = self.geometry, self.radix - 1
+        parts = torch.unflatten(x, 1, (geometry.groups, self.radix, -1)).unbind(2)
+        pairs = list(zip(parts, weight.chunk(self.radix, 1), strict=True))
+        u = [geometry.convolve(part.flatten(1, 2), w) for part, w in pairs[:last]]
+        if y is None:
+            part, w = pairs[last]
+            return [*u, geometry.convolve(part.flatten(1, 2), w, bias)]
         for one in u:
-            last = last - one.to(y.dtype)
-        return [*u, last]
+            y = y - one.to(y.dtype)
+        return [*u, y]
 
     def shares(self, y: Tensor) -> Tensor:
         """y: (B, O, *T) → a: (B, R, O, 1, …), summing to 1 over R, in float32 or wider."""
@@ -67,24 +70,31 @@ class Splits(Replacement):
         logits = torch.unflatten(at_least_float32(z), 1, (self.geometry.groups, self.radix, -1))
         return torch.softmax(logits, 2).transpose(1, 2).flatten(2, 3)
 
-    def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """x: (B, C, *S), y: (B, O, *T), weight of the old one → (B, O, *T) in y's dtype."""
-        shares, out = self.shares(y), torch.zeros_like(y) if self.published else y
-        if not self.published:
-            shares = self.radix * shares - 1
-        for one, share in zip(self.splits(x, y, weight), shares.unbind(1), strict=True):
-            out = out + scale(one.to(y.dtype), share)
-        return out
+    def forward(self, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x: (B, C, *S), y: (B, O, *T), weight and bias of the old one → (B, O, *T) in y's dtype."""
+        u = self.splits(x, y, weight, bias)
+        if y is None:
+            made = added([scale(one, a) for one, a in zip(u, self.shares(added(u)).unbind(1), strict=True)])
+            return laid_out_like(x, made)
+        more = self.radix * self.shares(y) - 1
+        return added([y, *(scale(one.to(y.dtype), a) for one, a in zip(u, more.unbind(1), strict=True))])
 
-    def attention(self, x: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:
-        """x: (B, C, *S), y → `splits`: (B, R, O, 1, …), each split's share per channel; they sum to 1."""
-        y = rest[0]
-        assert y is not None
-        return {"splits": self.shares(y).to(x.dtype)}
+    def attention(self, x: Tensor, *rest: Any) -> dict[str, Tensor]:
+        """x: (B, C, *S), y, weight, bias → `splits`: (B, R, O, 1, …), each one's share per channel; they sum to 1."""
+        y, *tensors = rest
+        return {"splits": self.shares(added(self.splits(x, None, *tensors)) if y is None else y).to(x.dtype)}
 
     def extra_repr(self) -> str:
         """The convolution that it belongs to."""
         return f"{self.geometry}, radix={self.radix}"
+
+
+def added(tensors: list[Tensor]) -> Tensor:
+    """Their sum, from the first on."""
+    total = tensors[0]
+    for other in tensors[1:]:
+        total = total + other
+    return total
 
 
 class SplitAttention(ConvForm):

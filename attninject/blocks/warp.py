@@ -28,9 +28,7 @@ class Localising(Block):
         """Make the layers."""
         hidden = hidden_width(self.channels, reduction, divisor)
         means = hidden * (1 + self.dims)
-        self.conv = CONV[self.dims](
-            self.channels, hidden, kernel_size, padding=kernel_size // 2, bias=bias
-        )
+        self.conv = CONV[self.dims](self.channels, hidden, kernel_size, padding=kernel_size // 2, bias=bias)
         self.fc1 = nn.Linear(means, means, bias=bias)
         self.fc2 = nn.Linear(means, numbers, bias=bias)
 

@@ -42,7 +42,6 @@ def apply_hard(block: Any, x: Tensor, a: dict[str, Tensor]) -> Tensor:
     return x * a["gate"] if block.alpha is None else x + block.alpha * (x * a["gate"] - x)
 
 
-
 FORMULAS = {"hard_attention": hard_attention, "temporal": temporal}
 APPLY = {"hard_attention": apply_hard, "temporal": lambda block, x, a: x * a["gate"]}
 COUNTS = {

@@ -143,7 +143,9 @@ def involution(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: 
     """Involution, eq. 4-6: every position's surroundings, unfolded by one-hot convolutions."""
     size, dims, channels = a.get("kernel_size", 7), x.ndim - 2, x.shape[1]
     z = batch_norm(conv(x, w, "new.reduce"), w, "new.norm", train).clamp(min=0)
-    h = conv(z, w, "new.span").unflatten(1, (channels // min(channels, a.get("group_channels", 16)), size**dims))
+    h = conv(z, w, "new.span").unflatten(
+        1, (channels // min(channels, a.get("group_channels", 16)), size**dims)
+    )
     if a.get("softmax"):
         h = torch.exp(h) / torch.exp(h).sum(2, keepdim=True)
     one_hot = torch.eye(size**dims, dtype=x.dtype).reshape(-1, 1, *[size] * dims)
@@ -185,7 +187,7 @@ def apply_selective(block: Any, x: Tensor, a: dict[str, Tensor]) -> Tensor:
 
 def apply_splat(block: Any, x: Tensor, a: dict[str, Tensor]) -> Tensor:
     """The splits' results, weighed."""
-    u = torch.stack(block.new.splits(x, block.conv(x), block.conv.weight), 1)
+    u = torch.stack(block.new.splits(x, None, block.conv.weight, block.conv.bias), 1)
     return mixed(block, x, (u * a["splits"]).sum(1))
 
 
@@ -209,7 +211,9 @@ COUNTS = {
     "selective_kernel": lambda c, d: (
         3**d * c * c + 3**d * c * (c // 32) + 2 * c + (32 * c + 2 * 32) + 2 * 32 * c
     ),
-    "splat": lambda c, d: 3**d * c * c + (c * max(c // 2, 32) + 3 * max(c // 2, 32)) + 2 * c * (max(c // 2, 32) + 1),
+    "splat": lambda c, d: (
+        3**d * c * c + (c * max(c // 2, 32) + 3 * max(c // 2, 32)) + 2 * c * (max(c // 2, 32) + 1)
+    ),
     "involution": lambda c, d: c * (c // 4) + 2 * (c // 4) + 7**d * (c // 16) * (c // 4 + 1),
 }
 MACS = {
@@ -219,7 +223,7 @@ MACS = {
     ),
     "deformable_conv": lambda c, *size: (9 * c * c + 27 * 9 * c) * math.prod(size),
     "selective_kernel": lambda c, *size: 3 ** len(size) * c * (c + c // 32) * math.prod(size) + 3 * 32 * c,
-    # the convolution, and one of its two splits again
-    "splat": lambda c, *size: 3 ** len(size) * c * (c + c // 2) * math.prod(size) + 3 * c * max(c // 2, 32),
+    # both splits together are the convolution
+    "splat": lambda c, *size: 3 ** len(size) * c * c * math.prod(size) + 3 * c * max(c // 2, 32),
     "involution": lambda c, *size: (c + 7 ** len(size) * (c // 16)) * (c // 4) * math.prod(size),
 }

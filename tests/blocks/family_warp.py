@@ -117,7 +117,8 @@ COUNTS = {
 }
 MACS = {
     "crop": lambda c, *size: (
-        3 ** len(size) * c * (c // 16) * math.prod(size) + means(c, len(size)) * (means(c, len(size)) + len(size) + 1)
+        3 ** len(size) * c * (c // 16) * math.prod(size)
+        + means(c, len(size)) * (means(c, len(size)) + len(size) + 1)
     ),
     "stn": lambda c, *size: (
         3 ** len(size) * c * (c // 16) * math.prod(size)
