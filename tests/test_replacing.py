@@ -305,7 +305,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (net, {"block": "deformable_conv", "replace": "1.conv", "args": {"offset_groups": 3}}, "8 channels fall into no 3"),
     (net, {"block": "selective_kernel", "replace": "1.conv", "args": {"branches": [[1, 1], [3, 1]], "norm": 1}}, "norm"),
     (net, {"block": "splat", "replace": "1.conv", "args": {"radix": 3}}, "into no 3 splits; choose radix among 2, 4, 8"),
-    (lambda: net(conv=nn.Conv2d(8, 8, 3, padding=1, groups=8)), {"block": "splat", "replace": "1.conv"}, "of more inputs"),
+    (lambda: net(conv=nn.Conv2d(8, 8, 3, padding=1, groups=8)), {"block": "splat", "replace": "1.conv"}, "more inputs"),
     (net, {"block": "involution", "replace": "0"}, "involution keeps the channels"),
     (net, {"block": "se", "replace": "1.pool"}, "it gives a tuple, and a block gives one tensor"),
     (net, {"block": "se", "replace": "1.conv", "output": 0}, "`output` goes with `after`, not with `replace`"),
@@ -463,9 +463,8 @@ def _involved(conv: Any, part: Any, x: torch.Tensor) -> torch.Tensor:
     """y + α(f − y): the surroundings of 7×7, unfolded by one-hot convolutions, times their kernels."""
     wide = copy.deepcopy(conv)
     wide.in_channels, wide.out_channels, wide.groups, wide.kernel_size = 1, 49, 1, (7, 7)
-    wide.padding = tuple(
-        p + (7 - k) // 2 * d for p, k, d in zip(conv.padding, conv.kernel_size, conv.dilation)
-    )  # noqa: B905
+    lies = zip(conv.padding, conv.kernel_size, conv.dilation, strict=True)
+    wide.padding = tuple(p + (7 - k) // 2 * d for p, k, d in lies)
     wide.weight, wide.bias = nn.Parameter(torch.eye(49, dtype=x.dtype).reshape(49, 1, 7, 7)), None
     seen = wide(x.reshape(-1, 1, *x.shape[2:]))
     kernels = part.attention(x)["kernels"]
@@ -541,7 +540,7 @@ def test_resnest50_has_its_published_parameters() -> None:
 
 
 def test_rednet50_has_its_published_parameters() -> None:
-    """ResNet-50 with an involution of 7×7 for each 3×3: 15.5 M, as table 1 of arXiv:2103.06255 prints; its stem's aside."""
+    """ResNet-50 with an involution of 7×7 for each 3×3: 15.5 M, table 1 of arXiv:2103.06255; the stem's aside."""
     found, made = _counted("torchvision/resnet50", "involution", "layer*.*.conv2")
     old = 9 * sum(n * width**2 for n, width in ((3, 64), (4, 128), (6, 256), (3, 512)))
     assert found - old == 15_530_356
@@ -617,14 +616,23 @@ def test_every_trunk_keeps_its_promises(block: str, name: str, pattern: str) -> 
 
 
 def trunk(name: str, model: nn.Module, calls: subjects.Calls) -> list[str]:
-    """The 3×3 convolutions of a trunk that run in a forward, and whose lie on their input is known."""
+    """The 3×3 convolutions of a trunk that run in a forward, and whose lie on their input is known.
+
+    Not those that make maps of one position, as none does at the size that a net was made for: there torch chooses
+    the strides of a sum anew, and later layers their kernels by them.
+    """
     found: dict[str, nn.Module] = {}
     root, seen = subjects.ROOTS.get(models.family(name), ""), set()
     for path, module in model.named_modules():
         with contextlib.suppress(errors.BlockError):
             if path.startswith(root) and Geometry.of(module).kernel == (3, 3):
                 found[path] = module
-    handles = [m.register_forward_hook(lambda m, *_: seen.add(m)) for m in found.values()]
+
+    def see(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+        if out.shape[2:].numel() > 1:
+            seen.add(module)
+
+    handles = [m.register_forward_hook(see) for m in found.values()]
     with torch.no_grad():
         model(*calls.eval.args, **calls.eval.kwargs)
     for handle in handles:

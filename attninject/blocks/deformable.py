@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +100,10 @@ class Deformation(Replacement):
         """The same as ONNX's own operator, which torch's exporter makes of none of torchvision's."""
         geometry = self.geometry
         shape = [x.shape[0], geometry.outputs, *offsets.shape[2:]]
-        lies = {"strides": geometry.stride, "pads": padding * 2, "dilations": geometry.dilation}
-        attributes = {**lies, "group": geometry.groups, "offset_group": self.offset_groups}
+        attributes: dict[str, Any] = {
+            "strides": geometry.stride, "pads": padding * 2, "dilations": geometry.dilation,
+            "group": geometry.groups, "offset_group": self.offset_groups,
+        }  # fmt: skip
         inputs = [x, weight, offsets, bias, masks]
         made: Tensor = torch.onnx.ops.symbolic(
             "DeformConv", inputs, attributes, dtype=x.dtype, shape=shape, version=19

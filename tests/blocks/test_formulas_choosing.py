@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_transformer_that_looks_twice_learns_through_both_looks():
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_bams_channel_mlp_is_as_deep_as_asked(layers):
     """Hidden layers of C / r with a norm each, then one to C."""
-    widths = [64, *[4] * layers, 64]
-    hidden = sum(a * b + b + 2 * b for a, b in zip(widths[:-2], widths[1:-1], strict=True))
+    widths = [64, *[4] * layers]
+    hidden = sum(a * b + b + 2 * b for a, b in itertools.pairwise(widths))
     found = sum(p.numel() for p in build("bam", 64, channel_layers=layers).channel.parameters())
-    assert found == hidden + widths[-2] * 64 + 64
+    assert found == hidden + widths[-1] * 64 + 64
