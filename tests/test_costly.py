@@ -47,21 +47,28 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "resnet": (resnet, "residual_branch"),
     "densenet": (densenet, "stage_end"),
     "vit": (vit, "residual_branch"),
+    "forms": (resnet, ""),
 }
+FORMS = ("dynamic_conv", "deformable_conv", "selective_kernel", "splat")
+"""What stands in the place of the 3×3 convolution of each stage in the net `forms`."""
 LARGE = {
     "resnet50": (lambda: torchvision.models.resnet50(weights=None), "residual_branch"),
     "densenet121": (lambda: torchvision.models.densenet121(weights=None), "stage_end"),
     "vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64), "residual_branch"),
 }
-NETS = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+NETS = [*list(SMALL)[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in ("forms", *LARGE))]
 
 
 def injected(name: str) -> nn.Module:
-    """The net with CBAM by its mechanism, blocks no longer at the identity; in eval mode."""
+    """The net with CBAM by its mechanism, or with other forms, blocks no longer at the identity; in eval mode."""
     make, place = {**SMALL, **LARGE}[name]
     torch.manual_seed(0)
     model = pretrained(make())
-    ai.inject(model, block="cbam", place=place, args={"reduction": 4})
+    if name == "forms":
+        rules = [{"block": form, "replace": f"layer{i}.0.conv2"} for i, form in enumerate(FORMS, 1)]
+        ai.inject(model, {"name": "forms", "rules": rules})
+    else:
+        ai.inject(model, block="cbam", place=place, args={"reduction": 4})
     stir(
         model, scale=0.03 if name in SMALL else 0.001
     )  # a deep random net amplifies: more, and rounding would show

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Callable
@@ -19,12 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import SqueezeExcitation
 
 import attninject as ai
-from attninject import errors
+from attninject import errors, models
 from attninject.blocks import registry
 from attninject.blocks.geometry import Geometry
 from attninject.zoo import coverage, guarantees, subjects
 
-FORMS = ("dynamic_conv", "deformable_conv", "selective_kernel")
+FORMS = ("dynamic_conv", "deformable_conv", "selective_kernel", "splat", "involution")
 
 
 class Parts(nn.Module):
@@ -303,6 +304,9 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (net, {"block": "dynamic_conv", "replace": "1.conv", "args": {"groups": 2}}, "groups is that of the convolution"),
     (net, {"block": "deformable_conv", "replace": "1.conv", "args": {"offset_groups": 3}}, "8 channels fall into no 3"),
     (net, {"block": "selective_kernel", "replace": "1.conv", "args": {"branches": [[1, 1], [3, 1]], "norm": 1}}, "norm"),
+    (net, {"block": "splat", "replace": "1.conv", "args": {"radix": 3}}, "into no 3 splits; choose radix among 2, 4, 8"),
+    (lambda: net(conv=nn.Conv2d(8, 8, 3, padding=1, groups=8)), {"block": "splat", "replace": "1.conv"}, "more inputs"),
+    (net, {"block": "involution", "replace": "0"}, "involution keeps the channels"),
     (net, {"block": "se", "replace": "1.pool"}, "it gives a tuple, and a block gives one tensor"),
     (net, {"block": "se", "replace": "1.conv", "output": 0}, "`output` goes with `after`, not with `replace`"),
     (net, {"block": "se", "replace": "1.conv", "call": 1}, "`call` goes with `after` or `before`, not with `replace`"),
@@ -368,6 +372,7 @@ CONVOLUTIONS = [
     nn.Conv2d(6, 4, 3, 2, 1),
     nn.Conv2d(6, 6, 5, padding=4, dilation=2, groups=6, bias=False),
     nn.Conv2d(6, 4, (1, 3), padding="same", padding_mode="reflect", groups=2),
+    nn.Conv2d(6, 6, 7, stride=2, padding=3, padding_mode="reflect"),
     Conv2dSame(6, 4, 3, stride=2, bias=False),
     nn.Conv1d(6, 4, 3, stride=2, padding=2, padding_mode="circular"),
     nn.Conv3d(6, 4, 3, padding=(0, 1, 2), bias=False),
@@ -382,8 +387,9 @@ def test_each_convolution_is_taken_over(form: str, conv: nn.Module) -> None:
     x = torch.randn(2, 6, *size, dtype=torch.float64)
     conv = copy.deepcopy(conv).double()
     y = conv(x)
-    if (form == "deformable_conv" and x.ndim != 4) or (form == "selective_kernel" and not _even(conv)):
-        with pytest.raises(errors.BlockError, match=r"2D maps|padding is uneven|does not lie in the middle"):
+    if not _fits(form, conv):
+        reasons = "2D maps|padding is uneven|does not lie in the middle|splits|keeps the channels"
+        with pytest.raises(errors.BlockError, match=reasons):
             registry.create_replacement(form, conv, 6, dims=x.ndim - 2)
         return
     part = registry.create_replacement(form, conv, 6, dims=x.ndim - 2).double()
@@ -392,13 +398,19 @@ def test_each_convolution_is_taken_over(form: str, conv: nn.Module) -> None:
     with torch.no_grad():
         for p in part.parameters():
             p.normal_(0, 0.3)
-    formula = {"dynamic_conv": _dynamic, "deformable_conv": _deformed, "selective_kernel": _selected}[form]
+    formula = dict(zip(FORMS, (_dynamic, _deformed, _selected, _split, _involved), strict=True))[form]
     torch.testing.assert_close(part(x, y, *given), formula(conv, part, x), rtol=1e-10, atol=1e-10)
 
 
-def _even(conv: Any) -> bool:
+def _fits(form: str, conv: Any) -> bool:
     edges = conv._reversed_padding_repeated_twice
-    return conv.padding_mode == "zeros" and edges[::2] == edges[1::2] and type(conv) is not Conv2dSame
+    even = conv.padding_mode == "zeros" and edges[::2] == edges[1::2] and type(conv) is not Conv2dSame
+    return {
+        "deformable_conv": conv.weight.ndim == 4,
+        "selective_kernel": even,
+        "splat": conv.weight.shape[1] % 2 == 0,
+        "involution": conv.out_channels == 6 and (even or conv.kernel_size[0] == 7),
+    }.get(form, True)
 
 
 def _with(conv: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
@@ -435,6 +447,31 @@ def _selected(conv: Any, part: Any, x: torch.Tensor) -> torch.Tensor:
     u = torch.stack([y, *(n(p(x)) for n, p in zip(twin.norms, twin.paths, strict=True))], 1)
     v = (part.attention(x, y)["branches"] * u).sum(1)
     return y + part.alpha * (v - y)
+
+
+def _split(conv: Any, part: Any, x: torch.Tensor) -> torch.Tensor:
+    """Σ R a_r u_r, u_r the convolution with the other split's weights at zero, the last with the bias."""
+    made, inputs = 0.0, conv.weight.shape[1]
+    for r, share in enumerate(part.attention(x, conv(x))["splits"].unbind(1)):
+        here = (torch.arange(inputs) // (inputs // part.radix) == r).view(1, -1, *[1] * (x.ndim - 2))
+        bias = None if conv.bias is None else conv.bias * (r == part.radix - 1)
+        made = made + part.radix * share * _with(conv, conv.weight * here, bias, x)
+    return made
+
+
+def _involved(conv: Any, part: Any, x: torch.Tensor) -> torch.Tensor:
+    """y + α(f − y): the surroundings of 7×7, unfolded by one-hot convolutions, times their kernels."""
+    wide = copy.deepcopy(conv)
+    wide.in_channels, wide.out_channels, wide.groups, wide.kernel_size = 1, 49, 1, (7, 7)
+    lies = zip(conv.padding, conv.kernel_size, conv.dilation, strict=True)
+    wide.padding = tuple(p + (7 - k) // 2 * d for p, k, d in lies)
+    wide.weight, wide.bias = nn.Parameter(torch.eye(49, dtype=x.dtype).reshape(49, 1, 7, 7)), None
+    seen = wide(x.reshape(-1, 1, *x.shape[2:]))
+    kernels = part.attention(x)["kernels"]
+    f = (
+        seen.reshape(*x.shape[:2], *seen.shape[1:]) * kernels.repeat_interleave(6 // kernels.shape[1], 1)
+    ).sum(2)
+    return conv(x) + part.alpha * (f - conv(x))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -481,11 +518,41 @@ def test_sknet50_has_its_published_parameters() -> None:
     assert made.base_parameters + made.parameters == 27_479_784
 
 
+def _counted(name: str, block: str, pattern: str) -> tuple[int, ai.Plan]:
+    """Parameters of a model with a form in each of 16 places under `paper`, the old convolutions included."""
+    with torch.device("meta"):
+        model = models.build(name)
+    made = ai.plan(model, block=block, replace=pattern, init="paper")
+    assert len(made.sites) == 16
+    return made.base_parameters + made.parameters, made
+
+
+def test_resnest50_has_its_published_parameters() -> None:
+    """ResNet-50-D with split attention in each 3×3: 27.5 M, as table 3 of arXiv:2004.08955 prints.
+
+    timm's has 27,483,240: a norm for both splits in front of the attention, in the place of the one behind.
+    """
+    found, _ = _counted("timm/resnet50d", "splat", "layer*.*.conv2")
+    with torch.device("meta"):
+        theirs = sum(p.numel() for p in models.build("timm/resnest50d").parameters())
+    norms = 2 * sum(n * width for n, width in ((3, 64), (4, 128), (6, 256), (3, 512)))
+    assert found == theirs - norms == 27_475_688
+
+
+def test_rednet50_has_its_published_parameters() -> None:
+    """ResNet-50 with an involution of 7×7 for each 3×3: 15.5 M, table 1 of arXiv:2103.06255; the stem's aside."""
+    found, made = _counted("torchvision/resnet50", "involution", "layer*.*.conv2")
+    old = 9 * sum(n * width**2 for n, width in ((3, 64), (4, 128), (6, 256), (3, 512)))
+    assert found - old == 15_530_356
+    assert "will not run, and their own parameters learn nothing" in str(made)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_checkpointing_and_export(form: str) -> None:
     """Gradient checkpointing gives the same gradients; torch.export gives the trained function at any batch."""
     model, x = Net().eval(), images(size=8)
-    ai.inject(model, plan(model, block=form, replace="units.*.conv"))
+    args = {"kernel_size": 3} if form == "involution" else {}  # its graph has a few nodes for each of them
+    ai.inject(model, plan(model, block=form, replace="units.*.conv", args=args))
     stir(model, scale=0.1)
     unit, y = model.units[0], model.stem(x).detach()
     unit(y).sum().backward()
@@ -493,12 +560,12 @@ def test_checkpointing_and_export(form: str) -> None:
     model.zero_grad()
     checkpoint(unit, y, use_reentrant=False).sum().backward()
     torch.testing.assert_close([p.grad for p in unit.parameters()], expected)
-    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=64)}})
     torch.testing.assert_close(program.module()(images(3, size=8)), model(images(3, size=8)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES[:6], ids=lambda r: f"{r['block']} for {r['replace']}")
+@pytest.mark.parametrize("rule", RULES[: len(FORMS) + 3], ids=lambda r: f"{r['block']} for {r['replace']}")
 def test_compiled_as_one_graph(rule: dict[str, Any]) -> None:
     """torch.compile takes the model whole, and gives the trained function."""
     model, x = net(), images(size=8)
@@ -546,3 +613,53 @@ def test_every_trunk_keeps_its_promises(block: str, name: str, pattern: str) -> 
     wrong = {check: entry for check, entry in found["checks"].items() if entry["status"] == "failed"}
     assert wrong == {}
     assert len(made.sites) > 8
+
+
+def trunk(name: str, model: nn.Module, calls: subjects.Calls) -> list[str]:
+    """The 3×3 convolutions of a trunk that run in a forward, and whose lie on their input is known.
+
+    Not those that make maps of one position, as none does at the size that a net was made for: there torch chooses
+    the strides of a sum anew, and later layers their kernels by them.
+    """
+    found: dict[str, nn.Module] = {}
+    root, seen = subjects.ROOTS.get(models.family(name), ""), set()
+    for path, module in model.named_modules():
+        with contextlib.suppress(errors.BlockError):
+            if path.startswith(root) and Geometry.of(module).kernel == (3, 3):
+                found[path] = module
+
+    def see(module: nn.Module, args: Any, out: torch.Tensor) -> None:
+        if out.shape[2:].numel() > 1:
+            seen.add(module)
+
+    handles = [m.register_forward_hook(see) for m in found.values()]
+    with torch.no_grad():
+        model(*calls.eval.args, **calls.eval.kwargs)
+    for handle in handles:
+        handle.remove()
+    return [path for path, module in found.items() if module in seen]
+
+
+def every_3x3(name: str) -> tuple[int, dict[str, Any]]:
+    """Dynamic convolution in each of a net's: how many, and what was not kept."""
+    model = subjects.randomise(subjects.build(name))
+    calls = subjects.calls(name, model)
+    paths = trunk(name, model, calls)
+    if not paths:
+        return 0, {}
+    rule = {"block": "dynamic_conv", "replace": paths, "args": {"kernels": 2}}
+    made, found = guarantees.check(guarantees.Bare(model, calls), rule, ("eval", "train", "eject"))
+    return len(made.sites), {k: v for k, v in found["checks"].items() if v["status"] == "failed"}
+
+
+@pytest.mark.zoo
+def test_every_3x3_of_the_zoos_sample() -> None:
+    """In the place of each in one net of every family: bit-equal in eval and train mode, and eject undoes it."""
+    wrong, count = {}, 0
+    for name in subjects.sample():
+        sites, failed = every_3x3(name)
+        count += sites > 0
+        if failed:
+            wrong[name] = failed
+    assert wrong == {}
+    assert count > 50

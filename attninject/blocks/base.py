@@ -50,6 +50,8 @@ class Block(nn.Module):
     (`hidden_width`); `gate` is the function that makes factors of logits (`gate.GATES`); `backend` is `plain`
     for the definition, `auto` for the fast form where that pays.
 
+    `samples` says how many samples of a batch belong together, where they are frames of a clip.
+
     A class may add a fast form (`attninject.blocks.fast`): `fast_transform(x)` computes what `transform(x)`
     defines, and takes its place from `fast_from` elements on, unless `backend` is `plain`. A subclass that
     changes anything of the class and does not set `fast_from` anew is back at the plain form.
@@ -59,6 +61,7 @@ class Block(nn.Module):
     options: ClassVar[options.Options] = {}
     supported_dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
     fast_from: ClassVar[int | None] = None
+    samples = 1
     __jit_unused_properties__: ClassVar[list[str]] = ["identity", "init_of_parts"]
 
     if TYPE_CHECKING:  # only for the reader: TorchScript takes what a class declares for its own language

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
@@ -23,9 +24,10 @@ class CBAM(Block):
     """Convolutional block attention: y = x · Mc(x), then y · Ms(y).
 
     arXiv:1807.06521, eq. 1 (Mc: eq. 2, `ChannelAttention`; Ms: eq. 3, `SpatialAttention`).
-    `pool` and `bias` are the channel half's, `kernel_size`, `norm` and `concat` the spatial half's. An `order`
-    of parallel is one gate g(zc + zs) from the sum of both halves' logits (paper, section 5.1); `residual`:
-    x + CBAM(x).
+    `pool` and `bias` are the channel half's, `kernel_size`, `norm`, `concat`, `spatial_pool` and `spatial_bias` the
+    spatial half's: with `spatial_bias=True, norm=False` it is the biased 7×7 of code that is often copied. An
+    `order` of parallel is one gate g(zc + zs) from the sum of both halves' logits (paper, section 5.1);
+    `residual`: x + CBAM(x).
 
     Deviations: those of the halves (biases, norm and [max, mean] follow the released code). Under
     `init="identity"` a residual's 1 is dropped and the gates are doubled, as everywhere, so `residual` only
@@ -54,6 +56,8 @@ class CBAM(Block):
         residual: bool = False,
         divisor: Annotated[int, Int(min=1)] = 1,
         concat: Literal["max_mean", "mean_max"] = "max_mean",
+        spatial_pool: Literal["avg", "max", "both"] = "both",
+        spatial_bias: bool = False,
         gate: GateKind = "sigmoid",
         backend: Backend = "auto",
     ) -> None:
@@ -66,7 +70,8 @@ class CBAM(Block):
         )  # fmt: skip
         self.spatial = SpatialAttention(
             channels, dims=dims, init=inner,
-            kernel_size=kernel_size, norm=norm, concat=concat, gate=gate, backend=backend,
+            kernel_size=kernel_size, pool=spatial_pool, bias=spatial_bias, norm=norm, concat=concat, gate=gate,
+            backend=backend,
         )  # fmt: skip
         self.gate = Gate(gate, identity=self.identity, skip=self.skip) if order == "parallel" else None
         self.initialise()
@@ -148,8 +153,9 @@ class BAM(Block):
     """Bottleneck attention: x · (1 + σ(c · s)), c: (B, C, 1, …) from the mean of x, s: (B, 1, *S).
 
     arXiv:1807.06514, eq. 1-4. c = FC(relu(BN(FC(mean)))); s = conv1(relu(BN(conv3(…relu(BN(conv1(x)))))))
-    with `num_layers` dilated 3×3 convolutions in the middle. `dilation` is theirs, `bias` that
-    of all layers; `mode` is product in the released code, sum in the paper.
+    with `num_layers` dilated 3×3 convolutions in the middle. `dilation` is theirs, `channel_layers` the number of
+    hidden layers in front of c's last one, `bias` that of all layers; `mode` is product in the released code, sum
+    in the paper.
 
     Deviations: the paper adds, σ(c + s), the released code multiplies: `mode="product"` follows the code.
     Norms sit where the code has them, inside both branches, where the paper writes one at each end.
@@ -172,6 +178,7 @@ class BAM(Block):
         reduction: Annotated[float, Reduction()] = 16,
         dilation: Annotated[int, Int(min=1)] = 4,
         num_layers: Annotated[int, Int(min=0)] = 2,
+        channel_layers: Annotated[int, Int(min=0)] = 1,
         mode: Literal["product", "sum"] = "product",
         bias: bool = True,
         divisor: Annotated[int, Int(min=1)] = 1,
@@ -181,8 +188,10 @@ class BAM(Block):
         hidden = hidden_width(channels, reduction, divisor)
         conv = CONV[dims]
         self.mode = mode
+        widths = [channels] + [hidden] * channel_layers
         self.channel = nn.Sequential(
-            ConvNormReLU(channels, hidden, 1, dims, bias), conv(hidden, channels, 1, bias=bias)
+            *(ConvNormReLU(a, b, 1, dims, bias) for a, b in itertools.pairwise(widths)),
+            conv(widths[-1], channels, 1, bias=bias),
         )
         self.spatial = nn.Sequential(
             ConvNormReLU(channels, hidden, 1, dims, bias),

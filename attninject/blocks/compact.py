@@ -1,4 +1,4 @@
-"""Global attention through a few descriptors: double attention and external attention."""
+"""Global attention through a few descriptors: double attention, external attention, categories."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .attend import Additive, linear, rows, unrows, wide
 from .base import BATCH_NORM, CONV, Facts, hidden_width
+from .both import ConvNormReLU
 from .gate import Normed, at_least_float32, zero
 from .options import Init, Int, Reduction, given
-from .precision import full_precision
+from .precision import full_precision, product
 
 
 class DoubleAttention(Additive):
@@ -148,3 +149,70 @@ class ExternalAttention(Additive, Normed):
 def twofold(z: Tensor) -> Tensor:
     """Softmax over positions, divided by its sum over slots: z: (B, N, S) → the same shape."""
     return torch.softmax(torch.log_softmax(z, 1), 2)
+
+
+class CategoryAttention(Additive, Normed):
+    """Category attention: x + BN(W y), y_i = Σ_k softmax_k(φ(x_i)ᵀ ψ(f_k)) δ(f_k), one f_k for each class.
+
+    arXiv:1909.11065, section 3.2 (object-contextual representations): a map of logits for each class, R x, becomes a
+    soft region by a softmax over the positions, f_k is the mean of x over region k, and every position takes the
+    classes that it is like. R is a 1×1 convolution to `classes`, of which a loss may make a segmentation; φ, ψ and
+    δ are 1×1 convolutions to C / `reduction` with batch norm and relu. `scale`: the logits times d^-1/2, as in the
+    released code; `norm` behind W, `residual`.
+
+    Time and memory are linear in the positions. Both softmaxes run in float32.
+
+    Deviations: the paper's R reads an earlier stage and is trained by a loss of its own; it joins [x; y] by a
+    convolution, where here W y is added to x; the released code has two convolutions in φ and ψ.
+    """
+
+    facts = Facts(
+        "category_attention", family="global", spatial=False, paper="arXiv:1909.11065", equation="section 3.2",
+        summary="category attention: a soft region for each class, whose means every position reads",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        init: Init = "identity",
+        classes: Annotated[int, Int(min=2)] = 19,
+        reduction: Annotated[float, Reduction()] = 2,
+        scale: bool = True,
+        norm: bool = True,
+        divisor: Annotated[int, Int(min=1)] = 1,
+        residual: bool = True,
+    ) -> None:
+        super().__init__(**given(locals()))
+        width = hidden_width(channels, reduction, divisor)
+        self.scale = width**-0.5 if scale else 1.0
+        self.regions = CONV[dims](channels, classes, 1)
+        self.query = ConvNormReLU(channels, width, 1, dims, bias=False)
+        self.key = ConvNormReLU(channels, width, 1, 1, bias=False)
+        self.value = ConvNormReLU(channels, width, 1, 1, bias=False)
+        self.out = CONV[dims](width, channels, 1, bias=not norm)
+        self.norm = BATCH_NORM[dims](channels) if norm else None
+        self.initialise()
+
+    def init_identity(self) -> None:
+        """Zero the norm's scale and shift, or W where there is no norm."""
+        zero(self.out if self.norm is None else self.norm)
+
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, *S) → soft regions (B, K, N), means over them (B, C, K), rows (B, N, K)."""
+        regions = torch.softmax(at_least_float32(self.regions(x)).flatten(2), 2)
+        means = x.flatten(2) @ regions.to(x.dtype).transpose(1, 2)
+        q, k = at_least_float32(rows(self.query(x))), at_least_float32(self.key(means))
+        return regions, means, torch.softmax(self.scale * product(q, k), 2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → what the classes give, the same shape."""
+        _, means, each = self.weights(x)
+        v = rows(self.value(means))
+        return self.normed(self.out(unrows(each.to(v.dtype) @ v, x)))
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """x: (B, C, *S) → `regions`: (B, K, *S), each sums to 1; `rows`: (B, N, K), each position's classes."""
+        regions, _, each = self.weights(x)
+        return {"regions": torch.unflatten(regions, 2, x.shape[2:]).to(x.dtype), "rows": each.to(x.dtype)}

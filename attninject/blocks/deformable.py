@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from attninject.errors import BlockError
 
 from .base import Facts
 from .forms import ConvForm
-from .gate import Gate, at_least_float32, zero
+from .gate import Gate, at_least_float32, tracing, zero
 from .geometry import Geometry
 from .options import Init, Int, Odd, given
 from .replacement import Replacement
@@ -68,17 +68,47 @@ class Deformation(Replacement):
         self, x: Tensor, offsets: Tensor, masks: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         """Σ over points of w · m · x(point + offset), in float32 or wider."""
-        import torchvision  # noqa: F401 (registers the operator; its own function looks at sizes, which tracing fixes)
-
         geometry = self.geometry
         given, padding = geometry.padded(at_least_float32(x))
         weight = at_least_float32(weight)
         added = weight.new_zeros(geometry.outputs) if bias is None else at_least_float32(bias)
+        tensors = given, weight, offsets.to(given.dtype), masks.to(given.dtype), added
+        if torch.onnx.is_in_onnx_export() and not tracing() and hasattr(torch.onnx, "ops"):  # torch 2.8
+            return self._onnx_node(*tensors, padding)
+        import torchvision  # noqa: F401 (registers the operator; its own function looks at sizes, which tracing fixes)
+
         made: Tensor = torch.ops.torchvision.deform_conv2d(
-            given, weight, offsets.to(given.dtype), masks.to(given.dtype), added,
-            *geometry.stride, *padding, *geometry.dilation, geometry.groups, self.offset_groups, True,
-        )  # fmt: skip
+            *tensors,
+            *geometry.stride,
+            *padding,
+            *geometry.dilation,
+            geometry.groups,
+            self.offset_groups,
+            True,
+        )
         return laid_out_like(x, made)
+
+    def _onnx_node(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        masks: Tensor,
+        bias: Tensor,
+        padding: tuple[int, ...],
+    ) -> Tensor:
+        """The same as ONNX's own operator, which torch's exporter makes of none of torchvision's."""
+        geometry = self.geometry
+        shape = [x.shape[0], geometry.outputs, *offsets.shape[2:]]
+        attributes: dict[str, Any] = {
+            "strides": geometry.stride, "pads": padding * 2, "dilations": geometry.dilation,
+            "group": geometry.groups, "offset_group": self.offset_groups,
+        }  # fmt: skip
+        inputs = [x, weight, offsets, bias, masks]
+        made: Tensor = torch.onnx.ops.symbolic(
+            "DeformConv", inputs, attributes, dtype=x.dtype, shape=shape, version=19
+        )
+        return made
 
     def attention(self, x: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:
         """x: (B, C, H, W) → `offsets`: (B, 2GK, *T) in pixels, and `masks`: (B, GK, *T)."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from attninject.errors import BlockError
 
@@ -22,20 +22,24 @@ class ConvForm(Block):
 
     A subclass says which class the `part` is, built as part(geometry, init, **options). In the place of a
     convolution of a model (`in_place_of`) there is only the part; alone, as any block, the class has a size-keeping
-    convolution of its own, to which the options in `ALONE` belong, and `init="identity"` means `blend`.
+    convolution of its own (unless `reads_conv` is false: the part does without), to which the options in `ALONE`
+    belong, and `init="identity"` means `blend`.
     """
 
     part: ClassVar[type[Replacement]]
+    reads_conv: ClassVar[bool] = True
     ALONE: ClassVar[tuple[str, ...]] = ("kernel_size", "groups", "bias")
 
     def __init__(self, channels: int, dims: int, init: Init, **args: Any) -> None:
         super().__init__(channels, dims, init, **args)
-        size, groups = args["kernel_size"], math.gcd(channels, args["groups"])
-        self.conv: nn.Conv1d | nn.Conv2d | nn.Conv3d = CONV[dims](
-            channels, channels, size, padding=size // 2, groups=groups, bias=args["bias"]
-        )
+        size, groups = args["kernel_size"], math.gcd(channels, args.get("groups", 1))
+        conv = CONV[dims](
+            channels, channels, size, padding=size // 2, groups=groups, bias=args.get("bias", False),
+            device=None if self.reads_conv else "meta",
+        )  # fmt: skip
+        self.conv: Any = conv if self.reads_conv else None
         own = {name: value for name, value in args.items() if name not in self.ALONE}
-        self.new = self.part(Geometry.of(self.conv), "paper", **own)
+        self.new = self.part(Geometry.of(conv), "paper", **own)
         self.initialise()
 
     def needs_blend(self) -> bool:
@@ -44,7 +48,8 @@ class ConvForm(Block):
 
     def init_paper(self) -> None:
         """He by fan-out, as in residual networks; the part has its own."""
-        he_init(self.conv, mode="fan_out")
+        if self.conv is not None:
+            he_init(self.conv, mode="fan_out")
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape."""

@@ -82,6 +82,23 @@ class Geometry:
         even = front == behind and self.mode == "zeros" and not self.by_size
         return front if even else None
 
+    def around(self, kernel: int, dilation: int) -> tuple[int, ...]:
+        """Zeros on both sides of each axis for a kernel of another size, in the middle of which the old one lies.
+
+        Raises:
+            BlockError: there is no such kernel.
+        """
+        if self.padding is None:
+            raise BlockError(f"no kernel of another size lies on ({self}), whose padding is uneven")
+        size = (kernel - 1) * dilation
+        fields = [d * (k - 1) for k, d in zip(self.kernel, self.dilation, strict=True)]
+        wider = [2 * p + size - field for p, field in zip(self.padding, fields, strict=True)]
+        if any(p < 0 or p % 2 for p in wider):
+            raise BlockError(
+                f"a branch [{kernel}, {dilation}] does not lie in the middle of ({self}), padding {self.padding}"
+            )
+        return tuple(p // 2 for p in wider)
+
     def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """x and the zeros that a convolution is to add: x itself where it can, else x with its edges."""
         if self.padding is not None:
@@ -145,5 +162,5 @@ class Geometry:
 
 def _size_is_open() -> bool:
     """Whether the batch may be of any size, which the number of groups of a convolution must not be."""
-    compiler: Any = torch.compiler
-    return tracing() or bool(getattr(compiler, "is_exporting", bool)())
+    compiler: Any = torch.compiler  # before torch 2.7 it could not tell exporting from compiling
+    return tracing() or bool(getattr(compiler, "is_exporting", compiler.is_compiling)())

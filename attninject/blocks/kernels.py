@@ -91,21 +91,12 @@ class KernelSelection(Replacement):
 
 def _branch(geometry: Geometry, kernel: int, dilation: int, groups: int) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
     """A convolution of another field, in the middle of which the old one's field lies."""
-    padding = geometry.padding
-    if padding is None:
-        raise BlockError(
-            f"selective_kernel: no kernel of another size lies on ({geometry}), whose padding is uneven"
-        )
-    size = (kernel - 1) * dilation
-    fields = [d * (k - 1) for k, d in zip(geometry.kernel, geometry.dilation, strict=True)]
-    wider = [2 * p + size - field for p, field in zip(padding, fields, strict=True)]
-    if any(p < 0 or p % 2 for p in wider):
-        raise BlockError(
-            f"selective_kernel: a branch [{kernel}, {dilation}] does not lie in the middle of ({geometry}), "
-            f"padding {padding}"
-        )
+    try:
+        padding = geometry.around(kernel, dilation)
+    except BlockError as error:
+        raise BlockError(f"selective_kernel: {error}") from error
     conv: nn.Conv1d | nn.Conv2d | nn.Conv3d = CONV[geometry.dims](
-        geometry.inputs, geometry.outputs, kernel, geometry.stride, tuple(p // 2 for p in wider), dilation,  # type: ignore[arg-type]
+        geometry.inputs, geometry.outputs, kernel, geometry.stride, padding, dilation,  # type: ignore[arg-type]
         groups, bias=False,
     )  # fmt: skip
     return conv

@@ -321,6 +321,12 @@ def is_form(block: BlockLike) -> bool:
     return issubclass(resolve(block).cls, ConvForm)
 
 
+def reads_conv(block: BlockLike) -> bool:
+    """Whether it is one that goes on to use the convolution whose place it takes, whatever `init` says."""
+    cls = resolve(block).cls
+    return issubclass(cls, ConvForm) and cls.reads_conv
+
+
 def _settings(parameters: Mapping[str, Any], init: str, dims: int) -> dict[str, Any]:
     """`dims` and `init` for what takes them; behind a blend a block starts as published."""
     given = {"dims": dims, "init": "paper" if init == "blend" else init}

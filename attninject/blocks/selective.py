@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import BATCH_NORM, CONV, Block, Facts, count, he_init, hidden_width, pool, static_shape
 from .both import ConvNormReLU
+from .choosing import Choosing
 from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
 from .options import Branches, Count, Init, Int, Reduction, given
 
@@ -184,7 +184,7 @@ class MultiScaleSpatial(Block):
         return {"gate": self.factor(x).to(x.dtype)}
 
 
-class DynamicCapacity(Block):
+class DynamicCapacity(Choosing):
     """Dynamic capacity: a gate from a coarse path everywhere, from a fine path at the k salient positions.
 
     arXiv:1511.07838, section 2: coarse features at all positions; a saliency from them picks k
@@ -225,14 +225,7 @@ class DynamicCapacity(Block):
         coarse = hidden_width(channels, reduction, divisor)
         fine = hidden_width(channels, fine_reduction, divisor)
         conv = CONV[dims]
-        # of a fraction whole numbers, since the number of positions may be symbolic in export
-        part = Fraction(k).limit_denominator(10_000)
-        self.k, self.numerator, self.denominator, self.kernel_size = (
-            k,
-            part.numerator,
-            part.denominator,
-            kernel_size,
-        )
+        self.kernel_size = kernel_size
         self.coarse1 = conv(channels, coarse, 1, bias=bias)
         self.coarse2 = conv(coarse, channels, 1, bias=bias)
         self.score = conv(coarse, 1, 1, bias=bias)
@@ -251,18 +244,12 @@ class DynamicCapacity(Block):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def count(self, n: int) -> int:
-        """How many of n positions get the fine path: at least one, at most all."""
-        if self.k >= 1:
-            return min(int(self.k), n)
-        return max(1, n * self.numerator // self.denominator)
-
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, C, *S) of N positions → z: (B, C, N), float32 or wider, and the fine positions (B, 1, k)."""
         c = self.coarse1(x)
         z = at_least_float32(self.coarse2(F.relu(c))).flatten(2)
         s = at_least_float32(self.score(c)).flatten(2)
-        top, index = torch.topk(s, self.count(count(x)), dim=2)
+        top, index = torch.topk(s, self.chosen(count(x)), dim=2)
         fine = self.fine2(F.relu(self.fine1(patches(x, index[:, 0], self.kernel_size))))
         at = index.expand(-1, self.channels, -1)
         coarse = z.gather(2, at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,14 @@ class SelfAttention(Additive):
     """Scaled dot-product self-attention with one head: x + softmax(Q Kᵀ / √d) V, Q, K, V linear in x.
 
     arXiv:1706.03762, eq. 1, around a residual (its section 3.1). Options: `reduction` (d = C / reduction, the
-    width of queries and keys; values have C), `scale` (the 1/√d), `residual`, `bias` of the three layers.
+    width of queries and keys; values have C), `scale` (the 1/√d), `residual`, `bias` of the three layers. Under a
+    `score` of additive the logit of i and j is vᵀ tanh(q_i + k_j) instead of q_iᵀ k_j (arXiv:1409.0473, section
+    3.1 and appendix A.1.2), which `scale` does not touch.
 
     No output layer: the values' layer is the last one, and zero under `init="identity"`. No positional
     encoding: permuted positions give a permuted output. Memory is linear in the positions, in training too;
-    not linear: `attention(x)` and second derivatives.
+    not linear: `attention(x)`, second derivatives, and additive scores, which need d numbers for each pair of
+    positions: for small maps.
 
     Deviations: the paper normalises after the sum (LayerNorm), here nothing is normalised. SAGAN's
     self-attention (arXiv:1805.08318) is `reduction=8, scale=False` but for its output layer and γ.
@@ -51,6 +54,7 @@ class SelfAttention(Additive):
         dims: int = 2,
         init: Init = "identity",
         reduction: Annotated[float, Reduction()] = 1,
+        score: Literal["dot", "additive"] = "dot",
         scale: bool = True,
         residual: bool = True,
         bias: bool = True,
@@ -61,6 +65,7 @@ class SelfAttention(Additive):
         self.query = nn.Linear(channels, width, bias=bias)
         self.key = nn.Linear(channels, width, bias=bias)
         self.value = nn.Linear(channels, channels, bias=bias)
+        self.score = nn.Linear(width, 1, bias=False) if score == "additive" else None
         self.initialise()
 
     def init_identity(self) -> None:
@@ -69,18 +74,29 @@ class SelfAttention(Additive):
 
     def init_paper(self) -> None:
         """Glorot's uniform weights, zero biases, as the paper's released code."""
-        glorot_init(self.query, self.key, self.value)
+        glorot_init(self.query, self.key, self.value, *([] if self.score is None else [self.score]))
+
+    def additive_rows(self, q: Tensor, k: Tensor) -> Tensor:
+        """Queries and keys (B, N, d) → softmax over j of vᵀ tanh(q_i + k_j): (B, N, N), float32 or wider."""
+        assert self.score is not None
+        pairs = torch.tanh(at_least_float32(q).unsqueeze(2) + at_least_float32(k).unsqueeze(1))
+        return torch.softmax(product(pairs, self.score.weight.to(pairs.dtype).transpose(0, 1)).squeeze(3), 2)
 
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the attended values, the same shape."""
         t = rows(x)
-        q, k, v = self.query(t).unsqueeze(1), self.key(t).unsqueeze(1), self.value(t).unsqueeze(1)
+        q, k, v = self.query(t), self.key(t), self.value(t)
+        if self.score is not None:
+            return unrows(self.additive_rows(q, k).to(v.dtype) @ v, x)
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
         return unrows(attend(q, k, v, self.scale).squeeze(1), x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `rows`: (B, N, N), the weights that position i gives to each j; they sum to 1."""
         t = rows(x)
-        return {"rows": attention_rows(self.query(t), self.key(t), self.scale).to(x.dtype)}
+        q, k = self.query(t), self.key(t)
+        found = attention_rows(q, k, self.scale) if self.score is None else self.additive_rows(q, k)
+        return {"rows": found.to(x.dtype)}
 
 
 class MultiHeadSelfAttention(Additive):
@@ -189,7 +205,8 @@ class GeneralizedAttention(Additive):
     join the content in one fused attention. Not linear: `attention(x)`, second derivatives. Logits are formed
     in float32, also under autocast.
 
-    Deviations: deformable sampling, the paper's other mechanism, is out of scope. The released code has C / 4
+    Deviations: the paper's other two mechanisms are blocks of their own, `deformable_conv` and, for dynamic
+    convolution, `involution` with `softmax`. The released code has C / 4
     frequencies per axis (16 by default here), scales the positional layers by 1/√2, takes q − k, samples keys
     by 2 by default, and multiplies by a zero γ what W gives; here W itself starts at zero.
     """

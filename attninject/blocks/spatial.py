@@ -19,7 +19,7 @@ class SpatialAttention(Block, Normed):
     """CBAM's spatial attention: x · g(BN(conv k×k([max of x; mean of x]))), pooled over the channels.
 
     arXiv:1807.06521, eq. 3. `kernel_size` and `bias` are the convolution's, `norm` is the batch norm behind it,
-    `concat` the order of its two input channels.
+    `pool` says which descriptors are used, `concat` the order of the two.
 
     Deviations: the paper's formula has no norm, the released code has: `norm=True` follows the code, and so
     does the order [max, mean] (the paper writes [mean, max], and so does timm's `SpatialAttn`, which is
@@ -40,6 +40,7 @@ class SpatialAttention(Block, Normed):
         dims: int = 2,
         init: Init = "identity",
         kernel_size: Literal[3, 5, 7] = 7,
+        pool: Literal["avg", "max", "both"] = "both",
         bias: bool = False,
         norm: bool = True,
         concat: Literal["max_mean", "mean_max"] = "max_mean",
@@ -47,8 +48,10 @@ class SpatialAttention(Block, Normed):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(**given(locals()))
-        self.concat = concat
-        self.conv = CONV[dims](2, 1, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.concat, self.pool = concat, pool
+        self.conv = CONV[dims](
+            2 if pool == "both" else 1, 1, kernel_size, padding=kernel_size // 2, bias=bias
+        )
         self.norm = BATCH_NORM[dims](1) if norm else None
         self.gate = Gate(gate, identity=self.identity)
         self.initialise()
@@ -74,8 +77,11 @@ class SpatialAttention(Block, Normed):
 
     def read(self, largest: Tensor, mean: Tensor) -> Tensor:
         """Maximum and mean over the channels, (B, 1, *S) → gate logits (B, 1, *S), float32 or wider."""
-        pooled = [largest, mean] if self.concat == "max_mean" else [mean, largest]
-        return at_least_float32(self.normed(self.conv(torch.cat(pooled, 1))))
+        if self.pool == "both":
+            pooled = torch.cat([largest, mean] if self.concat == "max_mean" else [mean, largest], 1)
+        else:
+            pooled = mean if self.pool == "avg" else largest
+        return at_least_float32(self.normed(self.conv(pooled)))
 
     def logits(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → gate logits (B, 1, *S), float32 or wider."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attninject.anatomy.dataflow import Spot
 from attninject.blocks import registry
-from attninject.blocks.registry import is_form
+from attninject.blocks.registry import reads_conv
 from attninject.errors import CannotRewriteError, NoTensorError, PlanError, ProbeError
 from attninject.layout import Layout
 from attninject.observe.example_inputs import Inputs
@@ -271,7 +271,7 @@ def _noted(rule: Rule, rows: list[Row], idle: list[str], packed: list[str], labe
             "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
             "with enable_nested_tensor=False"
         )
-    alone = [site.path for site, at in rows if at.insertion.alone and not is_form(rule.block)]
+    alone = [site.path for site, at in rows if at.insertion.alone and not reads_conv(rule.block)]
     if alone:
         yield f"{label}: under init: paper {listed(alone)} will not run, and their own parameters learn nothing"
     between = [site.name for site, at in rows if at.insertion.splits]

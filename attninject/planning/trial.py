@@ -21,7 +21,7 @@ class Fails(Exception):
 
 
 def tried(build: Callable[[str], nn.Module], name: str, shape: tuple[int, ...]) -> tuple[nn.Module, Record]:
-    """A block that is built and run once, on meta tensors where it can, else for real.
+    """A block that is built and run once, on meta tensors where it can, else for real; on one sample, or one clip.
 
     Args:
         build: makes the block, in eval mode, on the device of a name.
@@ -34,6 +34,7 @@ def tried(build: Callable[[str], nn.Module], name: str, shape: tuple[int, ...]) 
     """
     try:
         block = build("meta")
+        shape = (getattr(_inner(block), "samples", 1), *shape[1:])  # frames of a clip
         record = run(_inner(block), _inputs(block, shape), "meta")
     except AttnInjectError:
         raise

@@ -76,8 +76,11 @@ def _gains_bias(old: Any, new: Any) -> bool:
 def _rescaled(old: Tensor, new: Tensor) -> bool:
     """Whether weights (O, I, …), or (I, O, …), changed by one factor per output channel, as folding a norm does it.
 
-    Where a channel has but one weight, any change looks like that, and none is taken for it.
+    Where a channel has but one weight, any change looks like that, and none is taken for it. A tensor of another kind
+    is the same weight sharded, or gathered again.
     """
+    if type(old.data) is not type(new.data):
+        return False
     if old.shape != new.shape or old.ndim < 2 or old.is_meta or new.is_meta:
         return False
     with torch.no_grad():

@@ -6,7 +6,8 @@ function of the arguments → names of the tensors that mathematically get no gr
 (blocks that as published start as the identity), `NO_LOGITS` (test ids without gate or softmax), `REFUSES`
 (block → those of 1, 3 and 7 channels that it refuses with its default options), `CONSTANT` (block → the inits
 under which no weight is random), `JOINT_NORM` (blocks whose norms see several values even at one position),
-`UNSCRIPTED` (blocks that TorchScript does not compile), `SLOW_EXPORT` (blocks whose export with free sizes and
+`UNSCRIPTED` (blocks that TorchScript does not compile), `STRAIGHT_THROUGH` (blocks whose gradient is not that of
+their value, but that of their formula by autograd), `SLOW_EXPORT` (blocks whose export with free sizes and
 compiling take many seconds), and, which every block must have, `COUNTS` and `MACS` (as in test_block_counts).
 """
 
@@ -51,16 +52,17 @@ VARIANTS: dict[str, list[dict[str, Any]]] = gathered("VARIANTS", {
     ],
     "spatial_attention": [
         {"kernel_size": 3, "norm": False, "bias": True, "concat": "mean_max"},
-        {"kernel_size": 5, "bias": True, "gate": "hard_sigmoid"},
+        {"kernel_size": 5, "bias": True, "gate": "hard_sigmoid", "pool": "max"},
     ],
     "cbam": [
         {"order": "spatial_first", "kernel_size": 3, "norm": False, "bias": False, "reduction": 4},
         {"order": "parallel", "pool": "max", "residual": True, "reduction": 4},
         {"residual": True, "concat": "mean_max", "reduction": 4},
+        {"pool": "avg", "spatial_pool": "avg", "spatial_bias": True, "norm": False, "reduction": 4},
     ],
     "bam": [
         {"mode": "sum", "reduction": 4, "num_layers": 1, "dilation": 2},
-        {"num_layers": 0, "reduction": 2, "bias": False},
+        {"num_layers": 0, "reduction": 2, "bias": False, "channel_layers": 2},
     ],
 })  # fmt: skip
 """Option combinations to test beside the defaults."""
@@ -69,6 +71,7 @@ NO_LOGITS: set[str] = gathered("NO_LOGITS", set())
 REFUSES: dict[str, set[int]] = gathered("REFUSES", {})
 SLOW_EXPORT: set[str] = gathered("SLOW_EXPORT", set())
 UNSCRIPTED: set[str] = gathered("UNSCRIPTED", set())
+STRAIGHT_THROUGH: set[str] = gathered("STRAIGHT_THROUGH", set())
 CONSTANT: dict[str, set[str]] = gathered("CONSTANT", {})
 JOINT_NORM: set[str] = gathered("JOINT_NORM", set())
 

@@ -1,4 +1,4 @@
-"""What the tests know of convolutions in another form: dynamic, deformable, of selective kernels."""
+"""What the tests know of convolutions in another form: dynamic, deformable, of selective kernels, split, involution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from formula_parts import CONV, Weights, batch_norm, column, descriptor, flat, linear
+from formula_parts import CONV, Weights, batch_norm, column, conv, descriptor, flat, linear
 from torch import Tensor
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -22,9 +22,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"branches": [[1, 1], [5, 1]], "norm": False, "reduction": 2, "min_width": 4, "branch_groups": 4},
         {"groups": 8, "bias": True, "kernel_size": 5, "divisor": 8},
     ],
+    "splat": [{"radix": 4, "groups": 2, "bias": True, "kernel_size": 1, "min_width": 3, "reduction": 2}],
+    "involution": [{"kernel_size": 3, "group_channels": 4, "reduction": 2, "softmax": True}],
 }
 
-UNSCRIPTED = {"dynamic_conv", "deformable_conv", "selective_kernel"}
+UNSCRIPTED = set(VARIANTS)
+NO_LOGITS = {"involution"}
+DEAD = {"splat": lambda args: {"new.fc1.bias"}}  # in front of a batch norm
+REFUSES = {"splat": {1, 3, 7}}
+SLOW_EXPORT = {"involution", "splat"}
 
 
 def residual(x: Tensor, y: Tensor, w: Weights) -> Tensor:
@@ -108,6 +114,47 @@ def selective_kernel(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, t
     return residual(x, y, w)
 
 
+def splat(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool) -> Tensor:
+    """ResNeSt, section 3.1, cardinal group by cardinal group; the old bias is the last split's."""
+    radix, parts = a.get("radix", 2), []
+    groups = a.get("groups", 1)
+    bias = w.get("conv.bias")
+    for i, (xs, ws) in enumerate(zip(x.chunk(groups, 1), w["conv.weight"].chunk(groups, 0), strict=True)):
+        u = [plain(t, k, None) for t, k in zip(xs.chunk(radix, 1), ws.chunk(radix, 1), strict=True)]
+        if bias is not None:
+            u[-1] = u[-1] + column(bias.chunk(groups)[i].unsqueeze(0), x)
+        parts.append(u)
+    s = torch.cat([descriptor(sum(u), "avg") for u in parts], 1)
+    z = batch_norm(grouped(s, w, "new.fc1", groups), w, "new.norm", train).clamp(min=0)
+    made = []
+    for u, logits in zip(parts, grouped(z, w, "new.fc2", groups).chunk(groups, 1), strict=True):
+        e = [torch.exp(t) for t in logits.chunk(radix, 1)]
+        made.append(sum(column(t / sum(e), x) * ui for t, ui in zip(e, u, strict=True)))
+    return residual(x, torch.cat(made, 1), w)
+
+
+def grouped(s: Tensor, w: Weights, key: str, groups: int) -> Tensor:
+    """s: (B, C) → W s + b, W in blocks of its groups."""
+    blocks = zip(s.chunk(groups, 1), flat(w[key + ".weight"]).chunk(groups, 0), strict=True)
+    return torch.cat([t @ k.T for t, k in blocks], 1) + w[key + ".bias"]
+
+
+def involution(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool) -> Tensor:
+    """Involution, eq. 4-6: every position's surroundings, unfolded by one-hot convolutions."""
+    size, dims, channels = a.get("kernel_size", 7), x.ndim - 2, x.shape[1]
+    z = batch_norm(conv(x, w, "new.reduce"), w, "new.norm", train).clamp(min=0)
+    h = conv(z, w, "new.span").unflatten(
+        1, (channels // min(channels, a.get("group_channels", 16)), size**dims)
+    )
+    if a.get("softmax"):
+        h = torch.exp(h) / torch.exp(h).sum(2, keepdim=True)
+    one_hot = torch.eye(size**dims, dtype=x.dtype).reshape(-1, 1, *[size] * dims)
+    seen = CONV[x.ndim](x.reshape(-1, 1, *x.shape[2:]), one_hot, padding=size // 2)
+    seen = seen.reshape(*x.shape[:2], size**dims, *x.shape[2:])
+    y = (seen * h.repeat_interleave(channels // h.shape[1], 1)).sum(2)
+    return residual(x, y, w)
+
+
 def mixed(block: Any, x: Tensor, y: Tensor) -> Tensor:
     """With the block's α, where it has one."""
     return y if block.alpha is None else x + block.alpha * (y - x)
@@ -138,11 +185,25 @@ def apply_selective(block: Any, x: Tensor, a: dict[str, Tensor]) -> Tensor:
     return mixed(block, x, (u * a["branches"]).sum(1))
 
 
+def apply_splat(block: Any, x: Tensor, a: dict[str, Tensor]) -> Tensor:
+    """The splits' results, weighed."""
+    u = torch.stack(block.new.splits(x, None, block.conv.weight, block.conv.bias), 1)
+    return mixed(block, x, (u * a["splits"]).sum(1))
+
+
+def apply_involution(block: Any, x: Tensor, a: dict[str, Tensor]) -> Tensor:
+    """What each point of the kernel sees, weighed."""
+    seen, kernels = torch.stack(block.new.windows(x), 2), a["kernels"]
+    return mixed(block, x, (seen * kernels.repeat_interleave(x.shape[1] // kernels.shape[1], 1)).sum(2))
+
+
 FORMULAS = {
     "dynamic_conv": dynamic_conv, "deformable_conv": deformable_conv, "selective_kernel": selective_kernel,
+    "splat": splat, "involution": involution,
 }  # fmt: skip
 APPLY = {
     "dynamic_conv": apply_dynamic, "deformable_conv": apply_deformable, "selective_kernel": apply_selective,
+    "splat": apply_splat, "involution": apply_involution,
 }  # fmt: skip
 COUNTS = {
     "dynamic_conv": lambda c, d: 4 * 3**d * c * c + c * (c // 4) + c // 4 + 4 * (c // 4) + 4,
@@ -150,6 +211,10 @@ COUNTS = {
     "selective_kernel": lambda c, d: (
         3**d * c * c + 3**d * c * (c // 32) + 2 * c + (32 * c + 2 * 32) + 2 * 32 * c
     ),
+    "splat": lambda c, d: (
+        3**d * c * c + (c * max(c // 2, 32) + 3 * max(c // 2, 32)) + 2 * c * (max(c // 2, 32) + 1)
+    ),
+    "involution": lambda c, d: c * (c // 4) + 2 * (c // 4) + 7**d * (c // 16) * (c // 4 + 1),
 }
 MACS = {
     # the kernels are mixed by a matrix product, then convolve once
@@ -158,4 +223,7 @@ MACS = {
     ),
     "deformable_conv": lambda c, *size: (9 * c * c + 27 * 9 * c) * math.prod(size),
     "selective_kernel": lambda c, *size: 3 ** len(size) * c * (c + c // 32) * math.prod(size) + 3 * 32 * c,
+    # both splits together are the convolution
+    "splat": lambda c, *size: 3 ** len(size) * c * c * math.prod(size) + 3 * c * max(c // 2, 32),
+    "involution": lambda c, *size: (c + 7 ** len(size) * (c // 16)) * (c // 4) * math.prod(size),
 }

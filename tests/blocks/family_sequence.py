@@ -14,6 +14,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "self_attention": [
         {"reduction": 4, "scale": False},
         {"residual": False, "bias": False},
+        {"score": "additive", "reduction": 4},
     ],
     "mhsa": [
         {"num_heads": 4, "scale": False, "bias": False},
@@ -31,7 +32,7 @@ ODD = {1, 3, 7}
 REFUSES = {"mhsa": ODD, "generalized": ODD}
 DEAD = {
     # the keys' bias adds the same to every logit of a softmax row
-    "self_attention": lambda args: {"key.bias"},
+    "self_attention": lambda args: set() if args.get("score") == "additive" else {"key.bias"},
     "mhsa": lambda args: set(),
     "generalized": lambda args: set(),
 }
@@ -71,10 +72,13 @@ def blended(x: Tensor, y: Tensor, a: dict[str, Any], w: Weights) -> Tensor:
 
 
 def self_attention(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool) -> Tensor:
-    """Vaswani et al., eq. 1."""
+    """Vaswani et al., eq. 1, or with the scores of Bahdanau et al., appendix A.1.2."""
     q, k, v = (dense(sequence(x), w, key) for key in ("query", "key", "value"))
     logits = torch.einsum("bid,bjd->bij", q, k)
-    if a.get("scale", True):
+    if a.get("score") == "additive":
+        e = torch.exp(2 * (q.unsqueeze(2) + k.unsqueeze(1)))
+        logits = torch.einsum("bijd,d->bij", (e - 1) / (e + 1), w["score.weight"][0])
+    elif a.get("scale", True):
         logits = logits / q.shape[2] ** 0.5
     return blended(x, back(softmax(logits) @ v, x), a, w)
 

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from block_cases import CASES, DIMS, NAMES, SIZES, build, gathered, label, noise, scrambled
+from block_cases import (
+    CASES,
+    DIMS,
+    NAMES,
+    SIZES,
+    STRAIGHT_THROUGH,
+    build,
+    gathered,
+    label,
+    noise,
+    scrambled,
+)
 from formula_parts import Weights, batch_norm, column, conv, descriptor, gate, linear, mlp
 from small import which
 from timm.layers import SEModule
@@ -34,6 +45,7 @@ def spatial_logits(x: Tensor, w: Weights, a: dict[str, Any], train: bool, key: s
     """CBAM, eq. 3, before the gate."""
     avg, top = x.sum(1, keepdim=True) / x.shape[1], x.max(1, keepdim=True).values
     pair = [avg, top] if a.get("concat") == "mean_max" else [top, avg]
+    pair = {"both": pair, "avg": [avg], "max": [top]}[a.get("pool", "both")]
     z = conv(torch.cat(pair, 1), w, key + "conv")
     return batch_norm(z, w, key + "norm", train) if a.get("norm", True) else z
 
@@ -55,10 +67,11 @@ def cbam(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool) 
     def half(y: Tensor, which: str) -> Tensor:
         if which == "c":
             return y * gate(channel_logits(y, w, a, "channel."), kind, identity)
-        return y * gate(spatial_logits(y, w, a, train, "spatial."), kind, identity)
+        return y * gate(spatial_logits(y, w, spatial, train, "spatial."), kind, identity)
 
+    spatial = {**a, "pool": a.get("spatial_pool", "both")}
     if order == "parallel":
-        z = channel_logits(x, w, a, "channel.") + spatial_logits(x, w, a, train, "spatial.")
+        z = channel_logits(x, w, a, "channel.") + spatial_logits(x, w, spatial, train, "spatial.")
         y = x * gate(z, kind, identity)
     else:
         first, second = "cs" if order == "channel_first" else "sc"
@@ -69,8 +82,10 @@ def cbam(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool) 
 def bam(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool) -> Tensor:
     """BAM, eq. 1-4, with the released product or the paper's sum."""
     layers = a.get("num_layers", 2)
-    c = linear(descriptor(x, "avg"), w, "channel.0.conv")
-    c = linear(batch_norm(c, w, "channel.0.norm", train).clamp(min=0), w, "channel.1")
+    c, hidden = descriptor(x, "avg"), a.get("channel_layers", 1)
+    for i in range(hidden):
+        c = batch_norm(linear(c, w, f"channel.{i}.conv"), w, f"channel.{i}.norm", train).clamp(min=0)
+    c = linear(c, w, f"channel.{hidden}")
     s = x
     for i in range(layers + 1):
         s = conv(s, w, f"spatial.{i}.conv", dilation=a.get("dilation", 4) if i else 1)
@@ -135,7 +150,18 @@ def test_block_in_float32_stays_near_the_float64_formula(case):
     torch.testing.assert_close(block(x).double(), exact, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] in STRAIGHT_THROUGH], ids=label)
+def test_a_straight_gradient_is_the_formulas(case):
+    """Where a choice has no gradient, that of the formula's soft form arrives at the input and every weight."""
+    name, args = case
+    block, x = scrambled(name, **args).double(), noise(2, 16, 4, 3, dtype=torch.float64).requires_grad_()
+    weights = {k: p.detach().clone().requires_grad_() for k, p in block.named_parameters()}
+    u = noise(2, 16, 4, 3, seed=5, dtype=torch.float64)
+    expected = torch.autograd.grad(FORMULAS[name](x, weights, args, True, True), [x, *weights.values()], u)
+    torch.testing.assert_close(torch.autograd.grad(block(x), [x, *block.parameters()], u), expected)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] not in STRAIGHT_THROUGH], ids=label)
 def test_gradients_are_those_of_the_formula(case):
     """gradcheck: analytic and numeric gradients agree for the input and every weight."""
     name, args = case

@@ -71,11 +71,15 @@ def samples(check: Check) -> tuple[Any, ...]:
     return {Bool: BOTH, Odd: (1, 3, 5), Reduction: WIDTHS}.get(type(check), ())
 
 
+ELSEWHERE = {
+    ("ge", "feat_size"),  # only together with extent 0: test_formulas_descriptors
+    ("temporal", "frames"),  # only with whole clips: test_formulas_choosing
+}
 VALUES = [
     (name, option, [*samples(check), *PROMISED.get(name, {}).get(option, ())])
     for name in NAMES
     for option, check in registry.get(name).cls.options.items()
-    if (name, option) != ("ge", "feat_size")  # only together with extent 0: test_formulas_descriptors
+    if (name, option) not in ELSEWHERE
 ]
 NOT_ALONE = [("ge", "extent", 0, "give feat_size")]
 """Values that need another option beside them, and what the refusal advises."""

@@ -62,6 +62,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp_frozen_norms": {"net": "norms", "freeze": "backbone", "ema": 0.5},
     "ddp_norms": {"net": "norms"},
+    "ddp_forms": {"net": "forms", "epochs": 1},
+    "fsdp2_forms": {"sharding": "fsdp2", "net": "forms", "epochs": 1},
     "fsdp2": {"sharding": "fsdp2", "optimizer": "adamw", "lr": 1e-3},
     "fsdp2_all": {"sharding": "fsdp2", **THAWING, "ema": 0.5, "clip": 0.5, "accumulate": 2},
     "fsdp2_norms": {"sharding": "fsdp2", "net": "norms", "freeze": "backbone"},
@@ -69,11 +71,15 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def model(kind: str) -> nn.Module:
-    """The net of a run, with SE blocks."""
+    """The net of a run, with SE blocks, or with its convolutions in two other forms."""
     if kind == "norms":
         return net(drop=0.0)
     torch.manual_seed(0)
     found, x = Layered(), torch.zeros(2, 3, 8, 8)
+    if kind == "forms":
+        for i, block in enumerate(("dynamic_conv", "deformable_conv")):
+            ai.inject(found, block=block, replace=f"stages.{i}.*.conv", example_inputs=x)
+        return found
     return ai.inject(found, block="se", after="stages.*.*.norm", args={"reduction": 4}, example_inputs=x)
 
 
