@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pages
 import pytest
+import timm
+from torch import nn
+from torchvision import models
+
+import attninject as ai
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -172,3 +181,32 @@ def test_guide_with_another_package(name: str, tmp_path: Path) -> None:
     for text in texts:
         assert text in done.stdout
     assert {file.name for file in tmp_path.iterdir()} <= {"settings"}, "examples leave no files behind"
+
+
+def nets() -> dict[str, Callable[[], nn.Module]]:
+    """What the third column of the table of systems begins with → a small net of that kind."""
+    weightless = {"weights": None, "weights_backbone": None}
+    return {
+        "torchvision's detectors": lambda: models.detection.fasterrcnn_resnet50_fpn(**weightless),
+        "segmenters": lambda: models.segmentation.deeplabv3_mobilenet_v3_large(**weightless),
+        "torchvision's mobilenet_v2": lambda: models.mobilenet_v2(width_mult=0.25),
+        "timm's mobilenetv1": lambda: timm.create_model("mobilenetv1_100"),
+        "U-Nets": runpy.run_path(str(EXAMPLES / "unet.py"))["UNet"],
+        "": models.resnet18,
+    }
+
+
+SYSTEMS = [
+    (cells[1].strip(), line, cells[3].strip())
+    for row in pages.text_of("examples/README.md").split("| system |")[1].split("\n\n")[0].splitlines()[2:]
+    for cells in [row.split("|")]
+    for line in re.findall(r"`(ai\..*?)`", cells[2])
+]
+
+
+@pytest.mark.parametrize(("system", "line", "on"), SYSTEMS, ids=[line for _, line, _ in SYSTEMS])
+def test_line_of_a_system_gives_it(system: str, line: str, on: str) -> None:
+    """The line that stands beside a paper's name puts blocks into a net of the kind that stands beside it."""
+    model = next(make for start, make in nets().items() if on.startswith(start))()
+    exec(line, {"ai": ai, "model": model})
+    assert ai.injected(model)
