@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "attninject"
@@ -25,8 +26,8 @@ ORDER = (
 )  # fmt: skip
 
 TOP = {
-    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "attninject", "examples", "pyproject.toml",
-    "recipes", "tests",
+    ".ci", ".gitignore", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "attninject", "examples",
+    "pyproject.toml", "recipes", "tests",
 }  # fmt: skip
 
 
@@ -195,12 +196,52 @@ def test_ci_script_can_be_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_changelog_speaks_of_this_version() -> None:
-    """The version in pyproject.toml has a section in the changelog."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    assert re.search(
-        rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M
-    )
+def test_changelog_and_citation_speak_of_this_version() -> None:
+    """The version has a section in the changelog, of the day that CITATION.cff names."""
+    from attninject import __version__
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    head = f"## {__version__} ({cited['date-released']})"
+    assert head in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    assert (cited["version"], cited["abstract"], cited["license"]) == (
+        __version__, about["description"], about["license"],
+    )  # fmt: skip
+
+
+def overdue(source: str, version: str) -> list[str]:
+    """What is wrong about the `@deprecated("…")` of a module: no way out named, or a version that has come."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        for call in getattr(node, "decorator_list", ()):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("deprecated"):
+                text = str(ast.literal_eval(call.args[0]))
+                said = re.fullmatch(r"use .+; gone in (\d+)\.(\d+)", text)
+                if not said or [int(n) for n in said.groups()] <= [int(n) for n in version.split(".")[:2]]:
+                    wrong.append(text)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("decorator", "found"),
+    [
+        ('@deprecated("use ai.plan; gone in 0.4")', []),
+        ('@typing_extensions.deprecated("use ai.plan; gone in 0.2")', ["use ai.plan; gone in 0.2"]),
+        ('@deprecated("gone soon")', ["gone soon"]),
+        ("@cache", []),
+    ],
+)
+def test_reader_of_deprecations(decorator: str, found: list[str]) -> None:
+    """The reader behind the next test takes a name that is to go, with what to use and a later version, and no other."""
+    assert overdue(f"{decorator}\ndef old(): ...", "0.2.0") == found
+
+
+def test_what_is_deprecated_says_what_to_use_and_goes_in_time() -> None:
+    """A public name that is to go carries `typing_extensions.deprecated`; it is gone in the version that it names."""
+    from attninject import __version__
+
+    for file in PACKAGE.rglob("*.py"):
+        assert overdue(file.read_text(encoding="utf-8"), __version__) == [], file.relative_to(ROOT)
 
 
 def test_recipes_are_found_from_a_checkout(tmp_path: Path) -> None:
@@ -241,6 +282,7 @@ def test_wheel_installed_elsewhere_finds_its_recipes(wheel: Path, tmp_path: Path
 def test_wheel_holds_types_and_licence_and_no_tests(wheel: Path) -> None:
     """The wheel carries `py.typed` and the licence; tests and examples stay in the checkout."""
     names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.stat().st_size < 1_000_000
     assert "attninject/py.typed" in names
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/", 1)[0].split("-")[0] for name in names} == {"attninject"}
