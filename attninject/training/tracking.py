@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -27,7 +27,11 @@ from .log_columns import scalar_name
 BOARD = "tensorboard"  # the tracker, and its folder within the run's
 NAMES = "trackers.json"
 _OF_THE_EXTRA = (BOARD, "mlflow", "wandb")
-_ID_OF = {BOARD: lambda _: BOARD, "mlflow": lambda run: run.info.run_id, "wandb": lambda run: run.id}
+_ID_OF: dict[str, Callable[[Any], str]] = {
+    BOARD: lambda _: BOARD,
+    "mlflow": lambda run: run.info.run_id,
+    "wandb": lambda run: run.id,
+}
 """Trackers whose runs can be gone on with, and what names one."""
 
 
