@@ -111,7 +111,8 @@ def anchors(page: str) -> set[str]:
 # --- running -----------------------------------------------------------------------------------
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of a process that imports this checkout, and prints wide tables."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
 
@@ -119,7 +120,7 @@ def _environment() -> dict[str, str]:
 def printed_by(command: str) -> str:
     """What `attninject …` prints, in a process of its own, which knows no block but the built-in ones."""
     arguments = [sys.executable, "-m", *shlex.split(command)]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=_environment())
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -156,7 +157,7 @@ def run_python() -> dict[str, list[str] | str]:
         input=json.dumps({page: found for page, found in code.items() if found}),
         capture_output=True,
         text=True,
-        env=_environment(),
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

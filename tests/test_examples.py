@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import subprocess
@@ -18,8 +17,7 @@ from torchvision import models
 
 import attninject as ai
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = pages.ROOT / "examples"
 
 EXPECTED = {
     "one_liner.py": (
@@ -128,9 +126,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for folder in found.values():
         folder.mkdir()
     told = [str(part) for name, folder in found.items() for part in (EXAMPLES / name, folder)]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-W", "error", "-W", OWN_FOLDER, "-c", RUNNER, *told]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
+    subprocess.run(command, env=pages.environment(), check=True)
     return found
 
 
@@ -171,10 +168,9 @@ def test_guide_with_another_package(name: str, tmp_path: Path) -> None:
     package, *texts = GUIDES[name]
     pytest.importorskip(package)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if name == "finetune_ddp.py" else []
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *launch, str(EXAMPLES / name)],
-        env={**os.environ, "PYTHONPATH": path, "YOLO_CONFIG_DIR": str(tmp_path / "settings")},
+        env={**pages.environment(), "YOLO_CONFIG_DIR": str(tmp_path / "settings")},
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-TOUR = ROOT / "examples" / "tour.ipynb"
+TOUR = pages.ROOT / "examples" / "tour.ipynb"
 
 
 def run(notebook: Any, folder: Path) -> Any:
@@ -18,12 +17,11 @@ def run(notebook: Any, folder: Path) -> Any:
     from nbclient import NotebookClient
 
     done = copy.deepcopy(notebook)
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     client = NotebookClient(
         done, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}}
     )
     quiet = "ignore:IProgress not found"  # advice of tqdm, with a path of this machine
-    client.execute(env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": quiet})
+    client.execute(env={**pages.environment(), "PYTHONWARNINGS": quiet})
     for cell in done.cells:
         cell.metadata = {}
     done.metadata = notebook.metadata
