@@ -73,19 +73,13 @@ class Deformation(Replacement):
         weight = at_least_float32(weight)
         added = weight.new_zeros(geometry.outputs) if bias is None else at_least_float32(bias)
         tensors = given, weight, offsets.to(given.dtype), masks.to(given.dtype), added
-        if torch.onnx.is_in_onnx_export() and not tracing() and hasattr(torch.onnx, "ops"):  # torch 2.8
+        if torch.onnx.is_in_onnx_export() and not tracing() and hasattr(torch.onnx, "ops"):  # newer than 2.6
             return self._onnx_node(*tensors, padding)
         import torchvision  # noqa: F401 (registers the operator; its own function looks at sizes, which tracing fixes)
 
         made: Tensor = torch.ops.torchvision.deform_conv2d(
-            *tensors,
-            *geometry.stride,
-            *padding,
-            *geometry.dilation,
-            geometry.groups,
-            self.offset_groups,
-            True,
-        )
+            *tensors, *geometry.stride, *padding, *geometry.dilation, geometry.groups, self.offset_groups, True
+        )  # fmt: skip
         return laid_out_like(x, made)
 
     def _onnx_node(
