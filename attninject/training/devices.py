@@ -30,13 +30,22 @@ def open_accelerator(train: Training) -> Any:
     try:
         # accumulation is the loop's: a number from Accelerate's config would divide the loss once more
         own = GradientAccumulationPlugin(num_steps=1)
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=train.device == "cpu", mixed_precision=train.precision, gradient_accumulation_plugin=own
         )
     except (ValueError, RuntimeError) as error:
         raise ExperimentError(
             [Fault(f"train, precision: {train.precision or 'as configured'} is not to be had here: {error}")]
         ) from error
+    if fsdp_asked_for(train) and accelerator.device.type == "cpu" and not cpus_average(torch.__version__):
+        text = f"torch {torch.__version__} adds gradients up on CPUs where it should average them"
+        raise ExperimentError([Fault(f"train, sharding: {text}; take sharding none, or torch 2.9")])
+    return accelerator
+
+
+def cpus_average(version: str) -> bool:
+    """Whether FSDP 2 on CPUs gives the mean of the processes' gradients: torch 2.8 gives the sum, 2.6 fails."""
+    return tuple(int(part) for part in version.split(".")[:2]) >= (2, 9)
 
 
 def forget_accelerator() -> None:

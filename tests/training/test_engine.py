@@ -20,7 +20,7 @@ from torch import nn
 
 import attninject as ai
 from attninject import errors, models
-from attninject.training import finetune
+from attninject.training import devices, finetune
 
 
 def said(**kw: Any) -> tuple[Any, list[str]]:
@@ -531,3 +531,13 @@ def test_blocks_learn_ten_times_faster_unless_told_otherwise(tmp_path: Path) -> 
             epochs,
             pytest.approx(1e-2, rel=1),
         )
+
+
+def test_fsdp_on_cpus_is_refused_where_gradients_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.8 does; where it gives their mean, the test of two processes trains with it."""
+    assert [devices.cpus_average(v) for v in ("2.6.0+cu124", "2.8.0", "2.9.1", "2.14.1+cu130", "3.0")] == [
+        False, False, True, True, True,
+    ]  # fmt: skip
+    monkeypatch.setattr(devices, "cpus_average", lambda version: False)
+    with pytest.raises(errors.ExperimentError, match=r"sharding: torch .* adds gradients up on CPUs"):
+        finetune(net(), DATA, **QUICK, sharding="fsdp2")
