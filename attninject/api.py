@@ -151,10 +151,12 @@ class InjectedBlocks(dict[str, nn.Module]):
     """Qualified name → block, in a notebook a table."""
 
     def _repr_html_(self) -> str:
-        rows = [
-            (name, type(block).__name__, f"{sum(p.numel() for p in block.parameters()):,}")
-            for name, block in self.items()
-        ]
+        seen: set[int] = set()
+        rows = []
+        for name, block in self.items():
+            count = f"{sum(p.numel() for p in block.parameters()):,}"
+            rows.append((name, type(block).__name__, "shared" if id(block) in seen else count))
+            seen.add(id(block))
         below = [] if rows else ["no injected blocks"]
         return html_table(("module", "block", "parameters"), rows, right={2}, below=below)
 

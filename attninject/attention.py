@@ -24,8 +24,9 @@ def attention_maps(model: nn.Module, x: Any) -> Maps:
     One run of the model in eval mode without gradients; afterwards modes, statistics and random generators are
     as they were. What a block's `attention(x)` gives is in the block's own layout, (B, C, H, W), whatever the
     model's; a gate is the factor that multiplies, 1 on a fresh model. A block that runs several times adds
-    `gate_2`, `gate_3`, …. A block that is disabled, does not run on this input, or has no `attention` (a class
-    of your own need not) has an empty entry; a model without blocks gives {}.
+    `gate_2`, `gate_3`, …; one that serves several sites (`share`) has all its runs under its first name. A block
+    that is disabled, does not run on this input, or has no `attention` (a class of your own need not) has an empty
+    entry; a model without blocks gives {}.
 
     Args:
         model: looks through DDP and torch.compile wrappers; compiled parts run uncompiled meanwhile.
@@ -51,10 +52,12 @@ def in_eval_uncompiled(model: nn.Module) -> Iterator[None]:
 def _listening(blocks: dict[str, nn.Module]) -> Iterator[Maps]:
     """Collects the attention of each call of a block, computed from the call's input."""
     found: Maps = {name: {} for name in blocks}
+    firsts = {id(block): name for name, block in reversed(blocks.items())}
     handles = [
         block.register_forward_pre_hook(_hook(found[name]))
         for name, block in blocks.items()
-        if callable(getattr(block, "attention", None)) and not block.__dict__.get(FLAG)
+        if firsts[id(block)] == name and callable(getattr(block, "attention", None))
+        if not block.__dict__.get(FLAG)
     ]
 
     def put_back() -> None:

@@ -51,6 +51,7 @@ def _kind(block: nn.Module) -> Any:
     """Equal for blocks that can share compiled code. A coarse answer costs a recompilation, no result."""
     tensors = itertools.chain(block.named_parameters(), block.named_buffers())
     site = block.__dict__.get(injected_state.SITE)
+    site = site[0] if isinstance(site, tuple) else site  # of those that a block serves
     size = None if site is None or site.shape is None else tuple(site.shape[1:])
     return type(block), block.extra_repr(), size, tuple((n, t.shape, t.dtype) for n, t in tensors)
 

@@ -55,7 +55,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, base: str | None = N
     sites = site_rules.recorded(model)
     if not sites:
         raise DeltaError("the model has no injected blocks, so there is nothing to save: inject first")
-    state = _tensors(model)
+    again = prefixes(site for site in sites if "shares" in site)
+    state = {key: t for key, t in _tensors(model).items() if not key.startswith(again)}  # a shared block once
     chosen = set(state) if changed is None else _chosen(model, state).union(changed)
     record = {
         "format": FORMAT,
@@ -258,7 +259,9 @@ def _plan(model: nn.Module, file: DeltaFile, example_inputs: Any) -> Plan:
 def _check_blocks(model: nn.Module, file: DeltaFile, strict: bool) -> None:
     """Compare the injected blocks' tensors with the file's, name by name."""
     of_blocks = prefixes(file.record["sites"])
-    made = {key: signature(t) for key, t in _tensors(model).items() if key.startswith(of_blocks)}
+    again = prefixes(site for site in file.record["sites"] if site.get("shares"))
+    tensors = {key: t for key, t in _tensors(model).items() if not key.startswith(again)}
+    made = {key: signature(t) for key, t in tensors.items() if key.startswith(of_blocks)}
     held = file.of_blocks
     if not strict:
         made = {key: _shape_of(s) for key, s in made.items()}

@@ -51,6 +51,7 @@ class BlockStatus:
         training: whether it is in train mode.
         disabled: whether it is passed through at the moment.
         changed: whether a parameter may have changed since injection; None: nobody noted, as in a copy.
+        shares: name under which this very block stands already, and is counted; "" where it is the first.
     """
 
     name: str
@@ -61,6 +62,11 @@ class BlockStatus:
     training: bool
     disabled: bool
     changed: bool | None
+    shares: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `shares` where there is something to say."""
+        return {name: value for name, value in asdict(self).items() if name != "shares" or value}
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Status:
         """JSON-ready."""
         counts = {"learning": self.trainable.learning, "total": self.trainable.total}
         named = {"deltas": list(self.deltas), "active": self.active} if self.deltas else {}
-        return {"model": self.model, "blocks": [asdict(block) for block in self.blocks], **counts, **named}
+        return {"model": self.model, "blocks": [block.to_dict() for block in self.blocks], **counts, **named}
 
     def __str__(self) -> str:
         rows = ["  " + line for line in aligned([HEADER, *map(_row, self.blocks)], right=NUMBERS)]
@@ -118,8 +124,10 @@ def learning_of(model: nn.Module) -> Learning:
 
 def _blocks(model: nn.Module) -> Iterator[BlockStatus]:
     sites = injected_state.sites_of(model)
+    first: dict[int, str] = {}  # id of a block -> its first name
     for name, block in injected_state.injected_blocks(model).items():
-        site, own = sites[name], learning_of(block)
+        shares = first.setdefault(id(block), name)
+        site, own = sites[name], learning_of(nn.Identity() if shares != name else block)
         yield BlockStatus(
             name,
             type(block).__name__,
@@ -129,6 +137,7 @@ def _blocks(model: nn.Module) -> Iterator[BlockStatus]:
             block.training,
             bool(block.__dict__.get(injected_state.FLAG)),
             _changed(block),
+            "" if shares == name else shares,
         )
 
 
@@ -146,4 +155,7 @@ def _row(block: BlockStatus) -> tuple[str, ...]:
     mode = "passed through" if block.disabled else "train" if block.training else "eval"
     changed = {True: "yes", False: "no", None: "unknown"}[block.changed]
     learns = learns if block.parameters else "nothing to learn"
-    return block.name, block.kind, block.site, f"{block.parameters:,}", learns, mode, changed
+    count = f"{block.parameters:,}"
+    if block.shares:
+        count, learns = "shared", f"as {block.shares}"
+    return block.name, block.kind, block.site, count, learns, mode, changed

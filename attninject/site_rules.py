@@ -5,7 +5,8 @@ Plain data, fit for JSON: nothing in it is ever imported, evaluated or fetched. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,19 +15,22 @@ from attninject import api, plugins
 from attninject.blocks import registry
 from attninject.errors import AttnInjectError, DeltaError, RecipeError, UnsupportedModelError
 from attninject.planning.plan import Plan
-from attninject.planning.planned_site import Site
+from attninject.planning.planned_site import SecondValue, Site
 from attninject.surgery import injected_state
 
 
 def recorded(model: nn.Module) -> list[dict[str, Any]]:
     """Every injected block: `qualified` name, `mechanism`, `layout` and `rule`; several at a site stay in order.
 
+    One that stands at an earlier site too `shares` the block of that name.
+
     Raises:
         DeltaError: a block was replaced, or its class has the name of another block.
     """
     sites = injected_state.sites_of(model)
     found = []
-    for name, _, insertion in injected_state.insertions(model):
+    first: dict[int, str] = {}  # id of a block -> its first name
+    for name, carrier, insertion in injected_state.insertions(model):
         site = sites[name]
         if site is None:
             raise DeltaError(
@@ -40,6 +44,8 @@ def recorded(model: nn.Module) -> list[dict[str, Any]]:
                 "rule": _rule(site, insertion),
             }
         )
+        earlier = first.setdefault(id(getattr(carrier, insertion.name)), site.name)
+        found[-1] |= {"shares": earlier} if earlier != site.name else {}
     return found
 
 
@@ -55,6 +61,8 @@ def check_form(sites: Any) -> None:
         texts = (site["qualified"], site["layout"], site["mechanism"])
         if not all(isinstance(text, str) for text in texts) or not isinstance(site["rule"], dict):
             raise ValueError("a site without a name or a rule")
+        if not isinstance(site.get("shares", ""), str):
+            raise ValueError("a site that shares what has no name")
 
 
 def planned(
@@ -96,7 +104,33 @@ def planned(
             f"{source}: {other[0]} was {wanted.get(other[0], 'absent')} when it was saved and is "
             f"{found.get(other[0], 'absent')} in this model; give the example_inputs of the injection"
         )
-    return plan
+    shares = {site["qualified"]: site.get("shares", "") for site in sites}
+    return replace(plan, sites=tuple(_sharing(plan.sites, shares, source)))
+
+
+def _sharing(sites: Sequence[Site], shares: Mapping[str, str], source: object) -> Iterator[Site]:
+    """The sites of a plan, those marked that have the block of an earlier one.
+
+    Raises:
+        DeltaError: there is no such block, or it is another one.
+    """
+    own: dict[str, Site] = {}
+    for site in sites:
+        name = shares[site.name]
+        if not name:
+            own[site.name] = site
+            yield site
+        elif name in own and _form(own[name]) == _form(site):
+            yield replace(site, shares=name, parameters=0)
+        else:
+            raise DeltaError(
+                f"{source}: {site.name} shares the block {name}, which is none that would fit it here"
+            )
+
+
+def _form(site: Site) -> tuple[Any, ...]:
+    second = site.second.channels if site.second else None
+    return site.block, site.args, site.init, site.channels, site.layout.dims, second
 
 
 def _rule(site: Site, insertion: injected_state.Insertion) -> dict[str, Any]:
@@ -114,7 +148,20 @@ def _rule(site: Site, insertion: injected_state.Insertion) -> dict[str, Any]:
         rule["input"] = site.input
     if site.output is not None:
         rule["output"] = site.output
+    if site.second is not None and insertion.second is not None:
+        rule["with"] = _second(site.second, insertion.second.layout.kind)
     return rule
+
+
+def _second(second: SecondValue, layout: str) -> dict[str, Any]:
+    given: dict[str, Any] = {second.position: second.path, "layout": layout}
+    if "::" not in second.path:
+        given["call"] = second.call
+    if second.input is not None:
+        given["input"] = second.input
+    if second.output is not None:
+        given["output"] = second.output
+    return given
 
 
 def block_name(site: Site) -> str:

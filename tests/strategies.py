@@ -84,6 +84,8 @@ FIELDS = (
         "init",
         "name",
         "optional",
+        "with",
+        "share",
         "rules",
         "every",
         "source",

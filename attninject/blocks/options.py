@@ -238,12 +238,13 @@ RESERVED = {
     "channels": "is measured at the site",
     "dims": "follows from the layout at the site",
     "init": "is a field of the rule, beside args",
+    "other_channels": "is measured at the second value, which `with` names",
 }
 """What every block's constructor takes and no recipe gives, and why not."""
 
 
 def declared(constructor: Callable[..., None], inherited: Options | None = None) -> dict[str, Check]:
-    """The options of an `__init__`: its arguments behind self and the channels, but for `dims` and `init`.
+    """The options of an `__init__`: its arguments behind self and the channels, but for those in `RESERVED`.
 
     Those that the class inherits are options too, and stay as they are where the annotation says nothing.
 

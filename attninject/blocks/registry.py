@@ -28,6 +28,7 @@ from .forms import ConvForm
 from .gate import Blend
 from .geometry import Geometry
 from .options import INITS, RESERVED, Int, OneOf, faults, nearest, unknown
+from .paired import BlendedPair, PairBlock
 from .replacement import Blended, Replacement
 
 __all__ = [
@@ -40,11 +41,13 @@ __all__ = [
     "is_form",
     "is_identity",
     "list_blocks",
+    "needs_second",
     "reference",
     "refused",
     "register_block",
     "resolve",
     "source_of",
+    "takes_second",
 ]
 
 
@@ -237,25 +240,50 @@ def create_block(
     *,
     init: str = "identity",
     dims: int = 2,
+    other_channels: int | None = None,
     **args: Any,
 ) -> nn.Module:
     """Build a block for inputs of shape (B, channels, *S) with `dims` spatial dimensions.
 
+    `other_channels`: of the second value, for a block that takes one; None: it is given its own input twice.
     `init`: `identity` (the model's function is unchanged), `paper` (the published gate and initialisation),
     `blend` (x + α(f(x) − x), α = 0). A foreign class is used as it is under `identity` (given `init` where it
     takes one; whether it keeps the function is for `is_identity` to say) and `paper`, wrapped under `blend`.
     For timm's modules `identity` means `blend`.
     """
     spec = resolve(block)
+    second = {} if other_channels is None else {SECOND: other_channels}
+    if second and not takes_second(block):
+        raise BlockError(f"block {spec.name!r} takes one value, so there are no {SECOND} to be told")
     if issubclass(spec.cls, Block):
         _refuse([text for _, text in check_args(spec.cls, args)])
-        return spec.cls(channels, dims=dims, init=init, **args)
-    return _create_foreign(spec, channels, init, dims, args)
+        return spec.cls(channels, dims=dims, init=init, **second, **args)
+    return _create_foreign(spec, channels, init, {"dims": dims, **second}, args)
+
+
+SECOND = "other_channels"  # what the constructor of a block of two inputs takes behind its channels
+
+
+def takes_second(block: BlockLike) -> bool:
+    """Whether a block is given a second value: a foreign one says so by a constructor that takes `other_channels`."""
+    spec = resolve(block)
+    if issubclass(spec.cls, Block) or isinstance(spec, foreign.TimmSpec):
+        return issubclass(spec.cls, PairBlock)
+    source = source_of(spec)
+    return not isinstance(source, nn.Module) and SECOND in _parameters(source)
+
+
+def needs_second(block: BlockLike) -> bool:
+    """Whether a block cannot do without a second value: ours are given their own input twice."""
+    source = source_of(resolve(block))
+    return takes_second(block) and _parameters(source)[SECOND].default is inspect.Parameter.empty
 
 
 def _create_foreign(
-    spec: BlockSpec, channels: int, init: str, dims: int, args: Mapping[str, Any]
+    spec: BlockSpec, channels: int, init: str, known: Mapping[str, int], args: Mapping[str, Any]
 ) -> nn.Module:
+    """`known`: `dims` of the site, and the channels of a second value."""
+    dims = known["dims"]
     found = [text for _, text in _foreign_faults(spec, args)]
     if not OneOf(*INITS).accepts(init):
         found.append(f"block {spec.name!r}: init: expected one of {', '.join(INITS)}, found {init!r}")
@@ -271,9 +299,11 @@ def _create_foreign(
         return spec.build(channels, init, args)
     source = source_of(spec)
     if not isinstance(source, nn.Module):
-        args = {**_settings(_parameters(source), init, dims), **args}
+        args = {**_settings(_parameters(source), init, known), **args}
     module = spec.make(channels, args) if isinstance(spec, sources.MadeSpec) else source(channels, **args)
-    return Blend(module) if init == "blend" else module
+    if init != "blend":
+        return module
+    return BlendedPair(module) if SECOND in known else Blend(module)
 
 
 def create_replacement(
@@ -327,9 +357,9 @@ def reads_conv(block: BlockLike) -> bool:
     return issubclass(cls, ConvForm) and cls.reads_conv
 
 
-def _settings(parameters: Mapping[str, Any], init: str, dims: int) -> dict[str, Any]:
-    """`dims` and `init` for what takes them; behind a blend a block starts as published."""
-    given = {"dims": dims, "init": "paper" if init == "blend" else init}
+def _settings(parameters: Mapping[str, Any], init: str, known: Mapping[str, int]) -> dict[str, Any]:
+    """What is known of a site, and `init`, for what takes them; behind a blend a block starts as published."""
+    given = {**known, "init": "paper" if init == "blend" else init}
     return {name: value for name, value in given.items() if name in parameters}
 
 
@@ -339,22 +369,28 @@ def _refuse(found: list[str]) -> None:
 
 
 def is_identity(
-    block: nn.Module, channels: int, dims: int = 2, *, shape: tuple[int, ...] | None = None
+    block: nn.Module,
+    channels: int,
+    dims: int = 2,
+    *,
+    shape: tuple[int, ...] | None = None,
+    other: tuple[int, ...] | None = None,
 ) -> bool:
     """Whether the block returns a random input bit for bit, in eval and in train mode.
 
-    `shape`: (B, C, *S) of the input, by default two samples of 8 positions a side. A copy is run, so buffers
-    and modes stay as they are; the random generators' states are put back. What the block raises is raised.
+    `shape`: (B, C, *S) of the input, by default two samples of 8 positions a side; `other`: that of a second value,
+    (B, …). A copy is run, so buffers and modes stay as they are; the random generators' states are put back. What the
+    block raises is raised.
     """
     probe = copy.deepcopy(block)
     like = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
     size = shape or (2, channels, *(8,) * dims)
     devices = [like.device] if like.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        x = torch.randn(size, dtype=torch.float32).to(device=like.device, dtype=like.dtype)
-        return all(_returns_same(probe.train(mode), x) for mode in (False, True))
+        x, *second = (torch.randn(s, dtype=torch.float32).to(like) for s in (size, other) if s is not None)
+        return all(_returns_same(probe.train(mode), x, *second) for mode in (False, True))
 
 
-def _returns_same(block: nn.Module, x: torch.Tensor) -> bool:
-    y = block(x.clone())
+def _returns_same(block: nn.Module, x: torch.Tensor, *second: torch.Tensor) -> bool:
+    y = block(x.clone(), *second)
     return isinstance(y, torch.Tensor) and y.dtype == x.dtype and torch.equal(y, x)

@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 
-def one_call(block: nn.Module, x: fx.Proxy) -> Tensor:
+def one_call(block: nn.Module, x: fx.Proxy, *rest: Any) -> Tensor:
     """The call of a block in the graph that x belongs to; asked for from the block's own forward.
 
     A formula may decide by sizes and dtypes, which a proxy does not have, and the fast forms look at the tensor.
     """
     tracer: Any = x.tracer
     stay_float(block, tracer)
-    call: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(block), (x,), {})
+    call: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(block), (x, *rest), {})
     return call
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from attninject.recipe.fields import FIELDS, WHERE
-from attninject.recipe.rules import Rule
+from attninject.recipe.rules import Rule, written
 
 from .common import example_inputs, scalar, setting
 from .usage import Parser, with_default
@@ -42,7 +42,7 @@ def add_settings(group: argparse._ArgumentGroup, text: str) -> None:
 
 def flag(name: str) -> str:
     """A field's flag: `--min-channels` of `min_channels`."""
-    return "--set" if name == "args" else f"--{name.replace('_', '-')}"
+    return "--set" if name == "args" else f"--{written(name).replace('_', '-')}"
 
 
 def rule_fields(args: argparse.Namespace) -> dict[str, Any]:

@@ -213,6 +213,11 @@ def _plan(
             f"rule {published[0].rule + 1} asks for init: paper, so that {published[0].name} changes the output at "
             "once: a ranking needs blocks that are the identity at init (init: identity, or blend)"
         )
+    if shared := [s for s in plan.sites if s.shares]:
+        raise PlanError(
+            f"rule {shared[0].rule + 1} lets {shared[0].name} share {shared[0].shares}: a ranking asks what a block does "
+            "at each site by itself; leave `share` out"
+        )
     return plan
 
 

@@ -22,7 +22,7 @@ from attninject.observe.record import Call, Op, Ref, refs
 from attninject.recipe.patterns import Pattern, compile_pattern
 from attninject.recipe.rules import Rule
 from attninject.recipe.targets import Target, as_ending
-from attninject.surgery.local_graph import LocalGraph, targets
+from attninject.surgery.local_graph import LocalGraph, operands, targets
 from attninject.terms import Position
 from attninject.wording import listed, nearest_hint
 
@@ -271,10 +271,7 @@ def _no_output(tree: Any, key: int | str | None, name: str, label: str) -> str:
 
 def _operand(local: LocalGraph, node: fx.Node, operand: int | str) -> Any:
     """What the probe saw as a node's operand; None where it has none there, or one that no node made."""
-    if isinstance(operand, str):
-        source = node.kwargs.get(operand)
-    else:
-        source = node.args[operand] if operand < len(node.args) else None
+    source = operands(node).get(operand)
     return local.effects[source].out if isinstance(source, fx.Node) and source in local.effects else None
 
 

@@ -44,28 +44,40 @@ def injected_parameters(model: nn.Module) -> int:
     return sum(seen.values())
 
 
+class Given(NamedTuple):
+    """What a block is given: the shapes (1, C, *S) of its value and, if it gets one, of a second."""
+
+    shape: tuple[int, ...]
+    other: tuple[int, ...] | None = None
+
+    @property
+    def other_channels(self) -> int | None:
+        """Channels of the second value."""
+        return None if self.other is None else self.other[1]
+
+
 @functools.lru_cache(maxsize=1024)
-def _cost(
-    block: BlockLike, args: FrozenDict, init: Init, channels: int, dims: int, positions: tuple[int, ...]
-) -> tuple[int, int]:
-    return _tried(block, args, init, channels, dims, positions)
+def _cost(block: BlockLike, args: FrozenDict, init: Init, dims: int, given: Given) -> tuple[int, int]:
+    return _tried(block, args, init, dims, given)
 
 
-def _tried(
-    block: BlockLike, args: FrozenDict, init: Init, channels: int, dims: int, positions: tuple[int, ...]
-) -> tuple[int, int]:
+def _tried(block: BlockLike, args: FrozenDict, init: Init, dims: int, given: Given) -> tuple[int, int]:
     """Parameters and MACs of a block that is built and tried."""
 
     def build(device: str) -> nn.Module:
         with torch.device(device):
-            return registry.create_block(block, channels, init=init, dims=dims, **args).eval()
+            return registry.create_block(
+                block, given.shape[1], init=init, dims=dims, other_channels=given.other_channels, **args
+            ).eval()
 
     with rng_kept():
-        built, record = trial.tried(build, name_of(block), (1, channels, *positions))
+        built, record = trial.tried(build, name_of(block), given.shape, given.other)
     return sum(p.numel() for p in built.parameters()), macs_of(record)
 
 
-def site_cost(rule: Rule, layout: Layout, shape: tuple[int, ...], where: str) -> Cost:
+def site_cost(
+    rule: Rule, layout: Layout, shape: tuple[int, ...], where: str, other: tuple[int, ...] | None = None
+) -> Cost:
     """Parameters and MACs of a rule's block at a site, for one sample; tests the identity of a foreign class.
 
     Args:
@@ -73,13 +85,15 @@ def site_cost(rule: Rule, layout: Layout, shape: tuple[int, ...], where: str) ->
         layout: that the block sees.
         shape: of the site's tensor.
         where: how messages call the site.
+        other: (B, C, *S) of the second value, as the block is given it.
 
     Raises:
         BlockError, TooFewChannelsError: the block cannot be built so.
         IdentityError: a foreign class changes the function, and `init` is `identity`.
     """
     with _at(where):
-        return Cost(*_block_cost(rule, layout.channels(shape), layout.dims, layout.positions(shape)))
+        second = None if other is None else (1, *other[1:])
+        return Cost(*_block_cost(rule, layout.dims, Given((1, *layout.map_shape(shape)[1:]), second)))
 
 
 @contextlib.contextmanager
@@ -120,7 +134,7 @@ def replacement_cost(
                 "convolution takes a block that is one in another form, as dynamic_conv"
             )
         kept = replace(rule, init="paper" if rule.init == "paper" else "blend")
-        found = _block_cost(kept, layout.channels(given), layout.dims, layout.positions(given))
+        found = _block_cost(kept, layout.dims, Given((1, *layout.map_shape(given)[1:])))
         return Cost(*found, alone=rule.init == "paper")
 
 
@@ -141,7 +155,7 @@ def _form_cost(rule: Rule, old: nn.Module, shapes: tuple[tuple[int, ...], tuple[
     return Cost(parameters, macs_of(record), alone=not built.uses_result)
 
 
-def _block_cost(rule: Rule, channels: int, dims: int, positions: tuple[int, ...]) -> tuple[int, int]:
+def _block_cost(rule: Rule, dims: int, given: Given) -> tuple[int, int]:
     spec = registry.resolve(rule.block)
     own = spec.family != "registered"
     source = (
@@ -150,22 +164,25 @@ def _block_cost(rule: Rule, channels: int, dims: int, positions: tuple[int, ...]
     kept = isinstance(source, nn.Module)  # an instance, which may change, and must not be held for ever
     failed: Exception | None = None
     try:
-        found = (_tried if kept else _cost)(source, rule.args, rule.init, channels, dims, positions)
+        found = (_tried if kept else _cost)(source, rule.args, rule.init, dims, given)
     except trial.Fails as error:
         failed = error
     if rule.init == "identity" and not own:
-        (_check_foreign.__wrapped__ if kept else _check_foreign)(source, rule.args, channels, dims)
+        (_check_foreign.__wrapped__ if kept else _check_foreign)(source, rule.args, dims, given)
     if failed is not None:
         raise BlockError(str(failed)) from failed
     return found
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_foreign(block: BlockLike, args: FrozenDict, channels: int, dims: int) -> None:
+def _check_foreign(block: BlockLike, args: FrozenDict, dims: int, given: Given) -> None:
+    channels, other = given.shape[1], given.other and (2, *given.other[1:])
     with rng_kept():
-        built = registry.create_block(block, channels, init="identity", dims=dims, **args)
+        built = registry.create_block(
+            block, channels, init="identity", dims=dims, other_channels=given.other_channels, **args
+        )
     try:
-        kept = registry.is_identity(built, channels, dims)
+        kept = registry.is_identity(built, channels, dims, other=other)
     except Exception as error:
         raise IdentityError(
             f"{name_of(block)} fails on a random map of {channels} channels: {type(error).__name__}: {error}"

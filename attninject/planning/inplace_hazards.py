@@ -18,7 +18,7 @@ from attninject.anatomy.dataflow import Spot
 from attninject.errors import InPlaceHazardError, TraceRefused
 from attninject.observe.record import Call, Op
 from attninject.surgery.injected_state import base_class
-from attninject.surgery.local_graph import Effect, LocalGraph, find, targets
+from attninject.surgery.local_graph import Effect, LocalGraph, find, operands, targets
 
 from .scene import Scene, call_node
 
@@ -175,9 +175,8 @@ def _walked(
     if spot.position == "after":
         sides.walk(graph, effects, node, {True})
         return sides
-    given = [*enumerate(node.args), *node.kwargs.items()]
     value = _operand(node, operand)
-    twice = any(a is value for key, a in given if key != operand)
+    twice = any(a is value for key, a in operands(node).items() if key != operand)
     if effects[node].writes & shared:
         sides.write({True, False} if twice else {True})
     sides.walk(graph, effects, node, {True} if effects[node].storages & shared else set())
@@ -185,7 +184,7 @@ def _walked(
 
 
 def _operand(node: fx.Node, operand: int | str) -> Any:
-    return node.kwargs[operand] if isinstance(operand, str) else node.args[operand]
+    return operands(node)[operand]
 
 
 # --- at a module -------------------------------------------------------------------------------
@@ -232,8 +231,7 @@ def graph_operand(node: fx.Node, spot: Spot) -> int | str:
         TraceRefused: the forward was called with it, the graph does without.
     """
     operand = spot.operand
-    known = operand < len(node.args) if isinstance(operand, int) else operand in node.kwargs
-    if known or spot.position == "after":
+    if operand in operands(node) or spot.position == "after":
         return operand
     raise TraceRefused(f"operand {operand!r} is not in its graph")
 

@@ -44,6 +44,35 @@ def layout_for(rule: Rule, scene: Scene, spot: Spot, label: str) -> Layout:
     )
 
 
+def layout_of_second(rule: Rule, scene: Scene, spot: Spot, here: Layout, label: str) -> Layout:
+    """The layout in which the rule's block is given its second value.
+
+    Args:
+        rule: names the block.
+        scene: the model.
+        spot: of the second value.
+        here: the layout that the block sees at its site.
+        label: how messages call the rule.
+
+    Raises:
+        LayoutError: none can be told, or the block does not work on it beside its site; the message says what to do.
+    """
+    assert rule.with_ is not None
+    name, shape = f"the second value, {scene.name(spot)}", scene.record.shape(spot.value)
+    layout = scene.layout(spot)
+    if rule.with_.layout:
+        kind = rule.with_.layout
+        layout = _overridden(layout, kind, shape, f"{label}: layout {kind}", name)
+    if layout is None:
+        raise LayoutError(f"{label}: the axes of {name}, {tuple(shape)}, {_unknown(scene, spot)}")
+    spec = registry.resolve(rule.block)
+    if spec.spatial and (not layout.is_map or layout.dims != here.dims):
+        raise LayoutError(
+            f"{label}: {name} is {layout} {tuple(shape)}, and {spec.name} wants a {here.dims}D map there as at its site"
+        )
+    return layout if spec.spatial or layout.kind not in ("NLC", "NCL") else Layout(layout.kind, layout.prefix)
+
+
 def _overridden(measured: Layout | None, kind: str, shape: tuple[int, ...], asked: str, name: str) -> Layout:
     """The layout that a rule asks for; the measured one where it is of this kind and says more."""
     if RANK[kind] != len(shape):

@@ -119,9 +119,9 @@ def _shared(scene: Scene, owner: Call | None) -> str:
     return f"{listed(others)} {has(others)} the owner too" if others else ""
 
 
-def why_not_rewritten(scene: Scene, owner: Call) -> str:
-    """Why no block goes into the graph of an owner; empty if one may."""
-    return _not_rewritable(scene, owner) or _shared(scene, owner)
+def why_not_rewritten(scene: Scene, owner: Call, parted: bool = False) -> str:
+    """Why no block goes into the graph of an owner; empty if one may. `parted`: see `_not_rewritable`."""
+    return _not_rewritable(scene, owner, parted) or _shared(scene, owner)
 
 
 def is_open_root(scene: Scene, owner: Call) -> bool:

@@ -14,6 +14,32 @@ from attninject.wording import name_of
 
 
 @dataclass(frozen=True)
+class SecondValue:
+    """What a block of two inputs is given besides; the fields mean what they mean in a `Site`."""
+
+    path: str
+    position: Position
+    call: int
+    shape: tuple[int, ...]
+    layout: Layout
+    channels: int
+    input: int | str | None = None
+    output: int | str | None = None
+
+    @property
+    def where(self) -> str:
+        """`after up.0`, `before up.0 call 2`."""
+        call = f" call {self.call}" if self.call > 1 else ""
+        item = "" if self.output is None else f"[{self.output!r}]"
+        return f"{self.position} {self.path}{item}{call}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**data, "shape": list(self.shape), "layout": str(self.layout)}
+
+
+@dataclass(frozen=True)
 class Site:
     """One block at one point of the dataflow.
 
@@ -36,6 +62,8 @@ class Site:
         rule: index of the rule in the recipe, from 0.
         input: `before`: which operand, by position or name.
         output: `after`: index or key of the tensor in a nested result.
+        second: what a block of two inputs is given besides.
+        shares: name of the block that serves this site too; "" where it has one of its own.
     """
 
     path: str
@@ -56,6 +84,8 @@ class Site:
     rule: int
     input: int | str | None = None
     output: int | str | None = None
+    second: SecondValue | None = None
+    shares: str = ""
 
     @property
     def where(self) -> str:
@@ -63,8 +93,11 @@ class Site:
         return f"{'in place of' if self.position == 'replace' else self.position} {self.path}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready; `second` and `shares` where there is something to say."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
+        second, shares = data.pop("second"), data.pop("shares")
+        data |= {"second": second.to_dict()} if second else {}
+        data |= {"shares": shares} if shares else {}
         data["block"] = name_of(self.block)
         data["args"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
         data["shape"] = list(self.shape)

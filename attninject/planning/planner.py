@@ -28,14 +28,15 @@ from attninject.surgery.location import Location
 from attninject.terms import Slot
 from attninject.wording import listed
 
-from . import replacing
+from . import meeting, pairing, replacing, serving
 from .cost import Cost, injected_parameters, macs_of, replacement_cost, site_cost
 from .layout_check import in_packed_tokens, layout_for
 from .locating import locate, parted, refuse_partly_matched, token_source
 from .matching import match
+from .meeting import Placed
 from .naming import Names
 from .plan import Plan, signature
-from .planned_site import Site
+from .planned_site import SecondValue, Site
 from .scene import Scene
 from .sharing import Sharing
 from .support import check_root, refuse_unsupported
@@ -156,6 +157,7 @@ class _Planner:
         label = f"rule {index + 1} ({rule.block_name})"
         try:
             found, notes = match(rule, self.scene, label)
+            pairs = list(pairing.partners(rule, self.scene, found, label, notes)) if rule.with_ else []
         except PlanError as error:
             if not self.record.complete and not (rule.place and self.scene.root_ran):
                 raise _Incomplete from error
@@ -165,32 +167,38 @@ class _Planner:
             raise
         self.notes += notes
         rows: dict[Any, Row] = {}
-        idle: list[str] = []
-        located = self.located(rule, found, label)
-        for spot, location in located:
-            at = location.insertion
-            key = (id(location.carrier), at.position, at.target, at.operand, at.output)
-            if key in rows:
-                continue  # a carrier that several owners call has one block
-            rows[key] = self.row(index, spot, location, label)
-            site = rows[key][0]
-            if site.layout.prefix and self.scene.unread(spot.value):
-                idle.append(site.name)
+        spots: list[Spot] = []
+        for placed in self.located(rule, found, pairs, label):
+            at = placed.location.insertion
+            key = (id(placed.location.carrier), at.position, at.target, at.operand, at.output)
+            if key not in rows:  # a carrier that several owners call has one block
+                rows[key] = self.row(index, placed, label)
+                spots.append(placed.spot)
+        made = serving.joined(rule, self.scene, list(rows.values()), spots)
+        idle = [
+            site.name
+            for (site, _), spot in zip(made, spots, strict=True)
+            if site.layout.prefix and self.scene.unread(spot.value)
+        ]
         packing = in_packed_tokens(self.scene.model)
-        packed = [site.name for site, at in rows.values() if id(at.carrier) in packing]
-        self.notes += _noted(rule, list(rows.values()), idle, packed, label)
-        return list(rows.values())
+        packed = [site.name for site, at in made if id(at.carrier) in packing]
+        self.notes += _noted(rule, made, idle, packed, label)
+        return made
 
-    def located(self, rule: Rule, found: list[Spot], label: str) -> list[tuple[Spot, Location]]:
+    def located(
+        self, rule: Rule, found: list[Spot], pairs: list[tuple[Spot, Spot]], label: str
+    ) -> list[Placed]:
         """Where the block of each spot goes.
 
         Raises:
             CannotRewriteError: for some, nowhere; or it would run at spots that the rule leaves out.
         """
+        if rule.with_:
+            return list(meeting.located(self.scene, pairs, label, self.notes))
         if not rule.replace:
             located = [(spot, locate(self.scene, spot, self.scene.name(spot))) for spot in found]
             refuse_partly_matched(self.scene, located)
-            return located
+            return [Placed(*at) for at in located]
         for spot in found:
             taker = self.taken.setdefault(id(spot.module), label)
             if taker != label:
@@ -198,18 +206,20 @@ class _Planner:
                     f"{label}: {taker} takes the place of {self.scene.name(spot)} already"
                 )
         self.notes += replacing.shared_notes(self.scene, found, label)
-        return [(spot, replacing.locate(self.scene, spot, self.scene.name(spot))) for spot in found]
+        return [Placed(spot, replacing.locate(self.scene, spot, self.scene.name(spot))) for spot in found]
 
-    def row(self, index: int, spot: Spot, location: Location, label: str) -> Row:
+    def row(self, index: int, placed: Placed, label: str) -> Row:
         """One site and its location in full: layout, name and cost checked."""
+        spot, location, _ = placed
         rule, path, value = self.recipe.rules[index], self.scene.name(spot), self.record.values[spot.value]
         layout = layout_for(rule, self.scene, spot, label)
+        second = pairing.described(rule, self.scene, placed, layout, label)
         if not value.dtype.is_floating_point:
             raise NoTensorError(f"{label}: {path} gives {value.dtype}, no floating-point tensor")
         around = location.insertion.target is None
         name, slot = self.names.take(location.carrier, rule.child_name, around, label)
         qualified = f"{self.scene.path(location.carrier)}.{name}".lstrip(".")
-        cost = self.cost(rule, spot, location, layout, f"{label}: at {path}")
+        cost = self.cost(rule, placed, layout, second, f"{label}: at {path}")
         site = Site(
             path=path,
             position=spot.position,
@@ -229,14 +239,22 @@ class _Planner:
             rule=index,
             input=spot.operand if spot.position == "before" else None,
             output=spot.output,
+            second=second,
         )
+        if second is not None and (given := location.insertion.second) is not None:
+            given = replace(given, layout=second.layout)
+            location = replace(location, insertion=replace(location.insertion, second=given))
         return site, self.completed(index, spot, location, (name, slot), layout, cost)
 
-    def cost(self, rule: Rule, spot: Spot, location: Location, layout: Layout, where: str) -> Cost:
+    def cost(
+        self, rule: Rule, placed: Placed, layout: Layout, second: SecondValue | None, where: str
+    ) -> Cost:
         """What the block of a site costs, tried on the site's shape."""
+        spot, location, _ = placed
         shape = self.record.shape(spot.value)
         if location.old is None:
-            return site_cost(rule, layout, shape, where)
+            other = None if second is None else second.layout.map_shape(second.shape)
+            return site_cost(rule, layout, shape, where, other)
         made = self.record.shape(replacing.result_of(spot).value)
         return replacement_cost(rule, location.old, layout, (shape, made), where)
 
@@ -271,6 +289,8 @@ def _noted(rule: Rule, rows: list[Row], idle: list[str], packed: list[str], labe
             "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
             "with enable_nested_tensor=False"
         )
+    if not (rule.with_ or rule.replace) and registry.takes_second(rule.block):
+        yield f"{label}: it takes a second value, and is given that of its site twice, since `with` names no other"
     alone = [site.path for site, at in rows if at.insertion.alone and not reads_conv(rule.block)]
     if alone:
         yield f"{label}: under init: paper {listed(alone)} will not run, and their own parameters learn nothing"

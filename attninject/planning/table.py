@@ -66,20 +66,23 @@ def described(rule: Rule) -> str:
     said = "after" if rule.after else "before" if rule.before else "in place of"
     where = rule.place or f"{said} {patterns}"
     args = ", ".join(f"{key}={value}" for key, value in rule.args.items())
-    return f"{rule.block_name}{f' ({args})' if args else ''}, {where}, init {rule.init}"
+    more = f", with {rule.with_}" if rule.with_ else ""
+    more += f", one per {rule.share} and width" if rule.share else ""
+    return f"{rule.block_name}{f' ({args})' if args else ''}, {where}{more}, init {rule.init}"
 
 
 def row(site: Site) -> tuple[str, ...]:
     """The cells of a site, under `HEADER`."""
     call = f" call {site.call}" if site.call > 1 else ""
     item = "" if site.output is None else f"[{site.output!r}]"
+    second = f" with {site.second.where}" if site.second else ""
     return (
-        f"{site.where}{item}{call}",
+        f"{site.where}{item}{call}{second}",
         "×".join(map(str, site.shape[1:])),
         str(site.layout),
         site.name,
         site.mechanism,
-        f"{site.parameters:,}",
+        "shared" if site.shares else f"{site.parameters:,}",
         human(site.macs),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import keyword
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -23,7 +24,7 @@ from .checks import Checker, boolean, checked_fields, choice, distinct, integer,
 from .frozen import FrozenDict
 from .patterns import compile_pattern
 from .report import BAD, Node, Report
-from .rules import CallWord, Every, Init, Per, PickWord, Recipe, Rule, tree_of
+from .rules import CallWord, Every, Init, Per, PickWord, Recipe, Rule, Share, With, tree_of, written
 from .targets import Target, target
 
 # --- the checks of a field: node in, value or BAD out ----------------------------------------
@@ -161,6 +162,30 @@ def _module_pattern(node: Node, report: Report) -> Any:
     return text
 
 
+def _text(node: Node, report: Report) -> Any:
+    """A pattern whose wildcards can be aligned with another's."""
+    return _pattern(node, report) if isinstance(node.value, str) else report.expected(node, "a pattern")
+
+
+_texts = some(_text, "a pattern")
+
+
+def _with(node: Node, report: Report) -> Any:
+    """A second site: a pattern of what gives the value, or a mapping of the fields that a rule has for a site."""
+    if not isinstance(node.value, dict):
+        patterns = _texts(node, report)
+        return BAD if patterns is BAD else With(after=patterns)
+    before = len(report.faults)
+    checkers = {f.name: FIELDS[f.name].check for f in fields(With)} | {"after": _texts, "before": _texts}
+    values = checked_fields(node, checkers, "key", report)
+    if len([key for key in ("after", "before") if key in values]) != 1:
+        report.add(node, "`with` has either `after` or `before`, as in {before: up.*, input: 1}")
+    for key, where in (("input", "before"), ("output", "after")):
+        if key in values and where not in values:
+            report.add(node.value[key][0], f"`{key}` goes with `{where}`")
+    return BAD if len(report.faults) > before or BAD in values.values() else With(**values)
+
+
 class Field(NamedTuple):
     """One field of a rule.
 
@@ -185,6 +210,7 @@ FIELDS: dict[str, Field] = {
     "place": Field(choice("a place", PLACES), "PLACE",
         "the block goes to a named place (attninject list places)", "text"),
     "replace": Field(some(_module_pattern, "a pattern"), "PATTERN", "the block takes the place of what matches", "texts"),
+    "with_": Field(_with, "PATTERN", "of a block of two inputs: what gives the second value", "texts"),
     "input": Field(_operand("an operand, by position from 0 or by name", 0), "WHICH",
         "with before: which operand, by position from 0 or by name"),
     "output": Field(_operand("an index or a key of the output", None), "WHICH",
@@ -201,11 +227,13 @@ FIELDS: dict[str, Field] = {
     "init": Field(choice("one of", get_args(Init)), "INIT",
         "how the block starts: identity, paper (the published gate), blend (a learned mix, 0 at first)", "text"),
     "name": Field(_child_name, "NAME", "name of the new module; default: the block's", "text"),
+    "share": Field(choice("one of", get_args(Share)), "WHERE",
+        "one block for all sites of one width in each owner, each stage, or the model", "text"),
     "optional": Field(boolean, "", "finding nothing is no error", "switch"),
 }  # fmt: skip
 WHERE = ("after", "before", "place", "replace")
 """The fields that say where a block goes: a rule has exactly one of them."""
-_CHECKERS = {name: field.check for name, field in FIELDS.items()}
+_CHECKERS = {written(name): field.check for name, field in FIELDS.items()}
 
 
 # --- rules and recipes ------------------------------------------------------------------------
@@ -251,9 +279,11 @@ def rule_from(node: Node, report: Report) -> Rule | None:
     elif values["block"] is not BAD and values.get("args") is not BAD:
         block, args = node.value["block"][1], node.value.get("args", (None, Node({})))[1]
         check_block_args(block, args, values.get("args", FrozenDict()), report.within("args"))
+        _check_second(node, values, report)
     if len(report.faults) > before or BAD in values.values():
         return None
-    return _with_usable_name(Rule(**_classes_as_types(_without_partial(values))), node, report)
+    named = {name: values[written(name)] for name in FIELDS if written(name) in values}
+    return _with_usable_name(Rule(**_classes_as_types(_without_partial(named))), node, report)
 
 
 def _without_partial(values: dict[str, Any]) -> dict[str, Any]:
@@ -291,13 +321,36 @@ def _check_together(node: Node, values: Mapping[str, Any], report: Report) -> No
         report.add(node.value["input"][0], f"`input` goes with `before`, not with `{where[0]}`")
     if "output" in values and where in (["before"], ["replace"]):
         report.add(node.value["output"][0], f"`output` goes with `after`, not with `{where[0]}`")
+    for key in ("with", "share"):
+        if key in values and where == ["replace"]:
+            report.add(
+                node.value[key][0], f"`{key}` goes with `after`, `before` or `place`, not with `replace`"
+            )
     if "call" in values and where in (["place"], ["replace"]):
         report.add(node.value["call"][0], f"`call` goes with `after` or `before`, not with `{where[0]}`")
 
 
-def _misspelt(node: Node, fields: tuple[str, ...]) -> bool:
+def _check_second(node: Node, values: Mapping[str, Any], report: Report) -> None:
+    """A second value is for blocks that take one."""
+    from attninject.blocks import registry
+
+    if "with" in values and not registry.takes_second(values["block"]):
+        able = [s.name for s in registry.block_table() if registry.takes_second(s.name)]
+        report.add(
+            node.value["with"][0],
+            f"{registry.resolve(values['block']).name} takes one value, so `with` has nothing to give; "
+            f"of two values are {', '.join(able)}",
+        )
+    elif "with" not in values and registry.needs_second(values["block"]):
+        name = registry.resolve(values["block"]).name
+        report.add(node, f"{name} takes a second value: say with `with` what gives it")
+
+
+def _misspelt(node: Node, names: tuple[str, ...]) -> bool:
     """Whether an unknown field is reported as one of these: it is not missing besides."""
-    return any(set(nearest(str(key), FIELDS, 1)) & set(fields) for key in node.value if key not in FIELDS)
+    return any(
+        set(nearest(str(key), _CHECKERS, 1)) & set(names) for key in node.value if key not in _CHECKERS
+    )
 
 
 def _with_usable_name(rule: Rule, node: Node, report: Report) -> Rule | None:

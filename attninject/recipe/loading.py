@@ -13,7 +13,7 @@ from attninject.wording import did_you_mean, quoted
 from .checks import plain_value
 from .fields import recipe_from, rule_from
 from .report import BAD, Report
-from .rules import Recipe, RecipeFields, Rule, RuleFields, explains_fields, tree_of
+from .rules import Recipe, RecipeFields, Rule, RuleFields, explains_fields, tree_of, written
 from .yaml_text import read_file, read_yaml
 
 # --- the way in -------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def rule_from_fields(**rule: Unpack[RuleFields]) -> Rule:
         text = "nothing to inject: give a recipe, or block= with one of after=, before=, place= and replace="
         raise RecipeError([Fault(text)])
     report = Report()
-    made = rule_from(tree_of(rule, report), report)
+    made = rule_from(tree_of({written(name): value for name, value in rule.items()}, report), report)
     report.raise_if_any()
     assert made is not None
     return made

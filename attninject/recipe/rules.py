@@ -24,6 +24,7 @@ from .targets import Target, TargetLike, targets_of
 # --- what goes in -----------------------------------------------------------------------------
 
 Per = Literal["model", "owner", "stage"]
+Share = Literal["owner", "stage", "model"]
 PickWord = Literal["all", "first", "last"]
 CallWord = Literal["last", "all"]
 
@@ -41,6 +42,7 @@ class RuleFields(TypedDict, total=False):
         before: pattern of modules or operations whose input is replaced, for that one call.
         place: a family of sites with the same meaning on every model: "residual_branch".
         replace: pattern of modules whose place the block takes; what they compute stays until training begins.
+        with_: of a block of two inputs: what gives the second, a pattern, or {"before": …, "input": 1}; in a file `with`.
         input: with `before`: which operand, by position (from 0) or by name.
         output: with `after`: index or key of the tensor in a tuple, list or dict.
         layout: what the tensor's axes mean, as "NHWC", where it is not what was measured.
@@ -54,6 +56,7 @@ class RuleFields(TypedDict, total=False):
         args: the block's own arguments, as {"reduction": 16}.
         init: "identity" (default; nothing changes until training), "paper" or "blend".
         name: of the new module in its owner; by default the block's name.
+        share: one block for all sites of one width in each "owner", each "stage", or the "model".
         optional: True: may match nothing.
     """
 
@@ -62,6 +65,7 @@ class RuleFields(TypedDict, total=False):
     before: _Patterns | None
     place: str | None
     replace: _Patterns | None
+    with_: _Patterns | Mapping[str, Any] | None
     input: int | str | None
     output: int | str | None
     layout: str | None
@@ -75,6 +79,7 @@ class RuleFields(TypedDict, total=False):
     args: Mapping[str, Any] | None
     init: Init | None
     name: str | None
+    share: Share | None
     optional: bool | None
 
 
@@ -99,6 +104,11 @@ def explains_fields(verb: _Verb) -> _Verb:
     return verb
 
 
+def written(field: str) -> str:
+    """What a field is called in a recipe: `with`, which in Python is a word of the language, is `with_` there."""
+    return "with" if field == "with_" else field
+
+
 # --- what comes out ---------------------------------------------------------------------------
 
 
@@ -110,6 +120,8 @@ def thawed(value: Any) -> Any:
         return {"every": value.every, "offset": value.offset}
     if isinstance(value, Target):
         return str(value)
+    if isinstance(value, With):
+        return value.to_plain()
     return [thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -122,6 +134,31 @@ class Every:
 
 
 @dataclass(frozen=True)
+class With:
+    """What gives the second value of a block of two inputs, in the words that name a site: `after` or `before`.
+
+    `call`, `input`, `output` and `layout` mean what they mean in a rule.
+    """
+
+    after: tuple[str, ...] | None = None
+    before: tuple[str, ...] | None = None
+    call: int | CallWord | None = None
+    input: int | str | None = None
+    output: int | str | None = None
+    layout: str | None = None
+
+    def to_plain(self) -> Any:
+        """As in a YAML file: a pattern where that says it all, else a mapping."""
+        given = {f.name: thawed(value) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        given = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in given.items()}
+        return given["after"] if list(given) == ["after"] else given
+
+    def __str__(self) -> str:
+        patterns = ", ".join(self.after or self.before or ())
+        return f"{'after' if self.after else 'before'} {patterns}"
+
+
+@dataclass(frozen=True)
 class Rule:
     """A block, its arguments, and where it goes; made and checked by `load_recipe` and `rule_from_fields`."""
 
@@ -130,6 +167,7 @@ class Rule:
     before: tuple[str | Target, ...] | None = None
     place: str | None = None
     replace: tuple[str | Target, ...] | None = None
+    with_: With | None = None
     input: int | str | None = None
     output: int | str | None = None
     layout: str | None = None
@@ -143,6 +181,7 @@ class Rule:
     args: FrozenDict = field(default_factory=FrozenDict)
     init: Init = "identity"
     name: str | None = None
+    share: Share | None = None
     optional: bool = False
 
     @property
@@ -170,7 +209,7 @@ class Rule:
             if value == default:
                 continue
             single = spec.name in ("after", "before", "replace", "type", "exclude") and len(value) == 1
-            result[spec.name] = thawed(value[0] if single else value)
+            result[written(spec.name)] = thawed(value[0] if single else value)
         return result
 
 
@@ -220,5 +259,5 @@ class Recipe:
 
 
 def tree_of(value: Any, report: Report) -> Node:
-    """The tree of a dict, or of keyword arguments; an `Every` may stand for its mapping."""
-    return yaml_text.from_python(value, report, lambda v: thawed(v) if isinstance(v, Every) else v)
+    """The tree of a dict, or of keyword arguments; an `Every` or a `With` may stand for its mapping."""
+    return yaml_text.from_python(value, report, lambda v: thawed(v) if isinstance(v, Every | With) else v)

@@ -14,8 +14,8 @@ from attninject.errors import CannotRewriteError
 from attninject.layout import Layout
 
 from .injected_state import Insertion
-from .layout_adapters import run_block, run_replacement
-from .local_graph import IN_PLACE, find
+from .layout_adapters import run_block, run_pair, run_replacement
+from .local_graph import IN_PLACE, Target, find, operands, set_operand
 
 
 def layout_arguments(layout: Layout) -> tuple[Any, ...]:
@@ -50,56 +50,98 @@ def edit_graph(graph: fx.Graph, edit: Sequence[Insertion], base: type[nn.Module]
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     new.output(new.graph_copy(graph, copies))
-    found = []
-    for insertion in edit:
-        assert insertion.target is not None
-        node = find(graph, insertion.target)
-        if node is None:
-            raise CannotRewriteError(
-                f"the forward of {base.__qualname__} no longer has {insertion.target.name} "
-                f"(call {insertion.target.number}), where the block {insertion.name!r} belongs"
-            )
-        found.append((insertion, copies[node]))
+    found = [(i, copies[_node(graph, i.target, i.name, base)]) for i in edit if i.target is not None]
+    seconds = {  # the last first, so that those at one node stand in their order
+        i.name: _hold(new, node, copies[_node(graph, i.second.target, i.name, base)], i)
+        for i, node in reversed(found)
+        if i.second is not None
+    }
     newest: dict[tuple[fx.Node, Any], fx.Node] = {}
     results = []
     for insertion, node in found:
+        held = seconds.get(insertion.name)
         if insertion.position == "before":
-            results.append(_insert_before(new, node, insertion))
-            continue
-        key = (node, insertion.output)
-        value = newest.get(key) or _value_after(new, node, insertion.output)
-        made_of = node if insertion.position == "replace" else None
-        result = newest[key] = _insert_after(new, value, insertion, made_of)
-        results.append(result)
+            results.append(_insert_before(new, node, insertion, held))
+        else:
+            key = (node, insertion.output)
+            value = newest.get(key) or _value_after(new, node, insertion.output)
+            made_of = node if insertion.position == "replace" else None
+            result = newest[key] = _insert_after(new, value, insertion, made_of, held)
+            results.append(result)
+        if held is not None:
+            new.erase_node(held)
     for result in results:
-        if result.target in (run_block, run_replacement):  # else it is a copy already
+        if result.target in (run_block, run_pair, run_replacement):  # else it is a copy already
             _protect(new, result)
     return new
 
 
-def _block_node(graph: fx.Graph, insertion: Insertion, value: Any) -> fx.Node:
+def _node(graph: fx.Graph, target: Target, name: str, base: type[nn.Module]) -> fx.Node:
+    """The node of a target, for the block of a name.
+
+    Raises:
+        CannotRewriteError: there is none.
+    """
+    node = find(graph, target)
+    if node is None:
+        raise CannotRewriteError(
+            f"the forward of {base.__qualname__} no longer has {target.name} "
+            f"(call {target.number}), where the block {name!r} belongs"
+        )
+    return node
+
+
+def _hold(graph: fx.Graph, node: fx.Node, holder: fx.Node, insertion: Insertion) -> fx.Node:
+    """A node at a block's place that uses its second value, and so sees what becomes of it as other blocks go in.
+
+    Args:
+        graph: without blocks so far.
+        node: where the block goes.
+        holder: the node that gives the second value, or takes it as an operand.
+        insertion: of the block.
+    """
+    second = insertion.second
+    assert second is not None
+    value = holder if second.position == "after" else operands(holder)[second.operand]
+    last = value
+    if second.output is not None:
+        with graph.inserting_after(value):
+            last = graph.call_function(operator.getitem, (value, second.output))
+    if second.copied:
+        behind = last
+        while behind.next.op == "placeholder":
+            behind = behind.next
+        with graph.inserting_after(behind):
+            last = graph.call_method("clone", (last,))
+    if insertion.position == "before":
+        with graph.inserting_before(node):
+            return graph.call_function(operator.pos, (last,))
+    with graph.inserting_after(last if value is node else node):
+        return graph.call_function(operator.pos, (last,))
+
+
+def _block_node(graph: fx.Graph, insertion: Insertion, value: Any, held: fx.Node | None) -> fx.Node:
     block = graph.create_node("get_attr", insertion.name)
     given = graph.call_method("clone", (value,)) if insertion.copy_given else value
-    result = graph.call_function(run_block, (block, given, *layout_arguments(insertion.layout)))
+    here = layout_arguments(insertion.layout)
+    if held is None or insertion.second is None:
+        result = graph.call_function(run_block, (block, given, *here))
+    else:
+        there = layout_arguments(insertion.second.layout)
+        result = graph.call_function(run_pair, (block, given, held.args[0], here, there))
     return graph.call_method("clone", (result,)) if insertion.copy_result else result
 
 
-def _insert_before(graph: fx.Graph, node: fx.Node, insertion: Insertion) -> fx.Node:
-    operand = insertion.operand
+def _insert_before(graph: fx.Graph, node: fx.Node, insertion: Insertion, held: fx.Node | None) -> fx.Node:
     with graph.inserting_before(node):
-        if isinstance(operand, str):
-            result = _block_node(graph, insertion, node.kwargs[operand])
-            node.update_kwarg(operand, result)
-        else:
-            result = _block_node(graph, insertion, node.args[operand])
-            node.update_arg(operand, result)
+        result = _block_node(graph, insertion, operands(node)[insertion.operand], held)
+    set_operand(node, insertion.operand, result)
     return result
 
 
 def _replacement_node(graph: fx.Graph, insertion: Insertion, value: fx.Node, call: fx.Node) -> fx.Node:
     """What stands in the place of a child, behind its call: given what the child was given, and what it gave."""
-    operand = insertion.operand
-    given = call.kwargs[operand] if isinstance(operand, str) else call.args[operand]
+    given = operands(call)[insertion.operand]
     if insertion.copy_given:
         with graph.inserting_before(call):
             given = graph.call_method("clone", (given,))
@@ -110,12 +152,14 @@ def _replacement_node(graph: fx.Graph, insertion: Insertion, value: fx.Node, cal
     return graph.call_method("clone", (result,)) if insertion.copy_result else result
 
 
-def _insert_after(graph: fx.Graph, value: fx.Node, insertion: Insertion, call: fx.Node | None) -> fx.Node:
-    """`call`: of the child whose place the block takes; None where it is given the value alone."""
+def _insert_after(
+    graph: fx.Graph, value: fx.Node, insertion: Insertion, call: fx.Node | None, held: fx.Node | None
+) -> fx.Node:
+    """`call`: of the child whose place the block takes; None where it is given the value. `held`: see `_hold`."""
     users = list(value.users)
-    with graph.inserting_before(value.next):
+    with graph.inserting_before(value.next if held is None else held):
         if call is None:
-            result = _block_node(graph, insertion, value)
+            result = _block_node(graph, insertion, value, held)
         else:
             result = _replacement_node(graph, insertion, value, call)
     for user in users:

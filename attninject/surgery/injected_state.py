@@ -20,7 +20,28 @@ from .local_graph import LocalGraph, Target
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 OWN = "_attninject_forward"  # attribute of a carrier: the forward that was assigned to it since injection
 FLAG = "_attninject_disabled"  # attribute of a block while it is passed through
-SITE = "_attninject_site"  # attribute of a block: the Site that it was planned for
+SITE = "_attninject_site"  # attribute of a block: the Site that it was planned for, or a tuple of several
+
+
+@dataclass(frozen=True)
+class Second:
+    """The other value that a block of two inputs is given: one of the same forward, which is there by then.
+
+    Attributes:
+        position: `after` or `before` the node; only says what is read, nothing is put there.
+        target: the node.
+        operand: `before`: which operand, by position or name.
+        output: `after`: which item of a tuple, list or dict; None: the result itself.
+        layout: of the value.
+        copied: keep a copy from the start, since the value is written to in place later.
+    """
+
+    position: Position
+    target: Target
+    operand: int | str = 0
+    output: int | str | None = None
+    layout: Layout = Layout("NCHW")  # noqa: RUF009 (frozen)
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,7 @@ class Insertion:
         splits: the layer and the batch norm that it stands between, by path below the carrier ("": the carrier); a
             norm further out has none. None: it parts no such pair.
         alone: `replace`: what the module itself would give is not asked for, so that its own forward does not run.
+        second: what a block of two inputs is given besides.
     """
 
     name: str
@@ -53,6 +75,7 @@ class Insertion:
     copy_result: bool = False
     splits: tuple[str, str] | None = field(default=None, repr=False)
     alone: bool = field(default=False, repr=False)
+    second: Second | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -106,7 +129,24 @@ def insertions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Insertion]]:
 
 def sites_of(model: nn.Module) -> dict[str, Any]:
     """Qualified name of each injected block → the `Site` that it was planned for."""
-    return {name: block.__dict__.get(SITE) for name, block in injected_blocks(model).items()}
+    return {name: _site_of(block, name) for name, block in injected_blocks(model).items()}
+
+
+def keep_site(block: nn.Module, site: Any) -> None:
+    """Note the site that a block was planned for; a block that serves several keeps them all."""
+    known = block.__dict__.get(SITE)
+    if known is not None:
+        site = (*known, site) if isinstance(known, tuple) else (known, site)
+    block.__dict__[SITE] = site
+
+
+def _site_of(block: nn.Module, name: str) -> Any:
+    """The site that a block serves under a name; the model may have become a part of another since."""
+    known = block.__dict__.get(SITE)
+    if not isinstance(known, tuple):
+        return known
+    fitting = [site for site in known if f".{name}".endswith(f".{site.name}")]
+    return max(fitting, key=lambda site: len(site.name), default=None)
 
 
 @contextlib.contextmanager

@@ -69,6 +69,41 @@ def run_replacement(
     return _adapted(block, (x, y), tensors, kind, prefix, grid)
 
 
+def run_pair(block: Any, x: Any, other: Any, here: tuple[Any, ...] = (), there: tuple[Any, ...] = ()) -> Any:
+    """Call a block of two inputs; generated forwards call this where both values are.
+
+    Args:
+        block: takes (B, C, …) and (B, C_other, …), gives the first shape.
+        x: the site's tensor.
+        other: the second one; nothing becomes of it here.
+        here: the layout of x: `kind`, `prefix` and `grid` of `run_block`, as many as differ from their defaults.
+        there: that of the second value.
+
+    Returns:
+        A tensor of x's shape; x itself while the block is disabled.
+    """
+    if passed_by(block):
+        return x
+    kind, prefix, grid = _in_full(*here)
+    second = _as_block_wants(other, *_in_full(*there))
+    if grid is None and kind in _AS_BLOCKS_WANT:
+        return (_Leaf(block) if isinstance(x, fx.Proxy) else block)(x, second)
+    return _adapted(block, (x,), (second,), kind, prefix, grid)
+
+
+def _in_full(kind: str = "NCHW", prefix: int = 0, grid: Any = None) -> tuple[str, int, Any]:
+    return kind, prefix, grid
+
+
+def _as_block_wants(value: Any, kind: str, prefix: int, grid: Any) -> Any:
+    """A second value as a block is given it: channels first, in rows and columns where there is a grid."""
+    if grid is None and kind in _AS_BLOCKS_WANT:
+        return value
+    if kind in ("NHWC", "NDHWC"):
+        return value.permute(0, RANK[kind] - 1, *range(1, RANK[kind] - 1))
+    return _as_map(value, kind, prefix, grid, None)
+
+
 def passed_by(block: nn.Module) -> bool:
     """Whether a block is disabled."""
     return bool(getattr(block, "_attninject_disabled", False))

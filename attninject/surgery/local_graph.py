@@ -256,8 +256,8 @@ class Target:
     The same words find the node again in the graph for the other mode, or in a later trace.
     """
 
-    kind: str  # "call" or "op"
-    name: str  # path of the child below the owner, or the operation's name, e.g. add_1
+    kind: str  # "call", "op" or "input"
+    name: str  # path of the child below the owner, the operation's name, e.g. add_1, or the parameter's
     number: int = 1
 
 
@@ -320,7 +320,7 @@ IN_PLACE = frozenset({"add", "sub", "mul", "truediv", "floordiv", "matmul", "pow
 
 
 def targets(graph: fx.Graph) -> dict[fx.Node, Target]:
-    """The name of every call and operation of a local graph, which nobody changes once it is made."""
+    """The name of every call, operation and input of a local graph, which nobody changes once it is made."""
     known = graph.__dict__.get("_attninject_targets")
     if known is None:
         known = graph.__dict__["_attninject_targets"] = _named(graph)
@@ -335,10 +335,32 @@ def _named(graph: fx.Graph) -> dict[fx.Node, Target]:
         if node.op == "call_module":
             n = seen[str(node.target)] = seen.get(str(node.target), 0) + 1
             names[node] = Target("call", str(node.target), n)
+        elif node.op == "placeholder":
+            names[node] = Target("input", str(node.target))
         elif kind := operation_name(node):
             n = seen[f"::{kind}"] = seen.get(f"::{kind}", 0) + 1
             names[node] = Target("op", kind if n == 1 else f"{kind}_{n - 1}")
     return names
+
+
+def operands(node: fx.Node) -> dict[int | str, Any]:
+    """What a node is given, by position or name; of an operation on a list of tensors (cat, stack) its items."""
+    given = list(node.args)
+    if node.op != "call_module" and given and isinstance(given[0], (list, tuple)):
+        given = list(given[0])
+    found: dict[int | str, Any] = {**node.kwargs}
+    found.update(enumerate(given))
+    return found
+
+
+def set_operand(node: fx.Node, operand: int | str, value: fx.Node) -> None:
+    """Exchange one of `operands`."""
+    if isinstance(operand, str):
+        node.update_kwarg(operand, value)
+    elif node.op != "call_module" and isinstance(items := node.args[0], (list, tuple)):
+        node.update_arg(0, [value if i == operand else item for i, item in enumerate(items)])
+    else:
+        node.update_arg(operand, value)
 
 
 def find(graph: fx.Graph, target: Target) -> fx.Node | None:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import CONTAINERS, Insertion
-from .layout_adapters import run_block
+from .layout_adapters import run_block, run_pair
 from .local_graph import LocalGraph
 
 ENTRY = "_attninject_script"  # method of a generated class: the forward for TorchScript
@@ -179,7 +179,9 @@ def _lines(graph: fx.Graph, names: dict[str, Any]) -> Iterator[str]:
         if node.target is with_item:
             raise _NotScriptable(ITEM)
         if node.target is run_block:
-            _call_as_child(graph, node)
+            _call_as_child(graph, node, node.args[1:2], node.args[2:])
+        elif node.target is run_pair:
+            _call_as_child(graph, node, *_in_pairs(graph, node))
     code = graph.python_code("self")
     names.update(code.globals)
     _, _, body = code.src.partition("def forward(")
@@ -188,14 +190,23 @@ def _lines(graph: fx.Graph, names: dict[str, Any]) -> Iterator[str]:
             yield _DROPPED.sub("", line).replace("return ", "_out = ", 1)
 
 
-def _call_as_child(graph: fx.Graph, node: fx.Node) -> None:
-    block, given, *layout = node.args
+def _in_pairs(graph: fx.Graph, node: fx.Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The values of a block of two inputs, the second as the block wants it, and the layout of the first."""
+    _, given, other, here, there = node.args
+    if described := _described(there):  # type: ignore[arg-type]
+        with graph.inserting_before(node):
+            other = graph.call_function(as_map, (other, *described))
+    return (given, other), here  # type: ignore[return-value]
+
+
+def _call_as_child(graph: fx.Graph, node: fx.Node, values: tuple[Any, ...], layout: tuple[Any, ...]) -> None:
+    """`values`: the site's, in this layout, and what else the block is given."""
+    block, (given, *rest) = node.args[0], values
     assert isinstance(block, fx.Node)
     with graph.inserting_before(node):
-        described = _described(tuple(layout))
-        y = graph.call_module(
-            str(block.target), (graph.call_function(as_map, (given, *described)) if described else given,)
-        )
+        described = _described(layout)
+        x = graph.call_function(as_map, (given, *described)) if described else given
+        y = graph.call_module(str(block.target), (x, *rest))
         y = graph.call_function(as_value, (y, given, *described)) if described else y
     node.replace_all_uses_with(y)
     graph.erase_node(node)

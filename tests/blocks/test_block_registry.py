@@ -15,6 +15,7 @@ from attninject import errors
 from attninject.blocks import registry
 from attninject.blocks.base import hidden_width
 from attninject.blocks.gate import Blend
+from attninject.blocks.options import RESERVED
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +131,7 @@ def test_defaults_pass_their_own_checks(name):
     """Every constructor default is declared as an option and within its range."""
     spec = registry.get(name)
     parameters = registry._parameters(spec.cls)
-    defaults = {k: p.default for k, p in parameters.items() if k not in ("channels", "dims", "init")}
+    defaults = {k: p.default for k, p in parameters.items() if k not in ("channels", *RESERVED)}
     assert set(defaults) == set(spec.cls.options)
     assert registry.check_args(name, defaults) == []
     assert (parameters["dims"].default, parameters["init"].default) == (2, "identity")

@@ -239,7 +239,7 @@ def test_list_blocks_is_a_table(run) -> None:
 def test_list_alone_is_an_overview(run) -> None:
     """`attninject list` shows blocks, recipes and places, and how many models there are."""
     _, out, _ = run("list")
-    assert "recipes: bam, bam_mobilenet, bam_resnet, cbam" in out
+    assert "recipes: attention_unet, bam, bam_mobilenet, bam_resnet, cbam" in out
     assert f"models: {len(models.names())};" in out
 
 
@@ -278,7 +278,7 @@ def test_a_rule_in_options_is_that_rule(run) -> None:
 
 
 GIVEN = {  # a field: what stands on the command line, and what a recipe would say
-    "block": (["se"], "se"),
+    "block": (["cross_attention"], "cross_attention"),
     "after": (["[fl]*.bn2", "layer1.*"], ["[fl]*.bn2", "layer1.*"]),
     "before": (["**.bn3"], "**.bn3"),
     "place": (["stage_end"], "stage_end"),
@@ -286,6 +286,7 @@ GIVEN = {  # a field: what stands on the command line, and what a recipe would s
     "output": (["-1"], -1),
     "layout": (["NLC"], "NLC"),
     "replace": (["**.conv2"], "**.conv2"),
+    "with_": (["**.up"], "**.up"),
     "type": (["BatchNorm2d"], "BatchNorm2d"),
     "exclude": (["**.0.**"], "**.0.**"),
     "pick": (["{every: 2, offset: 1}"], {"every": 2, "offset": 1}),
@@ -293,9 +294,10 @@ GIVEN = {  # a field: what stands on the command line, and what a recipe would s
     "call": (["last"], "last"),
     "stages": (["[2, -1]"], [2, -1]),
     "min_channels": (["64"], 64),
-    "args": (["reduction=8"], {"reduction": 8}),
+    "args": (["num_heads=4"], {"num_heads": 4}),
     "init": (["paper"], "paper"),
     "name": (["gate"], "gate"),
+    "share": (["stage"], "stage"),
     "optional": ([], True),
 }
 

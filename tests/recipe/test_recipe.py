@@ -25,7 +25,7 @@ from attninject.recipe.frozen import FrozenDict
 from attninject.recipe.loading import load_recipe, parse_recipe, parse_value, recipe_names, rule_from_fields
 from attninject.recipe.rules import Every, Recipe, Rule
 
-SHIPPED = ["bam", "bam_mobilenet", "bam_resnet", "cbam", "cbam_mobilenet", "cbam_resnet"]
+SHIPPED = ["attention_unet", "bam", "bam_mobilenet", "bam_resnet", "cbam", "cbam_mobilenet", "cbam_resnet"]
 SHIPPED += ["nonlocal_resnet_1", "nonlocal_resnet_10", "nonlocal_resnet_5"]
 SHIPPED += ["se", "se_identity", "se_mobilenet", "se_post", "se_pre", "se_resnet", "se_vgg"]
 
@@ -544,7 +544,10 @@ def test_alias_bomb():
     ("source", "message"),
     [
         ("resnet_cbam", "no shipped recipe 'resnet_cbam'; did you mean cbam_resnet"),
-        ("zzz", "no shipped recipe 'zzz'; the shipped recipes are bam, bam_mobilenet, bam_resnet, cbam"),
+        (
+            "zzz",
+            "no shipped recipe 'zzz'; the shipped recipes are attention_unet, bam, bam_mobilenet, bam_resnet, cbam",
+        ),
         ("cbam_resnt.yaml", "cbam_resnt.yaml: no such file; did you mean cbam_resnet"),
         ("no/such/file", "no/such/file: no such file"),
         ("a\0.yaml", "cannot be read: embedded null byte"),

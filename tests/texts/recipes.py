@@ -61,6 +61,12 @@ FIELDS = {
     "a number in front": "block: se, after: a, name: 3d",
     "on as key": "block: se, after: a, on: 1",
     "an argument beside args": "block: se, after: a, reduction: 4",
+    "a second value for one": "block: se, after: a, with: b",
+    "a second value in a place": "block: cross_attention, replace: a, with: b",
+    "a second value twice": "block: cross_attention, after: a, with: {after: b, before: c}",
+    "a near second value": "block: cross_attention, after: a, with: {aftr: b}",
+    "an input of a result": "block: cross_attention, after: a, with: {after: b, input: 1}",
+    "a near share": "block: se, after: a, share: stages",
 }
 
 FILES = {
