@@ -194,6 +194,7 @@ def noise(task: str, seed: int, mean: Sequence[float], std: Sequence[float]) -> 
 
 STAGES = (
     ("rank", "lite0", "se", "frozen", ("a",)),
+    ("rungs", "lite0", "se", "frozen", ("a",)),
     ("choose", "lite0", "se", "frozen", ("a",)),
     ("null", "lite0", "se", "frozen", ("a",)),
     ("explore", "lite0", "se", "frozen", ("a",)),
@@ -233,6 +234,7 @@ def test_a_miniature_study_is_finished_once_and_reported_the_same_each_time(tmp_
         "null.csv",
         "kept.csv",
         "rungs.csv",
+        "curvature.csv",
     }
     page = report.written(store)
     assert "Nothing: all stages of the design are finished." in page
@@ -310,6 +312,28 @@ def test_a_chain_with_blocks_is_the_injected_model() -> None:
     found = model.classifier(chain.features(inputs[0], 0))
     assert not torch.allclose(found, model(images), atol=1e-3)
     torch.testing.assert_close(found, twin(images))
+
+
+@pytest.mark.usefixtures("miniature")
+def test_curvature_is_that_of_the_loss() -> None:
+    """The drop by differences is slope² / (2 · curvature) by autograd, twice, in float64."""
+    chain = nets.Chain(small(), block="se", after="blocks.*.*")
+    of = [training.seeded(chain, noise("a", s, (), ()), s) for s in (0, 1)]
+    found = list(scoring.curvature(chain, [Run(s, (1,), 0.01) for s in (0, 1)], of))
+    for row, one in zip(found, of, strict=True):
+        together = training.Together(chain, [Run(0, (1,), 0.01)], [one])
+        block = together.blocks[0][1].eval()
+        zeros = [p for p in block.parameters() if not p.any()]
+        images = torch.arange(32)
+        loss = torch.nn.functional.cross_entropy(
+            together.logits("train", [images])[0], one.parts["train"].labels
+        )
+        g = torch.autograd.grad(loss, zeros, create_graph=True)
+        slope = sum(v.square().sum() for v in g)
+        hg = torch.autograd.grad(slope, zeros)
+        bend = sum((a * b).sum() for a, b in zip(g, hg, strict=True)) / 2
+        assert bend > 0
+        assert row["curvature"] == pytest.approx((slope**2 / (2 * bend)).item(), rel=0.05)
 
 
 def test_norms_are_folded_into_the_convolutions_before_them() -> None:

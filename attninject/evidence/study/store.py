@@ -26,7 +26,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "scores": (*GROUP, "seed", "site", *SCORES, "order", "p", "seconds"),
     "trained": (*GROUP, "seed", "site", "warmup", "ablation", "seconds"),
     "kept": (*GROUP, "seed", "site", *SCORES, "order", "p", "seconds"),
-    "rungs": (*GROUP, "seed", "site", "rung", "seconds"),
+    "rungs": (*GROUP, "seed", "site", "epochs", "rung", "seconds"),
+    "curvature": (*GROUP, "seed", "site", "curvature", "seconds"),
     "sites": ("net", "block", "site", "path", "parameters", "macs", "numbers", "usual"),
     "null": (*GROUP, "seed", "ps"),
 }  # fmt: skip
