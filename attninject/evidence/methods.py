@@ -26,14 +26,14 @@ from . import score_test
 class Candidate:
     """A site with its kernel K: (n, n), and A = K̃(K̃ + λ)⁻¹ of the same without what the head could do by itself.
 
-    `short`: see `score_test.Shortened`.
+    `stretched`: c of `score_test.stretch`.
     """
 
     site: Site
     number: int
     kernel: Tensor
     influence: Tensor
-    short: score_test.Shortened = score_test.WHOLE
+    stretched: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def _constant(value: float, weights: Tensor) -> Tensor:
 
 
 def score(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
-    """z = (LM − mean) / sd of the efficient score test under random signs of the images; see `score_test`."""
-    return score_test.z_scores(site.influence, weights, site.short)
+    """z = (LM / c − mean) / sd of the efficient score test under random signs of the images; see `score_test`."""
+    return score_test.z_scores(site.influence, weights, site.stretched)
 
 
 def gradient_norm(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
