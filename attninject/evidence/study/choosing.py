@@ -143,18 +143,22 @@ def by_rungs(sites: Sites, rungs: Rows, full: Sequence[float] | None) -> dict[st
     return found
 
 
+SOURCES = ("scores", "before", "trained", "rungs")
+"""Files that arms are chosen by."""
+
+
 def arms(
-    sites: Sites,
-    seed: int,
-    scores: Rows,
-    trained: Rows,
-    rungs: Rows = (),
-    full: Sequence[float] | None = None,
+    sites: Sites, seed: int, tables: Mapping[str, Rows], full: Sequence[float] | None
 ) -> dict[str, tuple[int, ...]]:
-    """Arm → its sites for one seed, as far as its scores are known."""
+    """Arm → its sites for one seed, as far as its scores are known.
+
+    tables: of `SOURCES`, the seed's rows. full: see `halved`; None where not every site was trained.
+    """
     found = without_images(sites, seed)
-    if scores:
-        found |= by_scores(sites, scores, CHOOSERS)
-    if trained:
-        found |= by_training(sites, trained)
-    return found | by_rungs(sites, rungs, full)
+    if tables["scores"]:
+        found |= by_scores(sites, tables["scores"], CHOOSERS)
+    if tables["before"]:
+        found["before"] = by_scores(sites, tables["before"], ())["score"]
+    if tables["trained"]:
+        found |= by_training(sites, tables["trained"])
+    return found | by_rungs(sites, tables["rungs"], full)

@@ -204,10 +204,10 @@ class Study:
 
     def arms(self, group: Group, seed: int) -> dict[str, tuple[int, ...]]:
         """Arm → its sites, by the scores that stand in the files."""
-        scores, others = self.rows("scores", Group(*group.key[:3])), ("trained", "rungs")
-        late = (_of_seed(self.rows(name, group), seed) for name in others)
-        full = self._validated(group).get(seed)
-        return choosing.arms(self.sites(group), seed, _of_seed(scores, seed), *late, full)
+        frozen = Group(*group.key[:3])  # scores are of the net at rest
+        of = {name: frozen if name in ("scores", "before") else group for name in choosing.SOURCES}
+        tables = {name: _of_seed(self.rows(name, own), seed) for name, own in of.items()}
+        return choosing.arms(self.sites(group), seed, tables, self._validated(group).get(seed))
 
     def _validated(self, group: Group) -> dict[int, list[float]]:
         """Seed → by site, validation loss of the site alone, sign changed; seeds of which every site was trained."""

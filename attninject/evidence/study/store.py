@@ -30,8 +30,11 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "curvature": (*GROUP, "seed", "site", "curvature", "seconds"),
     "sites": ("net", "block", "site", "path", "parameters", "macs", "numbers", "usual"),
     "null": (*GROUP, "seed", "ps"),
+    "before": (*GROUP, "seed", "site", "score", "order"),
+    "null_before": (*GROUP, "seed", "ps"),
 }  # fmt: skip
-"""File → its columns. Those of test images are at the end, and are read where `test=True` is said alone."""
+"""File → its columns. The last two are what the score test said before its correction, and are written no more.
+Columns of test images are at the end of theirs, and are read where `test=True` is said alone."""
 
 TEST = ("test_loss", "test_acc")
 
