@@ -5,7 +5,8 @@ row. A row of ones is the score itself, the rows of a bootstrap give its interva
 the per-image gradients at the site's zero parameters, and ḡ = Gᵀ 1 / n.
 
 Left out, since they are zero or undefined where a parameter is zero: SNIP and SynFlow (|θ · ∂L/∂θ| = 0), PLoP
-(arXiv:2506.20629: a layer's ‖W x‖ over that for random x, 0/0) and KappaTune (the condition number of W).
+(arXiv:2506.20629: a layer's ‖W x‖ over that for random x, 0/0) and KappaTune (arXiv:2506.16289: the
+condition number of W).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def gradient_norm(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
 
 
 def squared_gradients(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
-    """Σ_b ‖ḡ_b‖² over batches b, per batch: squared gradients as sensitivity (SPT, arXiv:2303.08566, section 3.1).
+    """Σ_b ‖ḡ_b‖² over batches b, per batch: squared gradients as sensitivity (SPT, arXiv:2303.08566).
 
     SPT sums over the most sensitive parameters of a whole net; here over all of the site's.
     """
