@@ -329,7 +329,17 @@ def _controls(results: Mapping[Group, Results], store: Store) -> str:
     )
 
 
-NULL_HEADER = ("task", "net", "permutations", "sites", "p < .05", "p < .5", "mean p", "any Holm p < .05")
+NULL_HEADER = (
+    "task",
+    "net",
+    "block",
+    "permutations",
+    "sites",
+    "p < .05",
+    "p < .5",
+    "mean p",
+    "any Holm p < .05",
+)
 BOTTLENECK_HEADER = (
     "task",
     "SE, all",
@@ -343,7 +353,7 @@ BOTTLENECK_HEADER = (
 
 def _missing(results: Mapping[Group, Results], store: Store) -> str:
     """The stages of the design that are not finished."""
-    permuted = [(r["task"], r["net"]) for r in store.read("null")]
+    permuted = [(r["task"], r["net"], r["block"]) for r in store.read("null")]
     lines = []
     for stage, net, block, regime, tasks in STAGES:
         left = [t for t in tasks if not _done(stage, Group(t, net, block, regime), results, permuted)]
@@ -353,10 +363,10 @@ def _missing(results: Mapping[Group, Results], store: Store) -> str:
 
 
 def _done(
-    stage: str, group: Group, results: Mapping[Group, Results], permuted: Sequence[tuple[str, str]]
+    stage: str, group: Group, results: Mapping[Group, Results], permuted: Sequence[tuple[str, ...]]
 ) -> bool:
     if stage == "null":
-        return permuted.count((group.task, group.net)) >= PERMUTATIONS
+        return permuted.count((group.task, group.net, group.block)) >= PERMUTATIONS
     if stage == "bottleneck":
         one = results.get(Group(group.task, group.net, "bottleneck", group.regime))
         block = results.get(group)

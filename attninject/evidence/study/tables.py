@@ -259,16 +259,18 @@ def left_out_rows(group: Sequence[Results], among: Sequence[str]) -> list[list[s
 
 
 def null_rows(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """Per task and net: permutations, sites, share of p below .05 and below .5, mean p, share with any Holm p < .05."""
-    by: dict[tuple[str, str], list[list[float]]] = {}
+    """Per group: permutations, sites, share of p below .05 and below .5, mean p, share with any Holm p < .05."""
+    by: dict[tuple[str, ...], list[list[float]]] = {}
     for row in rows:
-        by.setdefault((row["net"], row["task"]), []).append([float(p) for p in row["ps"].split()])
+        by.setdefault((row["task"], row["net"], row["block"]), []).append(
+            [float(p) for p in row["ps"].split()]
+        )
     found = []
-    for (net, task), lists in by.items():
+    for names, lists in by.items():
         every = np.concatenate([np.array(ps) for ps in lists])
         family = np.mean([min(p for p in holm(ps) if p is not None) < 0.05 for ps in lists])
         found.append([
-            task, net, str(len(lists)), str(len(lists[0])), f"{np.mean(every < 0.05):.3f}", f"{np.mean(every < 0.5):.2f}",
+            *names, str(len(lists)), str(len(lists[0])), f"{np.mean(every < 0.05):.3f}", f"{np.mean(every < 0.5):.2f}",
             f"{every.mean():.2f}", f"{family:.2f}",
         ])  # fmt: skip
     return found
