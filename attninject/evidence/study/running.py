@@ -253,7 +253,7 @@ class Study:
         rows = [r for r in self.rows("rungs", group) if int(r["epochs"]) == epochs]
         known = {(int(r["seed"]), int(r["site"])) for r in rows}
         missing = [pair for pair in wanted if pair not in known]
-        self._each(group, "rungs", missing, lambda *given: scoring.rung(*given, epochs))
+        self._each(group, "rungs", missing, lambda chain, runs, of: scoring.rung(chain, runs, of, epochs))
 
     def _each(
         self, group: Group, name: str, pairs: Sequence[tuple[int, int]], measure: Callable[..., Iterable[Row]]

@@ -89,4 +89,4 @@ def _crops(
         makers = list(kinds.values())
         images = [damaged(crop(photos, size, generator), makers[n], generator) for n in labels.tolist()]
         parts.append(Samples(torch.stack(images), labels))
-    return Task(name, *parts, tuple(kinds), *origin)
+    return Task(name, parts[0], parts[1], tuple(kinds), *origin)

@@ -120,7 +120,8 @@ def coloured(ink: Tensor, generator: torch.Generator) -> Tensor:
     light, dark = torch.rand(2, 3, 1, 1, generator=generator).sort(0).values.flip(0)
     if draw(2, generator):
         light, dark = dark, light
-    return ink * light + (1 - ink) * dark
+    mixed: Tensor = ink * light + (1 - ink) * dark
+    return mixed
 
 
 def letter(which: str, file: Path, size: int, generator: torch.Generator) -> Tensor:

@@ -48,7 +48,7 @@ def numerals(
         images = [one(digit, makers, behind) for digit in labels.tolist()]
         parts.append(Samples(torch.stack(images), labels))
     origin = f"digits drawn in {drawn}, on {photos.origin}"
-    return Task("numerals", *parts, tuple(DIGITS), origin, f"{LICENCE}; {photos.licence}")
+    return Task("numerals", parts[0], parts[1], tuple(DIGITS), origin, f"{LICENCE}; {photos.licence}")
 
 
 def typefaces(
@@ -74,7 +74,9 @@ def typefaces(
             for m in labels.tolist()
         ]  # fmt: skip
         parts.append(Samples(torch.stack(images), labels))
-    return Task("typefaces", *parts, tuple(chosen), f"letters drawn in {counted(by_maker)}", LICENCE)
+    return Task(
+        "typefaces", parts[0], parts[1], tuple(chosen), f"letters drawn in {counted(by_maker)}", LICENCE
+    )
 
 
 def counts(
@@ -95,7 +97,7 @@ def counts(
             for n in labels.tolist()
         ]
         parts.append(Samples(torch.stack(images), labels))
-    return Task("counts", *parts, tuple("123456"), f"letters drawn in {drawn}", LICENCE)
+    return Task("counts", parts[0], parts[1], tuple("123456"), f"letters drawn in {drawn}", LICENCE)
 
 
 def _file(makers: Sequence[Sequence[Path]], generator: torch.Generator) -> Path:
