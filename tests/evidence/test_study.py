@@ -113,6 +113,8 @@ def test_halving_by_hand() -> None:
     rungs = [{"site": str(s), "epochs": "1", "rung": str(v)} for s, v in first.items()]
     rungs += [{"site": str(s), "epochs": "2", "rung": str(v)} for s, v in second.items()]
     assert choosing.halved(rungs, [0.0, 9.0, 1.0, 2.0, 9.0]) == [3, 2, 0, 4, 1]
+    assert choosing.halvable(rungs, 5)
+    assert not choosing.halvable(rungs[:-1], 5)  # cut off
 
 
 def test_the_rate_is_tuned_on_validation_images() -> None:

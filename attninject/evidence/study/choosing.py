@@ -116,6 +116,11 @@ def better_half(sites: Sequence[int], scores: Mapping[int, float]) -> list[int]:
     return sorted(sites, key=lambda s: -scores[s])[: (len(sites) + 1) // 2]
 
 
+def halvable(rungs: Rows, every: int) -> bool:
+    """Whether all sites of a seed have their first rung, and half of them, rounded up, their second."""
+    return len(rungs) == every + (every + 1) // 2
+
+
 def halved(rungs: Rows, full: Sequence[float]) -> list[int]:
     """The order of successive halving: by how far a site came, then by its last validation loss.
 
@@ -138,7 +143,7 @@ def by_rungs(sites: Sites, rungs: Rows, full: Sequence[float] | None) -> dict[st
     if len(first) < len(sites.every):
         return {}
     found = {"rung": sites.filled(falling([first[s] for s in sites.every]))}
-    if full is not None and len(rungs) > len(first):
+    if full is not None and halvable(rungs, len(first)):
         found["halving"] = sites.filled(halved(rungs, full))
     return found
 

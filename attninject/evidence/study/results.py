@@ -107,7 +107,7 @@ class Results:
             return self._validated(seed)
         if method == "halving":
             rungs, full = self.tables["rungs"].get(seed, ()), self._validated(seed)
-            if not full or len(rungs) <= len(every):
+            if not full or not choosing.halvable(rungs, len(every)):
                 return None
             order = choosing.halved(rungs, full)
             return [-float(order.index(site)) for site in every]
