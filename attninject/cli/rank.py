@@ -17,7 +17,7 @@ def add_arguments(parser: Parser) -> None:
     data = parser.add_argument_group("the images")
     data.add_argument("--data", required=True, metavar="FOLDER|NAME",
         help="a folder with a folder per class; or digits, digits_on_photos, letters, stamps, corruptions, "
-        "rotations")  # fmt: skip
+        "rotations, numerals, typefaces, counts, channels")  # fmt: skip
     data.add_argument("--size", type=positive, metavar="N", help="height and width; default: the model's own")
     data.add_argument("--images", type=positive, default=512, metavar="N", help="how many are looked at")
     data.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per batch")

@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from attninject.errors import AttnInjectError, DataError
 from attninject.training.heads import head_of
 
-from .score_test import projection
-
-PENALTIES = (10.0, 1.0, 0.1, 0.01, 1e-3)
+PENALTIES: tuple[float, ...] = (10.0, 1.0, 0.1, 0.01, 1e-3)
 """α of mean loss + α/2 ‖W‖², on features of mean 0 and variance 1 in the mean; strong ones first."""
 
 
@@ -34,15 +32,13 @@ class Head:
     """How the images are classified when the gradients are taken.
 
     `weights`: per fold (W: (C, d), b: (C,)) of a fitted head; None where the model's own is kept.
-    `removal`: R: (n, n), which takes from the images' gradients what the head could do by itself; None where it is
+    `removal`: P: (n, n), which takes from the images' gradients what the head could do by itself; None where it is
     not known how.
-    `freedom`: (n,), P_ii: how much of each image's own pull the projection leaves; see `score_test`.
     """
 
     layer: nn.Linear | None
     weights: list[tuple[Tensor, Tensor]] | None
     removal: Tensor | None
-    freedom: Tensor | None
     said: str
 
     def use(self, fold: int) -> None:
@@ -137,9 +133,9 @@ def settle(
                 "; it looks new, but could not be fitted, since the model's output is not that of one Linear: train "
                 "the head first, or its gradients are noise"
             )
-        return Head(layer, None, None, None, said)
-    removal, freedom = _removal(features.double(), logits.double(), labels, torch.zeros_like(folds))
-    return Head(layer, None, removal, freedom, said)
+        return Head(layer, None, None, said)
+    removal = _removal(features.double(), logits.double(), labels, torch.zeros_like(folds))
+    return Head(layer, None, removal, said)
 
 
 def _guessing(labels: Tensor) -> float:
@@ -149,29 +145,35 @@ def _guessing(labels: Tensor) -> float:
 
 def _removal(
     features: Tensor, logits: Tensor, labels: Tensor, folds: Tensor, penalty: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """R: (n, n), block by block of the folds: a damped Newton step of the head, R = P (I + P N P)⁻¹ P; and P_ii: (n,).
+) -> Tensor:
+    """P: (n, n), block by block of the folds: the projection off what the head is free to do.
 
     N = (δδᵀ) ∘ (φφᵀ) / λ are the inner products of the images' gradients at the head's weight: δ: (n, C), class
-    probabilities less one-hot labels; φ the scaled features; λ = n α of the penalty, or the mean of the diagonal
-    where none is known. P takes out wholly what no penalty holds back: the bias (the columns of δ), and the size of
-    all weights at once (⟨δ_i, z_i⟩, z the class scores). Without the first, what all images' inputs have in common
-    would pass for evidence against every site, since a bias makes the δ_i sum to 0; without the second, a head that is
-    surer than it has reason to be would be evidence for every site that can damp its input.
+    probabilities less one-hot labels; φ the scaled features; λ = m α of the penalty for a fold of m images, or the mean
+    of the diagonal where none is known. Taken out are the eigenvectors of N with values above 1, in which the loss bends
+    more than the penalty (so that the head follows the images); and what no penalty holds back: the bias (the columns
+    of δ), and the size of all weights at once (⟨δ_i, z_i⟩, z the class scores). Without the bias, what all images'
+    inputs have in common would pass for evidence against every site, since it makes the δ_i sum to 0; without the size, a
+    head that is surer than it has reason to be would be evidence for every site that can damp its input.
+
+    A direction is taken out wholly or not at all: of a damped step (I + N)⁻¹ in its place, which takes out parts of all,
+    it is not known how long it ought to leave the ones (`score_test.stretch`), and with more features than images to
+    a fold most of what it leaves are such parts.
     """
     delta = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
     scaled = _scaled(features)[0]
     kernel = (delta @ delta.T) * (scaled @ scaled.T)
-    lam = kernel.diagonal().mean().item() if penalty is None else len(delta) * penalty
-    kernel = kernel / max(lam, 1e-300)
     free = torch.cat([delta, (delta * (logits - logits.mean(1, keepdim=True))).sum(1, keepdim=True)], 1)
-    found, freedom = torch.zeros_like(kernel), torch.zeros_like(kernel[0])
+    found = torch.zeros_like(kernel)
     for fold in folds.unique():
         own = (folds == fold).nonzero()
+        inside = kernel[own, own.T]
+        lam = inside.diagonal().mean() if penalty is None else len(own) * penalty
         off = _off(free[own[:, 0]])
-        found[own, own.T] = off @ projection(off @ kernel[own, own.T] @ off) @ off
-        freedom[own[:, 0]] = off.diagonal()
-    return found, freedom
+        values, vectors = torch.linalg.eigh(off @ inside @ off)
+        held = vectors[:, values > lam]
+        found[own, own.T] = off - held @ held.T
+    return found
 
 
 def _off(columns: Tensor) -> Tensor:
@@ -253,7 +255,7 @@ def _new(
     layer: nn.Linear, fit: _Fit, features: Tensor, labels: Tensor, folds: Tensor, loss: float, guess: float
 ) -> Head:
     """The fitted head in place of the model's, and what is to be said of it."""
-    removal, freedom = _removal(features, fit.out, labels, folds, fit.penalty)
+    removal = _removal(features, fit.out, labels, folds, fit.penalty)
     accuracy = float((fit.out.argmax(1) == labels).double().mean())
     own = f"the model's own has loss {loss:.3f}" if loss < math.inf else "the model's own has too few outputs"
     said = (
@@ -261,7 +263,7 @@ def _new(
         f"other images than the gradients come from: penalty {fit.penalty:g}, loss there {fit.loss:.3f}, accuracy "
         f"{accuracy:.1%}"
     )
-    return Head(layer, fit.weights, removal, freedom, said)
+    return Head(layer, fit.weights, removal, said)
 
 
 def _rotated(features: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -8,9 +8,10 @@ median of the ratios; of this process's own time on a CPU, which a busy machine 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from attninject import models
 
+from . import head as heads
 from .rank import rank_sites
 
 
@@ -72,25 +74,32 @@ def _epoch(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 32) -> None
         optimizer.step()
 
 
-def null_p_values(nets: int = 100, images: int = 128, head: str = "fit", block: str = "se") -> dict[str, Any]:
-    """p-values of one site per random net on random images and labels: shares below 5, 20, 50 %, and the KS distance."""
+def null_p_values(
+    nets: int = 100, images: int = 128, head: str = "fit", block: str = "se", features: int = 16,
+    penalty: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """p-values of one site per random net on random images and labels: shares below 5, 20, 50 %, and the KS distance.
+
+    features: what the head is given, so that a fold may have fewer images; penalty: of the fitted head, None: the best.
+    """
     found = []
     for seed in range(nets):
         generator = torch.Generator().manual_seed(1000 + seed)
         x = torch.randn(images, 3, 16, 16, generator=generator)
         y = torch.randint(4, (images,), generator=generator)
-        r = rank_sites(
-            _random_net(seed),
-            data=(x, y),
-            images=images,
-            head=head,
-            seed=seed,
-            block=block,
-            after="re:(1|3|6|8)",
-        )
+        with _penalty(penalty):
+            r = rank_sites(
+                _random_net(seed, features),
+                data=(x, y),
+                images=images,
+                head=head,
+                seed=seed,
+                block=block,
+                after="re:(1|3|6|8)",
+            )
         found.append(next(s.p for s in r.sites if s.number == seed % 4))
     return {
-        "nets": nets, "images": images, "head": head, "block": block,
+        "nets": nets, "images": images, "head": head, "block": block, "features": features, "penalty": penalty,
         "below": {level: sum(p < level for p in found) / nets for level in (0.05, 0.2, 0.5)},
         "distance": kolmogorov(found), "critical_5_percent": 1.358 / nets**0.5,
     }  # fmt: skip
@@ -106,8 +115,19 @@ def kolmogorov(values: Sequence[float]) -> float:
     return max(max((i + 1) / n - v, v - i / n) for i, v in enumerate(sorted(values)))
 
 
-def _random_net(seed: int, width: int = 16) -> nn.Module:
-    """Four 3×3 convolutions, two poolings and a head, with random weights."""
+@contextlib.contextmanager
+def _penalty(alone: float | None) -> Iterator[None]:
+    """The head's penalties, for a while."""
+    kept = heads.PENALTIES
+    heads.PENALTIES = kept if alone is None else (alone,)
+    try:
+        yield
+    finally:
+        heads.PENALTIES = kept
+
+
+def _random_net(seed: int, features: int = 16, width: int = 16) -> nn.Module:
+    """Four 3×3 convolutions, two poolings, one more where there are more features, and a head; with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
@@ -115,7 +135,9 @@ def _random_net(seed: int, width: int = 16) -> nn.Module:
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
             if depth % 2:
                 layers.append(nn.MaxPool2d(2))
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)).eval()
+        if features != width:
+            layers += [nn.Conv2d(width, features, 1), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, 4)).eval()
 
 
 def main() -> None:
@@ -129,11 +151,15 @@ def main() -> None:
     parser.add_argument("--place", default="residual_branch")
     parser.add_argument("--head", default="fit", choices=("fit", "keep"))
     parser.add_argument("--nets", type=int, default=100)
+    parser.add_argument("--features", type=int, default=16, help="what the head is given (null)")
+    parser.add_argument("--penalty", type=float, default=None, help="of the fitted head (null)")
     args = parser.parse_args()
     if args.what == "time":
         found = time_ratio(args.model, args.images or 256, args.size, block=args.block, place=args.place)
     else:
-        found = null_p_values(args.nets, args.images or 128, args.head, args.block)
+        found = null_p_values(
+            args.nets, args.images or 128, args.head, args.block, args.features, args.penalty
+        )
     for key, value in found.items():
         print(f"{key}: {value}")
 

@@ -5,7 +5,8 @@ row. A row of ones is the score itself, the rows of a bootstrap give its interva
 the per-image gradients at the site's zero parameters, and ḡ = Gᵀ 1 / n.
 
 Left out, since they are zero or undefined where a parameter is zero: SNIP and SynFlow (|θ · ∂L/∂θ| = 0), PLoP
-(arXiv:2506.20629: a layer's ‖W x‖ over that for random x, 0/0) and KappaTune (the condition number of W).
+(arXiv:2506.20629: a layer's ‖W x‖ over that for random x, 0/0) and KappaTune (arXiv:2506.16289: the
+condition number of W).
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from . import score_test
 class Candidate:
     """A site with its kernel K: (n, n), and A = K̃(K̃ + λ)⁻¹ of the same without what the head could do by itself.
 
-    `short`: see `score_test.Shortened`.
+    `stretched`: c of `score_test.stretch`.
     """
 
     site: Site
     number: int
     kernel: Tensor
     influence: Tensor
-    short: score_test.Shortened = score_test.WHOLE
+    stretched: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def _constant(value: float, weights: Tensor) -> Tensor:
 
 
 def score(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
-    """z = (LM − mean) / sd of the efficient score test under random signs of the images; see `score_test`."""
-    return score_test.z_scores(site.influence, weights, site.short)
+    """z = (LM / c − mean) / sd of the efficient score test under random signs of the images; see `score_test`."""
+    return score_test.z_scores(site.influence, weights, site.stretched)
 
 
 def gradient_norm(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def gradient_norm(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
 
 
 def squared_gradients(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
-    """Σ_b ‖ḡ_b‖² over batches b, per batch: squared gradients as sensitivity (SPT, arXiv:2303.08566, section 3.1).
+    """Σ_b ‖ḡ_b‖² over batches b, per batch: squared gradients as sensitivity (SPT, arXiv:2303.08566).
 
     SPT sums over the most sensitive parameters of a whole net; here over all of the site's.
     """

@@ -258,15 +258,15 @@ class _Measurement:
         if self.source.samples is None:
             of_blocks = self._of_batches(collector)
             kernels = [of_blocks[s.name] for s in self.plan.sites]
-            removal, freedom = _untouched(kernels[0])
+            removal = torch.eye(len(kernels[0])).to(kernels[0])
         else:
             of_blocks, head, order, groups = self._of_samples(collector, self.source.samples)
             kernels = [of_blocks[s.name] * (groups[:, None] == groups) for s in self.plan.sites]
-            removal, freedom = _untouched(kernels[0])
-            if head.removal is not None and head.freedom is not None:
-                removal, freedom = head.removal[order][:, order].to(removal), head.freedom[order].to(removal)
+            removal = torch.eye(len(kernels[0])).to(kernels[0])
+            if head.removal is not None:
+                removal = head.removal[order][:, order].to(removal)
         self.notes += collector.notes
-        return self._scored(kernels, removal, freedom)
+        return self._scored(kernels, removal)
 
     # gradients
 
@@ -355,19 +355,19 @@ class _Measurement:
 
     # scores
 
-    def _scored(self, kernels: list[Tensor], removal: Tensor, freedom: Tensor) -> dict[str, Ranking]:
+    def _scored(self, kernels: list[Tensor], removal: Tensor) -> dict[str, Ranking]:
         job, n = self.job, len(removal)
         efficient = [removal @ k @ removal.T for k in kernels]
         influences = [score_test.influence(k, job.ridge) for k in efficient]
-        short = [score_test.Shortened.of(a, freedom) for a in influences]
+        stretched = score_test.stretch(removal)
         candidates = [
-            Candidate(site, i, kernels[i], influences[i], short[i]) for i, site in enumerate(self.plan.sites)
+            Candidate(site, i, kernels[i], influences[i], stretched) for i, site in enumerate(self.plan.sites)
         ]
         weights = torch.cat([torch.ones(1, n), self._resamples(n)]).to(removal)
         signs = self._signs(n).to(removal)
         halves = (torch.randperm(n, generator=self.generator) % 2).to(removal.device)
         drops = [score_test.expected_drop(k, halves, job.ridge) for k in efficient]
-        tests = [score_test.p_value(c.influence, signs, c.short) for c in candidates]
+        tests = [score_test.p_value(c.influence, signs, c.stretched) for c in candidates]
         return {method: self._by(method, candidates, weights, signs, tests, drops) for method in job.methods}
 
     def _by(
@@ -380,8 +380,8 @@ class _Measurement:
         rows = _rows(candidates, scores, tests, drops)
         order = [row.number for row in rows]
         if method == "score":
-            influences, short = [c.influence for c in candidates], [c.short for c in candidates]
-            order = score_test.forward_selection(influences, signs, short)
+            influences = [c.influence for c in candidates]
+            order = score_test.forward_selection(influences, signs, candidates[0].stretched)
         at = {row.number: i for i, row in enumerate(rows)}
         return Ranking(
             tuple(rows), tuple(at[i] for i in order), self.plan.recipe, self.plan.model_name, method,
@@ -395,11 +395,6 @@ class _Measurement:
 
     def _signs(self, n: int) -> Tensor:
         return torch.randint(2, (SIGNS, n), generator=self.generator) * 2.0 - 1
-
-
-def _untouched(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """R = I and P_ii = 1: nothing is taken from the images' pulls."""
-    return torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device), torch.ones_like(kernel[0])
 
 
 def _rows(

@@ -5,6 +5,7 @@ Joined texts, each through `escape`: a template of jinja2 would be shorter by no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -52,7 +53,7 @@ th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
 table.words td, table.words th {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
 table.words td:first-child {{ min-width: 7rem; }}
 text {{ font: 11px system-ui, sans-serif; fill: var(--soft); }}
-text.name {{ font-size: 12px; fill: var(--ink); }}
+text.name {{ font-size: 12px; fill: var(--ink); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }}
 .grid {{ stroke: var(--line); }}
 .zero {{ stroke: var(--soft); stroke-dasharray: 3 3; }}
 polyline {{ fill: none; stroke: currentColor; stroke-width: 2; }}
@@ -110,7 +111,7 @@ def _table(table: Table) -> str:
     kind = "words" if len(table.header) == 2 else "numbers"
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
     body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>\n" for row in table.rows)
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    note = f'<p class="note">{_worded(table.note)}</p>' if table.note else ""
     return (
         f'<h2>{escape(table.title)}</h2>{note}<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr>'
         f"</thead><tbody>{body}</tbody></table></div>\n"
@@ -118,5 +119,10 @@ def _table(table: Table) -> str:
 
 
 def _list(title: str, lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{_worded(line)}</li>" for line in lines)
     return f'<h2>{escape(title)}</h2><ul class="note">{items}</ul>\n'
+
+
+def _worded(text: str) -> str:
+    """A text, what stands in backticks set as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attninject.evidence import score_test
+from attninject.evidence import head, score_test
 
 
 def gram(n: int, p: int, seed: int = 0, common: float = 0.0) -> Tensor:
@@ -62,14 +62,6 @@ def test_the_statistic_knows_no_units() -> None:
     torch.testing.assert_close(first, second)
 
 
-def test_a_projection_takes_out_a_direction() -> None:
-    """M = (I + N)⁻¹; a strong N = c uuᵀ takes u out and leaves the rest."""
-    u = torch.zeros(4, dtype=torch.float64)
-    u[1] = 1
-    m = score_test.projection(1e9 * u[:, None] * u)
-    torch.testing.assert_close(m, torch.diag(1 - u), atol=1e-8, rtol=0)
-
-
 def test_drawing_an_image_twice_is_no_evidence() -> None:
     """Images with nothing in common have z = 0 however often one of them counts."""
     a = score_test.influence(torch.eye(5, dtype=torch.float64))
@@ -100,20 +92,69 @@ def test_forward_selection_passes_over_a_copy_of_what_it_has() -> None:
     signs = (torch.randint(2, (999, 64), generator=torch.Generator().manual_seed(0)) * 2.0 - 1).double()
     single = [float(score_test.z_scores(a, ones(64))) for a in (strong, other)]
     assert single[0] > single[1] > 1
-    assert score_test.forward_selection([strong, strong.clone(), other], signs, [score_test.WHOLE] * 3) == [
-        0,
-        2,
-        1,
-    ]
-    assert score_test.forward_selection([other, strong], signs, [score_test.WHOLE] * 2, most=0) == [1, 0]
+    assert score_test.forward_selection([strong, strong.clone(), other], signs) == [0, 2, 1]
+    assert score_test.forward_selection([other, strong], signs, most=0) == [1, 0]
 
 
-def test_residuals_are_held_against_what_they_were_before() -> None:
-    """Where half of each pull is left, the mean of LM under chance is twice tr A and its sd twice as large."""
+def test_the_stretch_of_the_ones_by_hand() -> None:
+    """Off one axis of four, 1 keeps 3 of 4 where signs keep 3: c = 1; off a column of sum 0, 4 of 4: 4/3; off 1: 0."""
+    eye = torch.eye(4, dtype=torch.float64)
+    for column, wanted in (((1.0, 0, 0, 0), 1.0), ((1.0, -1, 0, 0), 4 / 3), ((1.0, 1, 1, 1), 0.0)):
+        v = torch.tensor(column, dtype=torch.float64)
+        p = eye - torch.outer(v, v) / (v @ v)
+        assert score_test.stretch(p) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_what_was_seen_is_brought_to_the_length_of_signs() -> None:
+    """z of LM / c; signs are held against themselves; a statistic that is its mean times c has z = 0."""
     a = score_test.influence(gram(8, 3))
-    half = score_test.Shortened.of(a, torch.full((8,), 0.5, dtype=torch.float64))
-    assert half == pytest.approx((float(a.trace()), 2.0))
-    assert score_test.Shortened.of(a, torch.ones(8, dtype=torch.float64)) == pytest.approx((0.0, 1.0))
-    plain = float(score_test.z_scores(a, ones(8)))
+    lm, mean = float((ones(8) @ a @ ones(8).T).squeeze()), float(a.trace())
     sd = float((a - torch.diag(a.diagonal())).square().sum().mul(2).sqrt())
-    assert float(score_test.z_scores(a, ones(8), half)) == pytest.approx((plain - float(a.trace()) / sd) / 2)
+    assert float(score_test.z_scores(a, ones(8), 2.0)) == pytest.approx((lm / 2 - mean) / sd)
+    assert float(score_test.z_scores(a, ones(8), lm / mean)) == pytest.approx(0.0, abs=1e-12)
+
+
+def pulls_without_meaning(seed: int, n: int = 64, d: int = 256) -> tuple[Tensor, Tensor]:
+    """K of a site whose gate knows nothing, and P, behind a ridge head that is cross-fitted to labels drawn at random."""
+    g = torch.Generator().manual_seed(seed)
+    scales = torch.arange(1, d + 1, dtype=torch.float64) ** -0.5
+    x, labels = (
+        torch.randn(n, d, generator=g, dtype=torch.float64) * scales,
+        torch.randint(4, (n,), generator=g),
+    )
+    folds = head.divided(labels, 2, g)
+    fit = head._fitted(x, labels, folds)
+    back = torch.stack([fit.weights[f][0] for f in folds.tolist()])
+    delta = fit.out.softmax(1) - torch.nn.functional.one_hot(labels, 4)
+    at_features, gate = (delta[:, :, None] * back).sum(1), torch.rand(n, 48, generator=g, dtype=torch.float64)
+    kernel = (at_features @ at_features.T) * (gate @ gate.T) * (folds[:, None] == folds)
+    return kernel, head._removal(x, fit.out, labels, folds, fit.penalty)
+
+
+def test_p_values_are_no_larger_with_more_features_than_images_in_a_fold() -> None:
+    """Features eight times as many as a fold's images, labels that mean nothing: the mean p over 30 draws is near 1/2."""
+    signs = (torch.randint(2, (499, 64), generator=torch.Generator().manual_seed(0)) * 2.0 - 1).double()
+    found = []
+    for seed in range(30):
+        kernel, removal = pulls_without_meaning(seed)
+        a = score_test.influence(removal @ kernel @ removal)
+        found.append(score_test.p_value(a, signs, score_test.stretch(removal)))
+    assert 0.35 < sum(found) / 30 < 0.65
+    assert sum(p < 0.05 for p in found) <= 4
+
+
+def test_the_head_is_taken_out_in_whole_directions() -> None:
+    """P is a projection within each fold; the columns of δ are gone, and the weaker the penalty the more is gone."""
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(40, 12, generator=g, dtype=torch.float64), torch.arange(40) % 4
+    folds, logits = torch.arange(40) // 20, torch.randn(40, 4, generator=g, dtype=torch.float64)
+    left = []
+    for penalty in (100.0, 1.0, 0.01):
+        p = head._removal(x, logits, labels, folds, penalty)
+        torch.testing.assert_close(p @ p, p)
+        assert not p[:20, 20:].any()
+        delta = (logits.softmax(1) - torch.nn.functional.one_hot(labels, 4)) * (folds == 0)[:, None]
+        assert float((p @ delta).abs().max()) < 1e-9
+        left.append(float(p.trace()))
+    assert left[0] == pytest.approx(40 - 2 * 4)
+    assert left[0] > left[1] > left[2]

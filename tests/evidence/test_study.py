@@ -106,6 +106,17 @@ def test_choices_by_score_take_the_order_of_forward_selection() -> None:
     assert found == {"score": (2,), "bottom": (0, 1, 3), "gradient_norm": (0, 1, 3)}
 
 
+def test_halving_by_hand() -> None:
+    """Of five sites three live on, then two, who are ordered by the whole training; the others by their last rung."""
+    first = {0: -1.0, 1: -5.0, 2: -2.0, 3: -3.0, 4: -4.0}
+    second = {0: -3.0, 2: -1.0, 3: -2.0}
+    rungs = [{"site": str(s), "epochs": "1", "rung": str(v)} for s, v in first.items()]
+    rungs += [{"site": str(s), "epochs": "2", "rung": str(v)} for s, v in second.items()]
+    assert choosing.halved(rungs, [0.0, 9.0, 1.0, 2.0, 9.0]) == [3, 2, 0, 4, 1]
+    assert choosing.halvable(rungs, 5)
+    assert not choosing.halvable(rungs[:-1], 5)  # cut off
+
+
 def test_the_rate_is_tuned_on_validation_images() -> None:
     """The least mean loss; a rate whose loss is no number is never taken."""
     rows = [
@@ -131,6 +142,16 @@ def test_a_line_that_was_cut_off_is_not_read_and_goes_with_the_next(tmp_path: Pa
     store.add("null", [row])
     assert store.read("null") == [row, row]
     assert file.read_text().count("\n") == 3
+
+
+def test_a_group_stands_in_its_rows_as_a_number(tmp_path: Path) -> None:
+    """Read back as task, net, block and regime; a group that is known keeps its number."""
+    store = Store(tmp_path)
+    rows = [{**dict.fromkeys(COLUMNS["null"], "x"), "task": task} for task in ("a", "b", "a")]
+    for row in rows:
+        store.add("null", [row])
+    assert store.read("null") == rows
+    assert (tmp_path / "null.csv").read_text().splitlines() == ["group,seed,ps", "0,x,x", "1,x,x", "0,x,x"]
 
 
 def test_columns_of_test_images_are_read_on_demand_alone(tmp_path: Path) -> None:
@@ -194,6 +215,7 @@ def noise(task: str, seed: int, mean: Sequence[float], std: Sequence[float]) -> 
 
 STAGES = (
     ("rank", "lite0", "se", "frozen", ("a",)),
+    ("rungs", "lite0", "se", "frozen", ("a",)),
     ("choose", "lite0", "se", "frozen", ("a",)),
     ("null", "lite0", "se", "frozen", ("a",)),
     ("explore", "lite0", "se", "frozen", ("a",)),
@@ -220,8 +242,13 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("miniature")
-def test_a_miniature_study_is_finished_once_and_reported_the_same_each_time(tmp_path: Path) -> None:
-    """All stages; a second run adds no line; a run that lost its last lines trains these alone; the page is stable."""
+def test_a_miniature_study_is_finished_once_and_reported_the_same_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages; a second run adds no line; a run that lost its last lines trains these alone; the page is stable.
+
+    Were its task a new one, what was chosen elsewhere would be judged on it.
+    """
     store = Store(tmp_path)
     running.Study(store, minutes=5, seeds=(0, 1)).go()
     files = {p.name: p.read_text() for p in tmp_path.iterdir()}
@@ -233,6 +260,8 @@ def test_a_miniature_study_is_finished_once_and_reported_the_same_each_time(tmp_
         "null.csv",
         "kept.csv",
         "rungs.csv",
+        "curvature.csv",
+        "groups.csv",
     }
     page = report.written(store)
     assert "Nothing: all stages of the design are finished." in page
@@ -244,11 +273,17 @@ def test_a_miniature_study_is_finished_once_and_reported_the_same_each_time(tmp_
     again = (tmp_path / "runs.csv").read_text().splitlines()
     assert [_but_time(a) for a in again] == [_but_time(line.strip()) for line in lines]
     assert report.written(store).split("## What it costs")[0] == page.split("## What it costs")[0]
+    assert "Not finished." in page.split("## What was chosen, on tasks")[1].split("## Controls")[0]
+    monkeypatch.setattr(tables, "NEW_TASKS", ("a",))
+    judged = report.written(store).split("## What was chosen, on tasks")[1].split("## Controls")[0]
+    assert judged.count("| rung |") == 2
+    assert "best of k" in judged
 
 
 def _but_time(line: str) -> list[str]:
+    """Cells of a line of runs, without the seconds: third from the end, before those of test images."""
     cells = line.split(",")
-    return cells[: COLUMNS["runs"].index("seconds")] + cells[COLUMNS["runs"].index("seconds") + 1 :]
+    return cells[:-3] + cells[-2:]
 
 
 @pytest.mark.usefixtures("miniature")
@@ -310,6 +345,28 @@ def test_a_chain_with_blocks_is_the_injected_model() -> None:
     found = model.classifier(chain.features(inputs[0], 0))
     assert not torch.allclose(found, model(images), atol=1e-3)
     torch.testing.assert_close(found, twin(images))
+
+
+@pytest.mark.usefixtures("miniature")
+def test_curvature_is_that_of_the_loss() -> None:
+    """The drop by differences is slope² / (2 · curvature) by autograd, twice, in float64."""
+    chain = nets.Chain(small(), block="se", after="blocks.*.*")
+    of = [training.seeded(chain, noise("a", s, (), ()), s) for s in (0, 1)]
+    found = list(scoring.curvature(chain, [Run(s, (1,), 0.01) for s in (0, 1)], of))
+    for row, one in zip(found, of, strict=True):
+        together = training.Together(chain, [Run(0, (1,), 0.01)], [one])
+        block = together.blocks[0][1].eval()
+        zeros = [p for p in block.parameters() if not p.any()]
+        images = torch.arange(32)
+        loss = torch.nn.functional.cross_entropy(
+            together.logits("train", [images])[0], one.parts["train"].labels
+        )
+        g = torch.autograd.grad(loss, zeros, create_graph=True)
+        slope = sum(v.square().sum() for v in g)
+        hg = torch.autograd.grad(slope, zeros)
+        bend = sum((a * b).sum() for a, b in zip(g, hg, strict=True)) / 2
+        assert bend > 0
+        assert row["curvature"] == pytest.approx((slope**2 / (2 * bend)).item(), rel=0.05)
 
 
 def test_norms_are_folded_into_the_convolutions_before_them() -> None:

@@ -15,6 +15,7 @@ from attninject.evidence.tasks import (
     damaged_photos,
     damages,
     drawn_letters,
+    fonts,
     handwriting,
     photographs,
 )
@@ -120,9 +121,8 @@ def test_corruptions_are_divided_by_photograph(tmp_path: Path, monkeypatch: pyte
     _photographs(tmp_path)
     monkeypatch.setattr(photographs, "SHORT_SIDE", 60)
     seen = []
-    monkeypatch.setattr(damaged_photos, "_crops", lambda photos, *rest: seen.append(photos))
     for seed in (0, 1):
-        tasks.corruptions(seed, folder=tmp_path)
+        seen += damaged_photos.divided_photos(tmp_path, torch.Generator().manual_seed(seed))[:2]
     train, test, _, other = ([float(p.sum()) for p in photos] for photos in seen)
     assert (len(train), len(test)) == (11, 4)
     assert not set(train) & set(test)
@@ -211,6 +211,66 @@ def test_fonts_drawn_after_another_count_as_that(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(drawn_letters, "_has_letters", lambda *_: True)
     found = drawn_letters.fonts_by_maker([tmp_path], "A")
     assert {maker: len(files) for maker, files in found.items()} == {"Liberation": 2, "Lobster": 1}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Ten makers of one font each, whose letters are full squares; (letter, maker) as they are drawn."""
+    seen = []
+
+    def square(which: str, file: Path, size: int, generator: torch.Generator) -> torch.Tensor:
+        seen.append((which, file.stem))
+        return torch.ones(1, size, size)
+
+    makers = {f"maker{n}": [Path(f"maker{n}.ttf")] for n in range(10)}
+    monkeypatch.setattr(drawn_letters, "fonts_by_maker", lambda folders, letters: makers)
+    monkeypatch.setattr(fonts, "letter", square)
+    return seen
+
+
+def test_numerals_share_no_font(
+    drawn: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digit is the label; makers of training draw nothing for test; the origin names fonts and photographs."""
+    _photographs(tmp_path)
+    monkeypatch.setattr(photographs, "SHORT_SIDE", 60)
+    task = tasks.numerals(size=16, train=40, test=20, folder=tmp_path)
+    labels = [*task.train.labels.tolist(), *task.test.labels.tolist()]
+    assert [int(which) for which, _ in drawn] == labels
+    assert not {maker for _, maker in drawn[:40]} & {maker for _, maker in drawn[40:]}
+    assert "10 installed fonts" in task.origin
+    assert "lomiri" in task.origin
+    assert 0 <= float(task.train.images.min()) <= float(task.train.images.max()) <= 1
+
+
+def test_typefaces_share_no_letter(drawn: list[tuple[str, str]]) -> None:
+    """The label is the maker; A to J in training, K to T in test."""
+    task = tasks.typefaces(size=16, train=60, test=60)
+    labels = [*task.train.labels.tolist(), *task.test.labels.tolist()]
+    assert [maker for _, maker in drawn] == [task.classes[label] for label in labels]
+    assert {which for which, _ in drawn[:60]} <= set("ABCDEFGHIJ")
+    assert {which for which, _ in drawn[60:]} <= set("KLMNOPQRST")
+
+
+def test_counts_are_what_is_there(drawn: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of nine cells are inked as the label says; all of an image in one font."""
+    monkeypatch.setattr(fonts, "coloured", lambda ink, generator: ink.expand(3, -1, -1))
+    task = tasks.counts(size=24, train=12, test=6)
+    cells = task.train.images[:, 0].sum((1, 2)) / 8**2
+    assert cells.tolist() == (task.train.labels + 1).tolist()
+    assert len({maker for _, maker in drawn[15:21]}) == 1  # the six of the sixth image
+
+
+def test_channels_are_in_the_order_of_the_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a photograph of one colour each class has another order of its three values."""
+    _photographs(tmp_path)
+    monkeypatch.setattr(photographs, "SHORT_SIDE", 60)
+    colour = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1)
+    monkeypatch.setattr(damaged_photos, "crop", lambda photos, size, generator: colour.expand(3, size, size))
+    task = tasks.channels(size=8, train=6, test=6, folder=tmp_path)
+    values = dict(zip("RGB", (0.1, 0.5, 0.9), strict=True))
+    for image, label in zip(task.train.images, task.train.labels.tolist(), strict=True):
+        assert image[:, 0, 0].tolist() == pytest.approx([values[c] for c in task.classes[label]])
 
 
 @pytest.mark.slow

@@ -107,11 +107,63 @@ def by_training(sites: Sites, trained: Rows) -> dict[str, tuple[int, ...]]:
     return {m: sites.filled(falling([float(row[m]) for row in trained])) for m in TRAINED}
 
 
-def arms(sites: Sites, seed: int, scores: Rows, trained: Rows) -> dict[str, tuple[int, ...]]:
-    """Arm → its sites for one seed, as far as its scores are known."""
-    found = without_images(sites, seed)
-    if scores:
-        found |= by_scores(sites, scores, CHOOSERS)
-    if trained:
-        found |= by_training(sites, trained)
+def better_half(sites: Sequence[int], scores: Mapping[int, float]) -> list[int]:
+    """Half of some sites, rounded up, the best first.
+
+    >>> better_half([0, 1, 2], {0: 1.0, 1: 3.0, 2: 2.0})
+    [1, 2]
+    """
+    return sorted(sites, key=lambda s: -scores[s])[: (len(sites) + 1) // 2]
+
+
+def halvable(rungs: Rows, every: int) -> bool:
+    """Whether all sites of a seed have their first rung, and half of them, rounded up, their second."""
+    return len(rungs) == every + (every + 1) // 2
+
+
+def halved(rungs: Rows, full: Sequence[float]) -> list[int]:
+    """The order of successive halving: by how far a site came, then by its last validation loss.
+
+    rungs: of one seed, in any order; after one epoch of all sites, and after two of the better half of them. full: by
+    site, validation loss after the whole training, sign changed, of which the best quarter is read alone.
+    """
+    first, second = (
+        {int(r["site"]): float(r["rung"]) for r in rungs if int(r["epochs"]) == n} for n in (1, 2)
+    )
+    left = better_half(sorted(first), first)
+    last = better_half(left, second)
+    order = sorted(last, key=lambda s: -full[s])
+    order += [s for s in sorted(left, key=lambda s: -second[s]) if s not in order]
+    return order + [s for s in sorted(first, key=lambda s: -first[s]) if s not in order]
+
+
+def by_rungs(sites: Sites, rungs: Rows, full: Sequence[float] | None) -> dict[str, tuple[int, ...]]:
+    """Arms by one epoch of every single site, and by successive halving where all its rungs are known."""
+    first = {int(r["site"]): float(r["rung"]) for r in rungs if int(r["epochs"]) == 1}
+    if len(first) < len(sites.every):
+        return {}
+    found = {"rung": sites.filled(falling([first[s] for s in sites.every]))}
+    if full is not None and halvable(rungs, len(first)):
+        found["halving"] = sites.filled(halved(rungs, full))
     return found
+
+
+SOURCES = ("scores", "before", "trained", "rungs")
+"""Files that arms are chosen by."""
+
+
+def arms(
+    sites: Sites, seed: int, tables: Mapping[str, Rows], full: Sequence[float] | None
+) -> dict[str, tuple[int, ...]]:
+    """Arm → its sites for one seed, as far as its scores are known.
+
+    tables: of `SOURCES`, the seed's rows. full: see `halved`; None where not every site was trained.
+    """
+    found = without_images(sites, seed)
+    if tables["scores"]:
+        found |= by_scores(sites, tables["scores"], CHOOSERS)
+    if tables["before"]:
+        found["before"] = by_scores(sites, tables["before"], ())["score"]
+    if tables["trained"]:
+        found |= by_training(sites, tables["trained"])
+    return found | by_rungs(sites, tables["rungs"], full)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 TASKS = ("digits_on_photos", "letters", "stamps", "corruptions", "rotations")
+NEW_TASKS = ("numerals", "typefaces", "counts", "channels")
+"""Of the second part, on which nothing was chosen."""
 SEEDS = (0, 1, 2, 3, 4)
 """Split, images, order, head and blocks' init vary together with the seed."""
 
@@ -58,6 +60,8 @@ CHOOSERS = ("score", "gradient_norm", "squared_gradients", "gradient_rank")
 """Methods whose choice within the budget is trained, beside those that look at no image."""
 
 FEW = ("digits_on_photos", "rotations")
+GAINING = ("letters", "corruptions")
+"""Beside digits_on_photos, where lite0 gained."""
 
 STAGES: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("rank", "lite0", "se", "frozen", TASKS),
@@ -69,17 +73,30 @@ STAGES: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("rank", "lite1", "se", "frozen", FEW[:1]),
     ("rank", "lite0", "cbam", "frozen", FEW[:1]),
     ("headroom", "lite0", "se", "all", FEW[:1]),
-    ("rank", "lite1", "se", "frozen", FEW),
-    ("rank", "lite0", "cbam", "frozen", FEW),
-    ("headroom", "lite0", "se", "all", FEW),
-    ("choose", "vit", "se", "frozen", TASKS),
+    ("choose", "vit", "se", "frozen", GAINING[:1]),
     ("rank", "lite0_random", "se", "frozen", FEW[:1]),
-    ("headroom", "lite0", "cbam", "frozen", TASKS),
+    # the second part
+    ("rank", "lite1", "se", "frozen", GAINING[:1]),
+    ("rank", "lite0", "se", "frozen", NEW_TASKS),
+    ("rungs", "lite0", "se", "frozen", NEW_TASKS),
+    ("choose", "lite0", "se", "frozen", NEW_TASKS),
+    ("rungs", "lite0", "se", "frozen", TASKS),
+    ("choose", "lite0", "se", "frozen", TASKS),
+    ("rank", "lite1", "se", "frozen", GAINING),
+    ("rungs", "lite1", "se", "frozen", (*FEW[:1], *GAINING)),
+    ("rungs", "vit", "se", "frozen", GAINING[:1]),
+    ("choose", "vit", "se", "frozen", GAINING[:1]),
+    ("choose", "lite1", "se", "frozen", (*FEW[:1], *GAINING)),
+    ("rank", "lite0", "cbam", "frozen", GAINING),
+    ("choose", "lite0", "cbam", "frozen", (*FEW[:1], *GAINING)),
+    ("headroom", "lite0", "se", "all", GAINING),
+    # where lite0 had nothing to rank
     ("rank", "lite1", "se", "frozen", TASKS),
     ("rank", "lite0", "cbam", "frozen", TASKS),
-    ("choose", "lite0", "se", "all", FEW),
     ("headroom", "lite0", "se", "all", TASKS),
+    ("choose", "vit", "se", "frozen", TASKS),
     ("choose", "lite1", "se", "frozen", TASKS),
     ("choose", "lite0", "cbam", "frozen", TASKS),
+    ("choose", "lite0", "se", "all", FEW),
 )
 """What is done, the most valuable first: stage, net, block, regime, tasks. Cut off anywhere, the rest is missing."""

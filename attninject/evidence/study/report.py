@@ -10,7 +10,7 @@ import numpy as np
 
 from attninject.evidence.statistics import Paired, paired
 
-from . import tables
+from . import judged, tables
 from .design import PERMUTATIONS, SEEDS, STAGES, Group
 from .kendall import ceiling
 from .results import EXPLORED, METHODS, Results, read
@@ -24,8 +24,9 @@ FIRST: tables.Kind = ("lite0", "se", "frozen")
 SLIGHT = 0.001
 """Cross-entropy that is called slight."""
 
+TRAINED = ("warmup", "ablation", "rung", "halving")
 UNTRAINED = tuple(
-    m for m in tables.CHOICES if m not in ("warmup", "ablation", "bottom", "papers_places", "all")
+    m for m in tables.CHOICES if m not in (*TRAINED, "before", "bottom", "papers_places", "all")
 )
 """Ways to choose within the budget that train nothing: what the default is chosen among."""
 
@@ -48,6 +49,7 @@ def written(store: Store) -> str:
         "## Headroom\n\n" + HEADROOM + tables.table(tables.HEADROOM, tables.headroom_rows(results)),
         "## Does the order foretell what a site gains?\n\n" + RANKING + "\n\n".join(_ranking(by_kind)),
         "## Is what a method chooses better than chance?\n\n" + CHOOSING + "\n\n".join(_choosing(by_kind)),
+        "## What was chosen, on tasks it was not chosen on\n\n" + _judged(by_kind),
         "## Controls\n\n" + _controls(results, store),
         "## What it costs\n\n" + COST + tables.table(COST_HEADER, tables.cost_rows(results)),
         "## What is missing\n\n" + _missing(results, store),
@@ -73,11 +75,11 @@ Behind it, in how many of the seeds the arm is better. The last column counts ta
 
 """
 
-COST = """Seconds of this process per seed: all scores of one measurement, the two that need training, one training with
-blocks at all sites, one with one block, and all single sites one after another.
+COST = """Seconds of this process per seed: all scores of one measurement, the two that need training, one epoch of every
+single site, one training with blocks at all sites, one with one block, and all single sites one after another.
 
 """
-COST_HEADER = ("kind", "scores", "warmup, ablation", "all sites", "one site", "every single site")
+COST_HEADER = ("kind", "scores", "warmup, ablation", "rung", "all sites", "one site", "every single site")
 
 
 # --- in short ----------------------------------------------------------------------------------
@@ -96,8 +98,8 @@ def _short(by_kind: Mapping[tables.Kind, Sequence[Results]], store: Store) -> li
         lines.append(
             f"By that rule {named} has headroom with a gain below {SLIGHT}, which nobody would notice."
         )
-    lines += _primary(first) + _others(by_kind) + _choice(first)
-    return lines + _null(store.read("null")) + _against_bottleneck(by_kind)
+    lines += _primary(first) + _others(by_kind) + _choice(first) + _verdict(by_kind.get(judged.KIND, []))
+    return lines + _null(store) + _against_bottleneck(by_kind)
 
 
 def _gain(one: Results) -> float:
@@ -164,16 +166,35 @@ def _choice(group: Sequence[Results]) -> list[str]:
     ]
 
 
-def _null(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    ps = [float(p) for row in rows for p in row["ps"].split()]
-    if not ps:
-        return []
-    share, mean = float(np.mean(np.array(ps) < 0.05)), float(np.mean(ps))
-    said = "too small" if share > 0.075 else "too large" if share < 0.025 else "about right"
+def _verdict(group: Sequence[Results]) -> list[str]:
+    ready = judged.open_tasks(group)
+    if len(ready) < 2:
+        return ["**New tasks**: not finished."]
+    won = judged.winners(group)
+    said = ", ".join(f"`{m}`" for m in won) + (" has" if len(won) == 1 else " have") if won else "none has"
+    both = []
+    for method in judged.JUDGED:
+        tau, gain = judged.mean_tau(group, method), judged.over_random(group, method)
+        both.append(f"`{method}` τ {tables.difference(tau, 2)}, gain {tables.difference(gain, 3)}")
     return [
-        f"**Permuted labels**: p-values of the score test are {said}: {share:.1%} of {len(ps)} are below .05, and their "
-        f"mean is {mean:.2f}, where 5 % and 0.50 are due."
+        f"**New tasks** ({len(ready)} with headroom): of the methods that were chosen on the first five, {said} won "
+        f"(mean τ and mean gain over random sets both with an interval above 0): {'; '.join(both)}."
     ]
+
+
+def _null(store: Store) -> list[str]:
+    lines = []
+    for name, when in (("null", ""), ("null_before", ", before its correction,")):
+        ps = [float(p) for row in store.read(name) for p in row["ps"].split()]
+        if not ps:
+            continue
+        share, mean = float(np.mean(np.array(ps) < 0.05)), float(np.mean(ps))
+        said = "too small" if share > 0.075 else "too large" if share < 0.025 else "about right"
+        lines.append(
+            f"**Permuted labels**: p-values of the score test{when} are {said}: {share:.1%} of {len(ps)} are below .05, "
+            f"and their mean is {mean:.2f}, where 5 % and 0.50 are due."
+        )
+    return lines
 
 
 def _against_bottleneck(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
@@ -224,9 +245,10 @@ def _ranking(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
     return parts or ["Nothing is finished."]
 
 
-EXPLORATORY = """Exploratory, declared later than the others (see the protocol's deviations): scores at the head that
-trainings start from (`_kept`), validation loss of each site after one epoch (`rung`) and after the whole training
-(`validation`).
+EXPLORATORY = """Exploratory, declared later than the others (see the protocol): scores at the head that trainings
+start from (`_kept`, with the score test as it was before its correction), validation loss of each site after one epoch
+(`rung`), by successive halving (`halving`) and after the whole training (`validation`), the drop to second order
+(`curvature`), and the score test before its correction (`before`).
 
 """
 PRIMARY_HEADER = (
@@ -263,9 +285,40 @@ def _choosing(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
 LEFT_HEADER = ("task left out", "arm", "on the others", "on this one", "seeds won")
 
 
+def _judged(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> str:
+    group = by_kind.get(judged.KIND, [])
+    ready = tables.complete(tables.ranked(group))
+    if not ready:
+        return "Not finished."
+    tasks = [one.group.task + ("" if one.headroom else " (nothing to rank)") for one in ready]
+    header = ("method", *tasks, "mean", "p (Holm)")
+    parts = [
+        "τ:\n\n" + tables.table(header, tables.ranking_rows(ready, tables.taus, judged.JUDGED)),
+        "Gain over the seed's random sets of the same budget:\n\n"
+        + tables.table(header, judged.choosing_rows(ready)),
+    ]
+    old = tables.complete(by_kind.get(FIRST, []))
+    paid = judged.payment_rows([*ready, *old])
+    parts.append(PAYMENT + tables.table(PAYMENT_HEADER, paid))
+    return JUDGED + "\n\n".join(parts)
+
+
+JUDGED = """Tasks as units, those with headroom alone. `before` is the score test before its correction.
+
+"""
+PAYMENT = """A rung has to be paid for: in its seconds k of the seed's random sets could be trained, of which the best by
+validation loss is taken. Gains over plain; new tasks first.
+
+"""
+PAYMENT_HEADER = ("task", "k", "`rung`", "best of k", "difference")
+
+
 def _controls(results: Mapping[Group, Results], store: Store) -> str:
-    rows = store.read("null")
-    null = tables.table(NULL_HEADER, tables.null_rows(rows)) if rows else "Not reached."
+    parts = []
+    for name in ("null", "null_before"):
+        rows = store.read(name)
+        parts.append(tables.table(NULL_HEADER, tables.null_rows(rows)) if rows else "Not reached.")
+    null = "\n\nBefore the correction:\n\n".join(parts)
     bottleneck = tables.bottleneck_rows(results)
     return (
         "Permuted labels: p-values of the score test where labels mean nothing. They should be uniform: 5 % below .05, "
@@ -276,7 +329,17 @@ def _controls(results: Mapping[Group, Results], store: Store) -> str:
     )
 
 
-NULL_HEADER = ("task", "net", "permutations", "sites", "p < .05", "p < .5", "mean p", "any Holm p < .05")
+NULL_HEADER = (
+    "task",
+    "net",
+    "block",
+    "permutations",
+    "sites",
+    "p < .05",
+    "p < .5",
+    "mean p",
+    "any Holm p < .05",
+)
 BOTTLENECK_HEADER = (
     "task",
     "SE, all",
@@ -290,7 +353,7 @@ BOTTLENECK_HEADER = (
 
 def _missing(results: Mapping[Group, Results], store: Store) -> str:
     """The stages of the design that are not finished."""
-    permuted = [(r["task"], r["net"]) for r in store.read("null")]
+    permuted = [(r["task"], r["net"], r["block"]) for r in store.read("null")]
     lines = []
     for stage, net, block, regime, tasks in STAGES:
         left = [t for t in tasks if not _done(stage, Group(t, net, block, regime), results, permuted)]
@@ -300,10 +363,10 @@ def _missing(results: Mapping[Group, Results], store: Store) -> str:
 
 
 def _done(
-    stage: str, group: Group, results: Mapping[Group, Results], permuted: Sequence[tuple[str, str]]
+    stage: str, group: Group, results: Mapping[Group, Results], permuted: Sequence[tuple[str, ...]]
 ) -> bool:
     if stage == "null":
-        return permuted.count((group.task, group.net)) >= PERMUTATIONS
+        return permuted.count((group.task, group.net, group.block)) >= PERMUTATIONS
     if stage == "bottleneck":
         one = results.get(Group(group.task, group.net, "bottleneck", group.regime))
         block = results.get(group)
@@ -316,7 +379,8 @@ def _done(
     checks = {
         "headroom": one.headroom is not None,
         "rank": bool(tables.ranked([one])),
-        "explore": one.scored("rung") is not None and one.scored("score_kept") is not None,
+        "explore": one.scored("score_kept") is not None,
+        "rungs": one.scored("halving") is not None,
         "choose": bool(tables.complete([one])),
     }
     return checks[stage]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from attninject.evidence.statistics import Paired, paired
 
 from . import choosing
-from .design import SEEDS, STAGES, TASKS, Group
+from .design import NEW_TASKS, RANDOM_DRAWS, SEEDS, STAGES, TASKS, Group
 from .kendall import Array
 from .store import GROUP, SCORES, Store, sites_of
 
@@ -23,7 +24,7 @@ BARE = ("random", "depth", "parameters", "largest_map", "papers_places")
 KEPT = tuple(f"{m}_kept" for m in SCORES)
 """Exploratory: the same methods at the head that trainings start from."""
 METHODS = (*SCORES, *choosing.TRAINED, *BARE)
-EXPLORED = (*KEPT, "rung", "validation")
+EXPLORED = (*KEPT, "rung", "halving", "curvature", "validation", "before")
 """Declared later than the others; see the protocol's deviations."""
 
 
@@ -36,20 +37,14 @@ class Results:
         sites: its candidates.
         rate: the tuned `attn_lr`.
         runs: (seed, sites) → row, at that rate, plain among them.
-        scores: seed → rows of sites in order.
-        trained: the same of `warmup` and `ablation`.
-        kept: the same of the scores at the head that trainings start from.
-        rungs: the same of `rung`.
+        tables: file of scores → seed → rows of sites in order.
     """
 
     group: Group
     sites: choosing.Sites
     rate: float
     runs: Mapping[tuple[int, tuple[int, ...]], Row]
-    scores: Mapping[int, Sequence[Row]]
-    trained: Mapping[int, Sequence[Row]]
-    kept: Mapping[int, Sequence[Row]]
-    rungs: Mapping[int, Sequence[Row]]
+    tables: Mapping[str, Mapping[int, Sequence[Row]]]
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -83,7 +78,7 @@ class Results:
         return [
             s
             for s in self.seeds
-            if s in self.scores and all((s, (i,)) in self.runs for i in self.sites.every)
+            if s in self.tables["scores"] and all((s, (i,)) in self.runs for i in self.sites.every)
         ]
 
     def gains(self, column: str = "test_loss") -> Array:
@@ -101,6 +96,7 @@ class Results:
         bare = {
             "random": [zlib.crc32(f"{seed}:{i}".encode()) / 2**32 for i in every],
             "depth": [float(i) for i in every],
+            "first": [-float(i) for i in every],
             "parameters": [float(p) for p in self.sites.parameters],
             "largest_map": [float(n) for n in self.sites.numbers],
             "papers_places": [float(i in self.sites.usual) for i in every],
@@ -108,22 +104,43 @@ class Results:
         if method in bare:
             return bare[method]
         if method == "validation":
-            return [-float(self.runs[seed, (i,)]["val_loss"]) for i in every]
-        rows = self._table(method).get(seed, ())
-        column = method.removesuffix("_kept")
+            return self._validated(seed)
+        if method == "halving":
+            rungs, full = self.tables["rungs"].get(seed, ()), self._validated(seed)
+            if not full or not choosing.halvable(rungs, len(every)):
+                return None
+            order = choosing.halved(rungs, full)
+            return [-float(order.index(site)) for site in every]
+        column = {"before": "score"}.get(method, method.removesuffix("_kept"))
+        rows = [r for r in self.tables[_file(method)].get(seed, ()) if r.get("epochs", "1") == "1"]
         return [float(row[column]) for row in rows] if len(rows) == len(every) else None
 
-    def _table(self, method: str) -> Mapping[int, Sequence[Row]]:
-        """The rows that a method's scores stand in."""
-        if method in choosing.TRAINED:
-            return self.trained
-        if method == "rung":
-            return self.rungs
-        return self.kept if method in KEPT else self.scores
+    def _validated(self, seed: int) -> list[float] | None:
+        """By site, the validation loss of the site alone, sign changed; None where not all were trained."""
+        found = [self.runs.get((seed, (i,))) for i in self.sites.every]
+        known = [-float(r["val_loss"]) for r in found if r is not None]
+        return known if len(known) == len(found) else None
 
     def arms(self, seed: int) -> dict[str, tuple[int, ...]]:
         """Arm → its sites, as they were chosen."""
-        return choosing.arms(self.sites, seed, self.scores.get(seed, ()), self.trained.get(seed, ()))
+        own = {name: self.tables[name].get(seed, ()) for name in choosing.SOURCES}
+        return choosing.arms(self.sites, seed, own, self._validated(seed))
+
+    def best_random(self, seed: int, draws: int) -> float | None:
+        """Gain over plain of the best by validation loss among the seed's first random sets."""
+        arms = self.arms(seed)
+        sets = [arms[f"random_{d}"] for d in range(draws)]
+        if any((seed, sites) not in self.runs for sites in sets):
+            return None
+        return self.gain(seed, min(sets, key=lambda sites: float(self.runs[seed, sites]["val_loss"])))
+
+    def affordable(self, seed: int) -> int:
+        """How many random sets are trained in the seconds of one epoch of every site, rounded up; at most all."""
+        rungs = [r for r in self.tables["rungs"].get(seed, ()) if r["epochs"] == "1"]
+        arms = self.arms(seed)
+        found = [self.runs.get((seed, arms[f"random_{d}"])) for d in range(RANDOM_DRAWS)]
+        each = np.mean([float(r["seconds"]) for r in found if r is not None])
+        return min(RANDOM_DRAWS, math.ceil(sum(float(r["seconds"]) for r in rungs) / each))
 
     @cached_property
     def chosen(self) -> dict[str, dict[int, float]]:
@@ -143,11 +160,19 @@ class Results:
         return found
 
 
+def _file(method: str) -> str:
+    """The file that a method's scores stand in."""
+    if method in choosing.TRAINED:
+        return "trained"
+    if method in KEPT:
+        return "kept"
+    return {"rung": "rungs", "curvature": "curvature", "before": "before"}.get(method, "scores")
+
+
 def read(store: Store) -> dict[Group, Results]:
     """All groups that were begun, in the order of the design."""
     runs = _grouped(store.read("runs", test=True))
-    scores, late = _grouped(store.read("scores")), ("trained", "kept", "rungs")
-    others = {name: _grouped(store.read(name)) for name in late}
+    files = {name: _grouped(store.read(name)) for name in (*choosing.SOURCES, "kept", "curvature")}
     sites: dict[tuple[str, str], list[Row]] = {}
     for row in store.read("sites"):
         sites.setdefault((row["net"], row["block"]), []).append(row)
@@ -163,16 +188,17 @@ def read(store: Store) -> dict[Group, Results]:
             for r in runs[key]
             if r["sites"] == "none" or float(r["lr"]) == rate
         }
-        first = _by_seed(scores.get(Group(*key[:3]).key, []))
-        rest = (_by_seed(others[name].get(key, [])) for name in late)
-        found[group] = Results(group, known, rate, own, first, *rest)
+        frozen = Group(*key[:3]).key  # scores are of the net at rest
+        keys = {name: frozen if name in ("scores", "before") else key for name in files}
+        scores = {name: _by_seed(rows.get(keys[name], [])) for name, rows in files.items()}
+        found[group] = Results(group, known, rate, own, scores)
     return found
 
 
 def _place(key: tuple[str, ...]) -> tuple[int, int]:
     """Order of the groups: as the stages come, tasks as the design has them; the control last."""
     kinds: list[tuple[str, ...]] = [stage[1:4] for stage in STAGES]
-    return kinds.index(key[1:]) if key[1:] in kinds else len(kinds), _index(TASKS, key[0])
+    return kinds.index(key[1:]) if key[1:] in kinds else len(kinds), _index((*TASKS, *NEW_TASKS), key[0])
 
 
 def _index(names: Sequence[str], name: str) -> int:

@@ -13,6 +13,7 @@ from attninject.evidence.sweep_controls import bottlenecks
 from . import choosing, nets, scoring, training
 from .design import ATTN_LRS, CANDIDATES, PERMUTATIONS, SEEDS, STAGES, TUNING_SEEDS, Group, Run
 from .nets import Chain
+from .scoring import Row
 from .splits import Parts, parts_of
 from .store import GROUP, Store, sites_of, sites_text
 
@@ -203,8 +204,19 @@ class Study:
 
     def arms(self, group: Group, seed: int) -> dict[str, tuple[int, ...]]:
         """Arm → its sites, by the scores that stand in the files."""
-        scores, trained = self.rows("scores", Group(*group.key[:3])), self.rows("trained", group)
-        return choosing.arms(self.sites(group), seed, _of_seed(scores, seed), _of_seed(trained, seed))
+        frozen = Group(*group.key[:3])  # scores are of the net at rest
+        of = {name: frozen if name in ("scores", "before") else group for name in choosing.SOURCES}
+        tables = {name: _of_seed(self.rows(name, own), seed) for name, own in of.items()}
+        return choosing.arms(self.sites(group), seed, tables, self._validated(group).get(seed))
+
+    def _validated(self, group: Group) -> dict[int, list[float]]:
+        """Seed → by site, validation loss of the site alone, sign changed; seeds of which every site was trained."""
+        lr, every = self.attn_lr(group), len(self.sites(group).every)
+        found: dict[int, dict[int, float]] = {}
+        for r in self.rows("runs", group):
+            if r["sites"].isdigit() and float(r["lr"]) == lr:
+                found.setdefault(int(r["seed"]), {})[int(r["sites"])] = -float(r["val_loss"])
+        return {seed: [of[s] for s in range(every)] for seed, of in found.items() if len(of) == every}
 
     def bottleneck(self, group: Group) -> None:
         """In place of attention, at the sites that the score chose, at its own tuned rate; all sites, too."""
@@ -214,20 +226,44 @@ class Study:
         self.train(control, [Run(seed, sites, self.attn_lr(control)) for seed, sites in chosen.items()])
 
     def explore(self, group: Group) -> None:
-        """Scores at the head that trainings start from, and the first rung of a search by training."""
+        """Scores at the head that trainings start from."""
         known = {int(r["seed"]) for r in self.rows("kept", group)}
         for seed in (s for s in self.seeds if s not in known):
             self.check_time()
             one = self.seeded(group, seed)
             rows = scoring.scored_at_start(self.chain(group), one.parts["train"], seed, one.head)
             self.add("kept", group, rows)
-        tried = {(int(r["seed"]), int(r["site"])) for r in self.rows("rungs", group)}
-        for site in range(len(self.chain(group).slots)):
-            runs = [Run(s, (site,), self.attn_lr(group)) for s in self.seeds if (s, site) not in tried]
-            if runs:
-                self.check_time()
-                of = [self.seeded(group, r.seed) for r in runs]
-                self.add("rungs", group, scoring.first_rung(self.chain(group), runs, of))
+
+    def rungs(self, group: Group) -> None:
+        """What a search by training sees first: one epoch of every site, two of each seed's better half; curvature."""
+        every = range(len(self.chain(group).slots))
+        self._rung(group, 1, [(seed, site) for site in every for seed in self.seeds])
+        first: dict[int, dict[int, float]] = {seed: {} for seed in self.seeds}
+        for r in self.rows("rungs", group):
+            if int(r["epochs"]) == 1:
+                first[int(r["seed"])][int(r["site"])] = float(r["rung"])
+        halves = {seed: choosing.better_half(every, of) for seed, of in first.items()}
+        self._rung(group, 2, [(seed, site) for site in every for seed in self.seeds if site in halves[seed]])
+        if group.block == "se":
+            known = {(int(r["seed"]), int(r["site"])) for r in self.rows("curvature", group)}
+            wanted = [(seed, site) for site in every for seed in self.seeds if (seed, site) not in known]
+            self._each(group, "curvature", wanted, scoring.curvature)
+
+    def _rung(self, group: Group, epochs: int, wanted: Sequence[tuple[int, int]]) -> None:
+        rows = [r for r in self.rows("rungs", group) if int(r["epochs"]) == epochs]
+        known = {(int(r["seed"]), int(r["site"])) for r in rows}
+        missing = [pair for pair in wanted if pair not in known]
+        self._each(group, "rungs", missing, lambda chain, runs, of: scoring.rung(chain, runs, of, epochs))
+
+    def _each(
+        self, group: Group, name: str, pairs: Sequence[tuple[int, int]], measure: Callable[..., Iterable[Row]]
+    ) -> None:
+        """Rows of a file from runs of one site, as many together as there are seeds; pairs: (seed, site)."""
+        for i in range(0, len(pairs), len(self.seeds)):
+            self.check_time()
+            runs = [Run(seed, (site,), self.attn_lr(group)) for seed, site in pairs[i : i + len(self.seeds)]]
+            of = [self.seeded(group, r.seed) for r in runs]
+            self.add(name, group, measure(self.chain(group), runs, of))
 
     def null(self, group: Group) -> None:
         """p-values under permuted labels, of the images of the first seed."""
@@ -247,6 +283,7 @@ STEPS: dict[str, Callable[[Study, Group], None]] = {
     "rank": Study.rank,
     "choose": Study.choose,
     "explore": Study.explore,
+    "rungs": Study.rungs,
     "headroom": Study.headroom,
     "bottleneck": Study.bottleneck,
     "null": Study.null,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attninject.evidence import rank
 from attninject.evidence.samples import Samples
@@ -89,12 +89,53 @@ def by_training(chain: Chain, runs: Sequence[Run], of: Sequence[Seeded], whole: 
             }  # fmt: skip
 
 
-def first_rung(chain: Chain, runs: Sequence[Run], of: Sequence[Seeded]) -> Iterator[Row]:
-    """One row per run of one site: `rung`, the validation loss after one epoch, sign changed; cosine over that epoch."""
+def rung(chain: Chain, runs: Sequence[Run], of: Sequence[Seeded], epochs: int) -> Iterator[Row]:
+    """One row per run of one site: the validation loss after some epochs, sign changed; cosine over these."""
     began = time.process_time()
     together = Together(chain, runs, of)
-    together.train(epochs=1)
+    together.train(epochs=epochs)
     losses = together.judged("val")[0]
     seconds = (time.process_time() - began) / len(runs)
     for run, loss in zip(runs, losses.tolist(), strict=True):
-        yield {"seed": run.seed, "site": run.sites[0], "rung": -loss, "seconds": seconds}
+        yield {"seed": run.seed, "site": run.sites[0], "epochs": epochs, "rung": -loss, "seconds": seconds}
+
+
+FIRST_ORDER = 0.01
+"""Of the loss: what the step of the differences in `curvature` would take off, were the loss straight."""
+
+
+def curvature(chain: Chain, runs: Sequence[Run], of: Sequence[Seeded]) -> Iterator[Row]:
+    """One row per run of one site: the lowest point of the parabola along −ḡ, as a drop of the training loss.
+
+    ḡ is the mean gradient at what is zero, the head is held. slope² / (2 · curvature), both by central differences of
+    the loss L at θ = ∓ t ḡ; at most L(0), which stands where the loss bends down.
+    """
+    began = time.process_time()
+    together = Together(chain, runs, of)
+    zeros = [
+        [p for p in own[run.sites[0]].eval().parameters() if not p.detach().any()]
+        for run, own in zip(runs, together.blocks, strict=True)
+    ]
+    here, gradients = together.gradients(zeros)
+    slopes = torch.tensor([sum(float(g.square().sum()) for g in of_run) for of_run in gradients])
+    steps = FIRST_ORDER * here / slopes.clamp_min(1e-20)
+    ahead, behind = (_moved(together, zeros, gradients, sign * steps) for sign in (-1, 1))
+    slope, bend = (behind - ahead) / (2 * steps), (ahead + behind - 2 * here) / steps**2
+    drop = torch.where(bend > 0, slope**2 / (2 * bend), here).minimum(here)
+    seconds = (time.process_time() - began) / len(runs)
+    for run, value in zip(runs, torch.where(slopes > 0, drop, 0 * drop).tolist(), strict=True):
+        yield {"seed": run.seed, "site": run.sites[0], "curvature": value, "seconds": seconds}
+
+
+@torch.no_grad()
+def _moved(
+    together: Together,
+    zeros: Sequence[Sequence[nn.Parameter]],
+    gradients: Sequence[Sequence[Tensor]],
+    steps: Tensor,
+) -> Tensor:
+    """(runs,): the training loss at θ = step · ḡ."""
+    for parameters, of_run, step in zip(zeros, gradients, steps.tolist(), strict=True):
+        for p, g in zip(parameters, of_run, strict=True):
+            p.copy_(step * g)
+    return together.judged("train")[0]

@@ -26,45 +26,78 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "scores": (*GROUP, "seed", "site", *SCORES, "order", "p", "seconds"),
     "trained": (*GROUP, "seed", "site", "warmup", "ablation", "seconds"),
     "kept": (*GROUP, "seed", "site", *SCORES, "order", "p", "seconds"),
-    "rungs": (*GROUP, "seed", "site", "rung", "seconds"),
+    "rungs": (*GROUP, "seed", "site", "epochs", "rung", "seconds"),
+    "curvature": (*GROUP, "seed", "site", "curvature", "seconds"),
     "sites": ("net", "block", "site", "path", "parameters", "macs", "numbers", "usual"),
     "null": (*GROUP, "seed", "ps"),
+    "before": (*GROUP, "seed", "site", "score", "order"),
+    "null_before": (*GROUP, "seed", "ps"),
 }  # fmt: skip
-"""File → its columns. Those of test images are at the end, and are read where `test=True` is said alone."""
+"""File → its columns. The last two are what the score test said before its correction, and are written no more.
+Columns of test images are at the end of theirs, and are read where `test=True` is said alone."""
 
 TEST = ("test_loss", "test_acc")
 
 
 class Store:
-    """The files of one folder."""
+    """The files of one folder. A row's group stands in it as a number, and what the number means in `groups.csv`."""
 
     def __init__(self, folder: Path = HERE) -> None:
         self.folder = folder
 
     def read(self, name: str, test: bool = False) -> list[dict[str, str]]:
         """Rows as they stand in the file, whole lines alone; without the columns of test images unless `test`."""
-        file = self.folder / f"{name}.csv"
-        columns = COLUMNS[name]
-        if not file.is_file():
-            return []
-        whole = file.read_text().rpartition("\n")[0]
-        rows = [dict(zip(columns, row, strict=True)) for row in _records(whole) if len(row) == len(columns)]
+        columns, groups = _stored(name), self._groups()
+        rows = [dict(zip(columns, row, strict=True)) for row in self._rows(name) if len(row) == len(columns)]
         hidden = () if test else TEST
-        return [{k: v for k, v in row.items() if k not in hidden} for row in rows]
+        shown = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
+        return [{**groups[row.pop("group")], **row} if "group" in row else row for row in shown]
 
     def add(self, name: str, rows: Iterable[Mapping[str, object]]) -> None:
         """Append rows; a line that was cut off goes first."""
-        file = self.folder / f"{name}.csv"
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = _lines([COLUMNS[name]])
+        columns = _stored(name)
+        found = []
+        for row in rows:
+            own = {**row, "group": self._number(row)} if "group" in columns else row
+            found.append([_cell(c, own[c]) for c in columns])
+        self._append(name, columns, found)
+
+    def _groups(self) -> dict[str, dict[str, str]]:
+        """Number → task, net, block, regime."""
+        return {number: dict(zip(GROUP, rest, strict=True)) for number, *rest in self._rows("groups")}
+
+    def _number(self, row: Mapping[str, object]) -> str:
+        """The number of a row's group; a new one is written down."""
+        own = {c: str(row[c]) for c in GROUP}
+        known = self._groups()
+        for number, group in known.items():
+            if group == own:
+                return number
+        self._append("groups", ("group", *GROUP), [[str(len(known)), *own.values()]])
+        return str(len(known))
+
+    def _rows(self, name: str) -> list[list[str]]:
+        file = self.folder / f"{name}.csv"
+        return _records(file.read_text().rpartition("\n")[0]) if file.is_file() else []
+
+    def _append(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        file = self.folder / f"{name}.csv"
+        text = _lines([columns])
         if file.is_file():
             text = file.read_text()
             whole = text[: text.rfind("\n") + 1]
             if whole != text:
                 file.write_text(whole)
-            text = "" if whole else _lines([COLUMNS[name]])
+            text = "" if whole else _lines([columns])
         with file.open("a") as out:
-            out.write(text + _lines([[_cell(row[c]) for c in COLUMNS[name]] for row in rows]))
+            out.write(text + _lines(rows))
+
+
+def _stored(name: str) -> tuple[str, ...]:
+    """The columns that stand in a file."""
+    columns = COLUMNS[name]
+    return ("group", *columns[len(GROUP) :]) if columns[: len(GROUP)] == GROUP else columns
 
 
 def _records(text: str) -> list[list[str]]:
@@ -78,8 +111,12 @@ def _lines(rows: Sequence[Sequence[str]]) -> str:
     return out.getvalue()
 
 
-def _cell(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+DIGITS: Mapping[str, int] = {"seconds": 2, "moved": 3, "val_loss": 5, "test_loss": 5, "rung": 5}
+"""Column → significant digits, else 4."""
+
+
+def _cell(column: str, value: object) -> str:
+    return f"{value:.{DIGITS.get(column, 4)}g}" if isinstance(value, float) else str(value)
 
 
 def sites_text(sites: Sequence[int], every: int) -> str:

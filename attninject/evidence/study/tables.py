@@ -11,12 +11,12 @@ import numpy as np
 from attninject.evidence.statistics import Paired, holm, paired
 from attninject.wording import markdown_table
 
-from .design import SEEDS, Group
+from .design import NEW_TASKS, SEEDS, Group
 from .kendall import bootstrapped, ceiling, partial_tau, tau
 from .results import METHODS, Results
 
-Kind = tuple[str, str, str]
-"""Net, block, regime: groups that differ in the task alone."""
+Kind = tuple[str, ...]
+"""Net, block, regime: groups that differ in the task alone; those of the new tasks stand apart."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -40,7 +40,8 @@ def kinds(results: Mapping[Group, Results]) -> dict[Kind, list[Results]]:
     """Results by net, block and regime, in order."""
     found: dict[Kind, list[Results]] = {}
     for group, one in results.items():
-        found.setdefault((group.net, group.block, group.regime), []).append(one)
+        new = ("new tasks",) if group.task in NEW_TASKS else ()
+        found.setdefault((group.net, group.block, group.regime, *new), []).append(one)
     return found
 
 
@@ -76,12 +77,13 @@ def headroom_rows(results: Mapping[Group, Results]) -> list[list[str]]:
         moved = float(np.mean([float(r["moved"]) for r in every])) if every else math.nan
         rows.append([
             *group.key, f"{one.rate:g}", f"{np.mean(plain):.3f}" if plain else "–",
-            _difference(gain, 3), _difference(right, 1, 100), f"{moved:.3f}", said,
+            difference(gain, 3), difference(right, 1, 100), f"{moved:.3f}", said,
         ])  # fmt: skip
     return rows
 
 
-def _difference(found: Paired | None, digits: int, factor: float = 1.0) -> str:
+def difference(found: Paired | None, digits: int, factor: float = 1.0) -> str:
+    """A mean with its interval; a dash where there is none."""
     if found is None:
         return "–"
     interval = None if found.interval is None else (found.interval[0] * factor, found.interval[1] * factor)
@@ -131,7 +133,7 @@ def ranking_rows(
     adjusted = holm([m.p if m else None for m in means])
     order = sorted(range(len(methods)), key=lambda i: -(means[i].mean if means[i] else -9.0))  # type: ignore[union-attr]
     return [
-        [methods[i], *(number(v[methods[i]]) for _, v in by_task), _difference(means[i], 2), _p(adjusted[i])]
+        [methods[i], *(number(v[methods[i]]) for _, v in by_task), difference(means[i], 2), _p(adjusted[i])]
         for i in order
     ]
 
@@ -172,8 +174,8 @@ def _p(value: float | None) -> str:
 # --- choosing ----------------------------------------------------------------------------------
 
 CHOICES = (
-    "score", "gradient_norm", "squared_gradients", "gradient_rank", "warmup", "ablation", "parameters", "first",
-    "last", "bottom", "papers_places", "all",
+    "score", "before", "gradient_norm", "squared_gradients", "gradient_rank", "warmup", "ablation", "rung", "halving",
+    "parameters", "first", "last", "bottom", "papers_places", "all",
 )  # fmt: skip
 
 
@@ -222,7 +224,7 @@ def choosing_rows(group: Sequence[Results], other: str) -> list[list[str]]:
         above = sum(1 for f, _ in cells if f and f.interval and f.interval[0] > 0)
         below = sum(1 for f, _ in cells if f and f.interval and f.interval[1] < 0)
         stars = [
-            f"{_difference(f, 3)}{'*' if p is not None and p < 0.05 else ''} {wins(one, arm, other)}"
+            f"{difference(f, 3)}{'*' if p is not None and p < 0.05 else ''} {wins(one, arm, other)}"
             for one, (f, p) in zip(ready, cells, strict=True)
         ]
         rows.append([arm, *stars, number(float(np.mean(means)) if means else None, 3), f"{above} / {below}"])
@@ -246,7 +248,7 @@ def left_out_rows(group: Sequence[Results], among: Sequence[str]) -> list[list[s
                     one.group.task,
                     best,
                     number(means[best], 3),
-                    _difference(mine, 3),
+                    difference(mine, 3),
                     wins(one, best, "random"),
                 ]
             )
@@ -257,16 +259,18 @@ def left_out_rows(group: Sequence[Results], among: Sequence[str]) -> list[list[s
 
 
 def null_rows(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """Per task and net: permutations, sites, share of p below .05 and below .5, mean p, share with any Holm p < .05."""
-    by: dict[tuple[str, str], list[list[float]]] = {}
+    """Per group: permutations, sites, share of p below .05 and below .5, mean p, share with any Holm p < .05."""
+    by: dict[tuple[str, ...], list[list[float]]] = {}
     for row in rows:
-        by.setdefault((row["net"], row["task"]), []).append([float(p) for p in row["ps"].split()])
+        by.setdefault((row["task"], row["net"], row["block"]), []).append(
+            [float(p) for p in row["ps"].split()]
+        )
     found = []
-    for (net, task), lists in by.items():
+    for names, lists in by.items():
         every = np.concatenate([np.array(ps) for ps in lists])
         family = np.mean([min(p for p in holm(ps) if p is not None) < 0.05 for ps in lists])
         found.append([
-            task, net, str(len(lists)), str(len(lists[0])), f"{np.mean(every < 0.05):.3f}", f"{np.mean(every < 0.5):.2f}",
+            *names, str(len(lists)), str(len(lists[0])), f"{np.mean(every < 0.05):.3f}", f"{np.mean(every < 0.5):.2f}",
             f"{every.mean():.2f}", f"{family:.2f}",
         ])  # fmt: skip
     return found
@@ -288,7 +292,7 @@ def bottleneck_rows(results: Mapping[Group, Results]) -> list[list[str]]:
                 and (b := control.gain(s, block.arms(s)[arm])) is not None
             ]
             for values in ([a for a, _ in pairs], [b for _, b in pairs], [a - b for a, b in pairs]):
-                cells.append(_difference(paired(values), 3) if values else "–")
+                cells.append(difference(paired(values), 3) if values else "–")
         rows.append(cells)
     return rows
 
@@ -297,15 +301,21 @@ def cost_rows(results: Mapping[Group, Results]) -> list[list[str]]:
     """Per kind: mean seconds per seed of all scores, of `warmup` and `ablation`, of one training at all and at one."""
     rows = []
     for kind, group in kinds(results).items():
-        scores = [sum(float(r["seconds"]) for r in rows_) for one in group for rows_ in one.scores.values()]
-        late = [sum(float(r["seconds"]) for r in rows_) for one in group for rows_ in one.trained.values()]
+        scores, late, rungs = (
+            [
+                sum(float(r["seconds"]) for r in rows_ if r.get("epochs", "1") == "1")
+                for one in group
+                for rows_ in one.tables[name].values()
+            ]
+            for name in ("scores", "trained", "rungs")
+        )
         every, single, total = [], [], []
         for one in group:
             every += [float(r["seconds"]) for (_, s), r in one.runs.items() if s == one.sites.every]
             own = [float(r["seconds"]) for (_, s), r in one.runs.items() if len(s) == 1]
             single += own
             total += [sum(own) / len(one.ranked_seeds)] if one.ranked_seeds else []
-        rows.append([named(kind), *(_mean(v) for v in (scores, late, every, single, total))])
+        rows.append([named(kind), *(_mean(v) for v in (scores, late, rungs, every, single, total))])
     return rows
 
 

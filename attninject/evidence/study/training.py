@@ -133,6 +133,20 @@ class Together:
         entropy = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
         return entropy, (logits.argmax(2) == labels).float().mean(1)
 
+    def gradients(self, parameters: Sequence[Sequence[nn.Parameter]]) -> tuple[Tensor, list[list[Tensor]]]:
+        """Mean cross-entropy on the training images (runs,), and its gradient at each run's parameters."""
+        labels = torch.stack([o.parts["train"].labels for o in self.of])
+        flat, total = [p for own in parameters for p in own], torch.zeros(len(self.runs))
+        found = [torch.zeros_like(p) for p in flat]
+        for at in torch.arange(labels.shape[1]).split(BATCH):
+            logits = self.logits("train", [at] * len(self.of)).transpose(1, 2)
+            entropy = F.cross_entropy(logits, labels[:, at], reduction="none").sum(1) / labels.shape[1]
+            total += entropy.detach()
+            for sum_, g in zip(found, torch.autograd.grad(entropy.sum(), flat), strict=True):
+                sum_ += g
+        rest = iter(found)
+        return total, [[next(rest) for _ in own] for own in parameters]
+
     def movement(self, part: str) -> Tensor:
         """(runs, sites): ‖y − x‖ / ‖x‖ at each site, mean over a part's images; 0 where a run has no block."""
         for slot in self.chain.slots:

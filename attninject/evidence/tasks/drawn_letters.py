@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ DERIVED = {
     "Arimo": "Liberation", "Cousine": "Liberation", "Tinos": "Liberation", "Carlito": "Lato", "Hack": "DejaVu",
 }  # fmt: skip
 """First word of a family's name → that of the one whose letters it has, by what each font says of itself."""
+LICENCE = "each font's own (Debian's font packages: SIL OFL, GPL with font exception, Bitstream Vera); no drawing is kept"
 
 
 def letters(
@@ -38,25 +39,47 @@ def letters(
     Raises:
         DataError: fonts of fewer than four makers; names packages that bring more.
     """
-    by_maker = fonts_by_maker(folders, LETTERS)
-    if len(by_maker) < 4:
-        raise DataError(
-            f"letters need fonts of at least 4 makers, found {len(by_maker)} ({', '.join(by_maker) or 'none'}) under "
-            f"{', '.join(map(str, folders))}; on Debian for example: apt install fonts-liberation fonts-lobster "
-            "fonts-cantarell fonts-inconsolata"
-        )
     generator = torch.Generator().manual_seed(seed)
+    used, held, origin = divided_makers(folders, LETTERS, generator)
+    made = [_written(fonts, size, n, generator) for fonts, n in ((used, train), (held, test))]
+    return Task(
+        "letters in unseen fonts", made[0], made[1], tuple(LETTERS),
+        f"letters drawn in {origin}", LICENCE,
+    )  # fmt: skip
+
+
+def divided_makers(
+    folders: Iterable[str | Path], characters: str, generator: torch.Generator
+) -> tuple[list[list[Path]], list[list[Path]], str]:
+    """Files of fonts by maker, of three quarters of the makers and of the others, and how many there are in words.
+
+    Raises:
+        DataError: fonts of fewer than four makers.
+    """
+    by_maker = enough_makers(folders, characters, 4)
     makers = sorted(by_maker)
     order = torch.randperm(len(makers), generator=generator).tolist()
     border = max(1, len(makers) // 4)
     held = [by_maker[makers[i]] for i in order[:border]]
     used = [by_maker[makers[i]] for i in order[border:]]
-    made = [_written(fonts, size, n, generator) for fonts, n in ((used, train), (held, test))]
-    return Task(
-        "letters in unseen fonts", made[0], made[1], tuple(LETTERS),
-        f"letters drawn in {sum(map(len, by_maker.values()))} installed fonts of {len(makers)} makers",
-        "each font's own (Debian's font packages: SIL OFL, GPL with font exception, Bitstream Vera); no drawing is kept",
-    )  # fmt: skip
+    return used, held, counted(by_maker)
+
+
+def counted(by_maker: Mapping[str, Sequence[Path]]) -> str:
+    """`102 installed fonts of 20 makers`."""
+    return f"{sum(map(len, by_maker.values()))} installed fonts of {len(by_maker)} makers"
+
+
+def enough_makers(folders: Iterable[str | Path], characters: str, least: int) -> dict[str, list[Path]]:
+    """`fonts_by_maker`; a `DataError` with fewer than `least` names packages that bring more."""
+    by_maker = fonts_by_maker(folders, characters)
+    if len(by_maker) < least:
+        raise DataError(
+            f"letters need fonts of at least {least} makers, found {len(by_maker)} ({', '.join(by_maker) or 'none'}) "
+            f"under {', '.join(map(str, folders))}; on Debian for example: apt install fonts-liberation fonts-lobster "
+            "fonts-cantarell fonts-inconsolata"
+        )
+    return by_maker
 
 
 def fonts_by_maker(folders: Iterable[str | Path], letters: str) -> dict[str, list[Path]]:
@@ -88,11 +111,17 @@ def _written(makers: Sequence[Sequence[Path]], size: int, count: int, generator:
     for label in labels.tolist():
         fonts = makers[draw(len(makers), generator)]
         ink = letter(LETTERS[label], fonts[draw(len(fonts), generator)], size, generator)
-        light, dark = torch.rand(2, 3, 1, 1, generator=generator).sort(0).values.flip(0)
-        if draw(2, generator):
-            light, dark = dark, light
-        images.append(ink * light + (1 - ink) * dark)
+        images.append(coloured(ink, generator))
     return Samples(torch.stack(images), labels)
+
+
+def coloured(ink: Tensor, generator: torch.Generator) -> Tensor:
+    """Ink (1, size, size) in [0, 1] in one colour on another, light on dark or dark on light: (3, size, size)."""
+    light, dark = torch.rand(2, 3, 1, 1, generator=generator).sort(0).values.flip(0)
+    if draw(2, generator):
+        light, dark = dark, light
+    mixed: Tensor = ink * light + (1 - ink) * dark
+    return mixed
 
 
 def letter(which: str, file: Path, size: int, generator: torch.Generator) -> Tensor:
