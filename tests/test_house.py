@@ -241,7 +241,8 @@ def test_what_is_deprecated_says_what_to_use_and_goes_in_time() -> None:
     from attninject import __version__
 
     for file in PACKAGE.rglob("*.py"):
-        assert overdue(file.read_text(encoding="utf-8"), __version__) == [], file.relative_to(ROOT)
+        text = file.read_text(encoding="utf-8")
+        assert "deprecated(" not in text or overdue(text, __version__) == [], file.relative_to(ROOT)
 
 
 def test_recipes_are_found_from_a_checkout(tmp_path: Path) -> None:
