@@ -43,7 +43,7 @@ def run(
     record = Record(model, mode)
     record.hooks = hooks
     make, context = _maker(mode)
-    with rng_kept(), torch.no_grad(), context, stand_ins(model, make, hooks) as memo:
+    with rng_kept(), torch.no_grad(), context, stand_ins(model, make, hooks, record.numbers) as memo:
         for module in modules_in(model):
             module.__dict__["training"] = training
         record.stand_ins = memo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +18,7 @@ from attninject.anatomy.token_grid import Positions
 from attninject.errors import CannotRewriteError, NotCalledError, TraceRefused
 from attninject.layout import Layout
 from attninject.observe.record import Call, Op, Record, map_refs, refs
+from attninject.observe.snapshot import undoing
 from attninject.surgery.faithfulness import check
 from attninject.surgery.injected_state import OWN, base_class, injected_blocks, injected_in
 from attninject.surgery.local_graph import Arguments, LocalGraph, Target, find, targets
@@ -133,13 +134,27 @@ class Scene:
         found = self.graphs.get(key)
         if found is None:
             try:
-                found = self._trace(owner, decide)
+                with self._as_in_its_run(owner) if decide else contextlib.nullcontext():
+                    found = self._trace(owner, decide)
             except TraceRefused as refused:
                 found = refused
             self.graphs[key] = found
         if isinstance(found, TraceRefused):
             raise found
         return found
+
+    @contextlib.contextmanager
+    def _as_in_its_run(self, owner: nn.Module) -> Iterator[None]:
+        """With the plain attributes that the recorded run set: a map's size that the caller leaves in a block."""
+        before = dict(vars(owner))
+
+        def put_back() -> None:
+            vars(owner).clear()
+            vars(owner).update(before)
+
+        with undoing(put_back):
+            vars(owner).update(self.record.numbers.get(id(vars(owner)), {}))
+            yield
 
     def _trace(self, owner: nn.Module, decide: bool) -> LocalGraph:
         if "forward" in owner.__dict__ or OWN in owner.__dict__:

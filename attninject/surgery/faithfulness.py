@@ -156,10 +156,11 @@ class _Replay(Mode):
             raise TraceRefused(f"its graph gives {name} other inputs than its forward does")
         self.seen += event.ops()
         written = (o for op in self.seen if op.writes for o in op.outs)
-        for value in written:  # has a new version
-            twin = id(self.record.values[value].twin)
-            if twin in self.current:
-                self.current[twin] = value
+        for value in written:  # has a new version, whichever tensor stands for it here
+            values = self.record.values
+            for tensor, held in self.current.items():
+                if values[held].twin is values[value].twin:
+                    self.current[tensor] = value
         return map_refs(event.out, self.twin)
 
     def operation(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -187,8 +188,9 @@ class _Replay(Mode):
                 return run_part(*args, **kwargs)
 
     def finish(self, out: Any) -> None:
-        if next(self.events, None) is not None:
-            raise TraceRefused("its forward does more than its graph")
+        for event in self.events:
+            if not self.call.hooked or isinstance(event, Call) or event.writes:  # a hook may look at the result
+                raise TraceRefused("its forward does more than its graph")
         if tuple(self.current.get(id(t)) for t in tensors_in(out)) != self.call.outs:
             raise TraceRefused("its graph returns other values than its forward")
         if self.call.exotic:
