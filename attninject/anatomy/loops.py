@@ -52,12 +52,21 @@ def loop_runs(
             groups[-1] = (groups[-1][0], rest, [*groups[-1][2], add])
         else:
             groups.append((numbers.pop(), rest, [add]))
-    counted = all(b[0] == a[0] + 1 and a[1] == b[1] for a, b in itertools.pairwise(groups))
-    if len(groups) < 2 or groups[0][0] < 0 or not counted:
+    if not _counts([(number, rest) for number, rest, _ in groups]):
         return []
     given = _given(flow, owner, groups[0][2][0])
     ends = [given, *(adds[-1].out for _, _, adds in groups)]
     return [_run(owner, a, b) for a, b in itertools.pairwise(ends)]
+
+
+def _counts(groups: list[tuple[int, set[str]]]) -> bool:
+    """Whether names count upwards from run to run and are alike else.
+
+    Two items of a list are enough; `conv1` and `conv2` are the parts of one block, which three or more are not.
+    """
+    listed = all(re.search(r"\.#(\.|$)", text) for _, rest in groups for text in rest)
+    alike = all(b[0] == a[0] + 1 and a[1] == b[1] for a, b in itertools.pairwise(groups))
+    return len(groups) > (1 if listed else 2) and groups[0][0] >= 0 and alike
 
 
 def _calls(owner: Call) -> list[Call]:

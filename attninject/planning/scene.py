@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -134,8 +135,7 @@ class Scene:
         found = self.graphs.get(key)
         if found is None:
             try:
-                with self._as_in_its_run(owner) if decide else contextlib.nullcontext():
-                    found = self._trace(owner, decide)
+                found = self._as_in_its_run(owner) if decide else self._trace(owner, decide)
             except TraceRefused as refused:
                 found = refused
             self.graphs[key] = found
@@ -143,18 +143,20 @@ class Scene:
             raise found
         return found
 
-    @contextlib.contextmanager
-    def _as_in_its_run(self, owner: nn.Module) -> Iterator[None]:
-        """With the plain attributes that the recorded run set: a map's size that the caller leaves in a block."""
-        before = dict(vars(owner))
+    def _as_in_its_run(self, owner: nn.Module) -> LocalGraph:
+        """The graph with what the recorded run left in plain attributes: a map's size, which the caller sets."""
+        now, before = vars(owner), dict(vars(owner))
+        numbers = self.record.numbers.get(id(now), {})
 
         def put_back() -> None:
-            vars(owner).clear()
-            vars(owner).update(before)
+            now.clear()
+            now.update(before)
 
         with undoing(put_back):
-            vars(owner).update(self.record.numbers.get(id(vars(owner)), {}))
-            yield
+            now.update(numbers)
+            local = self._trace(owner, decide=True)
+        reads = (replace(r, set_by_run=not r.path and r.name in numbers) for r in local.reads)
+        return replace(local, reads=tuple(reads))
 
     def _trace(self, owner: nn.Module, decide: bool) -> LocalGraph:
         if "forward" in owner.__dict__ or OWN in owner.__dict__:

@@ -226,11 +226,15 @@ def _sized(node: Any, tensors: frozenset[str]) -> str:
 
 @dataclass(frozen=True)
 class AttributeRead:
-    """An attribute that a trace read: of the owner (`path` "") or of a module below it."""
+    """An attribute that a trace read: of the owner (`path` "") or of a module below it.
+
+    `set_by_run`: whoever calls the owner sets it first, so a model at rest may have another.
+    """
 
     path: str
     name: str
     value: Any = field(compare=False)
+    set_by_run: bool = field(default=False, compare=False)
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether the attribute still has this value."""
