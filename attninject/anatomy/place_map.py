@@ -15,7 +15,7 @@ from attninject.surgery.local_graph import public_forwards
 
 from .dataflow import Flow, Spot, operand_of, output_key
 from .dilation import divided_by_dilation
-from .encoder import going_up, head, is_head, positions, towers, without_bridge
+from .encoder import going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
 from .loops import LoopRun
 from .repeated_units import Units, contains, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
@@ -78,7 +78,11 @@ class PlaceMap:
     @functools.cached_property
     def encoder(self) -> list[Call]:
         """The units on the way down from the image; all of them in a net that does not go up again."""
-        found = [u for u in self.units if u.outs and u.outs[0] not in (self._up or ())]
+        units = [u for u in self.units if u.outs]
+        found = [u for u in units if u.outs[0] not in (self._up or ())]
+        if found != units:
+            up = [u for u in units if u.outs[0] in (self._up or ())]
+            found = on_the_way_down(self.flow, found, up, self._sized(map(self.after, found))[1])
         values, sizes = self._sized(map(self.after, found))
         at = [v for v, size in zip(values, sizes, strict=True) if size == min(filter(None, sizes), default=0)]
         return without_bridge(found, sizes, self._finder.role) if at and self._climb(at[-1]) else found
