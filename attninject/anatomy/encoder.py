@@ -76,7 +76,9 @@ def on_the_way_down(flow: Flow, down: list[Call], up: list[Call], sizes: list[in
     """
     classes = {base_class(u.module) for u in up}
     last = max((u.start for u in down if base_class(u.module) not in classes), default=-1)
-    kept = [u for u in down if last < 0 or u.start <= last]  # behind them stand a neck's, of the decoder's class
+    kept = [
+        u for u in down if last < 0 or u.start <= last
+    ]  # behind them stand a neck's, of the decoder's class
     joined = {u.outs[0] for u in kept if _joins(flow, u, kept)}
     kept = [u for u in kept if not any(flow.depends(u.outs[0], j) for j in joined)]
     lowest = min((s for u, s in zip(down, sizes, strict=True) if s and u in kept), default=0)

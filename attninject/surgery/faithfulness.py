@@ -108,7 +108,9 @@ class _Replay(Mode):
         for tensor, value in zip(outs, op.outs, strict=False):
             if tuple(tensor.shape) != self.record.shape(value):
                 raise TraceRefused(f"its graph gives other shapes than its forward at {func}")
-            if ins or self.record.mode != "real":  # a factory detaches what somebody else has: not in a real run
+            if (
+                ins or self.record.mode != "real"
+            ):  # a factory detaches what somebody else has: not in a real run
                 self.keep.append(tensor)
             self.current[id(tensor)] = value
         self.seen.append(op)
@@ -214,7 +216,9 @@ class _Replay(Mode):
 
     def finish(self, out: Any) -> None:
         for event in self.events:
-            if not self.call.hooked or isinstance(event, Call) or event.writes:  # a hook may look at the result
+            if (
+                not self.call.hooked or isinstance(event, Call) or event.writes
+            ):  # a hook may look at the result
                 raise TraceRefused("its forward does more than its graph")
         if tuple(self.current.get(id(t)) for t in tensors_in(out)) != self.call.outs:
             raise TraceRefused("its graph returns other values than its forward")
