@@ -75,24 +75,24 @@ def on_the_way_down(flow: Flow, down: list[Call], up: list[Call], sizes: list[in
         sizes: how many positions the results of `down` have.
     """
     classes = {base_class(u.module) for u in up}
-    last = max((u.start for u in down if base_class(u.module) not in classes), default=-1)
-    kept = [
-        u for u in down if last < 0 or u.start <= last
-    ]  # behind them stand a neck's, of the decoder's class
-    joined = {u.outs[0] for u in kept if _joins(flow, u, kept)}
+    last = max((u.start for u in down if base_class(u.module) not in classes), default=1 << 60)
+    kept = [u for u in down if u.start <= last]  # behind them stand a neck's, of the decoder's class
+    size = dict(zip(map(id, down), sizes, strict=True))
+    lowest = min((size[id(u)] for u in kept if size[id(u)]), default=0)
+    joined = [u.outs[0] for u in kept if size[id(u)] == lowest and _joins(flow, u, kept)]
     kept = [u for u in kept if not any(flow.depends(u.outs[0], j) for j in joined)]
-    lowest = min((s for u, s in zip(down, sizes, strict=True) if s and u in kept), default=0)
-    low = [u.outs[0] for u, s in zip(down, sizes, strict=True) if s == lowest and u in kept]
+    low = [u.outs[0] for u in kept if size[id(u)] == lowest]
     return [u for u in kept if any(flow.depends(v, u.outs[0]) for v in low)]
 
 
 def _joins(flow: Flow, unit: Call, units: list[Call]) -> bool:
-    """Whether a unit is given what the one before made, side by side with what an earlier one made: a way up begins."""
-    made = {u.outs[0] for u in units}
+    """Whether a unit is given what one made side by side with what an earlier one did: there a way up begins."""
+    made = [u.outs[0] for u in units]
     for step in flow.steps:
-        if kind(step.ops[0]) == "cat" and set(step.outs) & set(unit.ins):
-            past = [v for v in step.ins if v in made]
-            return any(flow.depends(v, w) for v in step.ins for w in past if v != w)
+        if kind(step.ops[0]) != "cat" or not set(step.outs) & set(unit.ins):
+            continue
+        between = not any(u.start < step.time < u.end for u in units)  # in a dense layer it is no way up
+        return between and any(flow.depends(v, w) for w in made if w in step.ins for v in step.ins if v != w)
     return False
 
 

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch.nn import RNNBase
 
@@ -21,7 +21,7 @@ from attninject.surgery.injected_state import CONTAINERS, base_class
 
 from .axes import frame, measure
 from .dataflow import Flow
-from .loops import LoopRun, loop_runs
+from .loops import loop_runs
 from .residual_adds import ResidualAdd
 
 
@@ -74,11 +74,11 @@ class Units:
         owners = list({id(a.owner): a.owner for a in self.adds if id(a.owner) in known}.values())
         if owners:
             found = self._with_siblings(self._residual(self._without_transitions(owners)))
-            return [part for unit in found for part in self.loops.get(id(unit)) or [unit]]
+            return [part for unit in found for part in self.loops.get(id(unit), (unit,))]
         return self._of_main_role()
 
     @functools.cached_property
-    def loops(self) -> dict[int, list[LoopRun]]:
+    def loops(self) -> dict[int, Sequence[Call]]:
         """Id of a call whose forward is a loop over residual parts -> its runs; a class that recurs is a unit itself."""
         owners = {id(a.owner): a.owner for a in self.adds if a.owner is not self.root}.values()
         recurring = {base_class(o.module) for o in owners if self._recurs_beside(o)}
@@ -87,7 +87,8 @@ class Units:
         return {key: runs for key, runs in found.items() if runs}
 
     def _name(self, call: Call) -> str:
-        return self.names.get(id(call.module), "")
+        name: str = self.names.get(id(call.module), "")
+        return name
 
     # --- what is known of one call --------------------------------------------------------
 

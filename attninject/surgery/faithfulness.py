@@ -58,7 +58,9 @@ def check(local: LocalGraph, owner: nn.Module, call: Call, record: Record, train
 def _without_glances(call: Call) -> list[Op | Call]:
     """The events of a call without an `x.data` that nothing reads: `isinstance(x.data, …)` makes no node of a graph."""
     read = {value for event in call.events for value in event.ins}.union(call.outs)
-    return [e for e in call.events if isinstance(e, Call) or "detach" not in e.name or read & {*e.outs}]
+    return [
+        e for e in call.events if isinstance(e, Call) or e.name != "aten.detach.default" or read & {*e.outs}
+    ]
 
 
 class _Replay(Mode):
@@ -108,9 +110,8 @@ class _Replay(Mode):
         for tensor, value in zip(outs, op.outs, strict=False):
             if tuple(tensor.shape) != self.record.shape(value):
                 raise TraceRefused(f"its graph gives other shapes than its forward at {func}")
-            if (
-                ins or self.record.mode != "real"
-            ):  # a factory detaches what somebody else has: not in a real run
+            # a factory detaches its result where somebody else has it, too, as recordings do but for real ones
+            if ins or self.record.mode != "real":
                 self.keep.append(tensor)
             self.current[id(tensor)] = value
         self.seen.append(op)
@@ -215,10 +216,8 @@ class _Replay(Mode):
                 return run_part(*args, **kwargs)
 
     def finish(self, out: Any) -> None:
-        for event in self.events:
-            if (
-                not self.call.hooked or isinstance(event, Call) or event.writes
-            ):  # a hook may look at the result
+        for event in self.events:  # a hook may look at the result
+            if not self.call.hooked or isinstance(event, Call) or event.writes:
                 raise TraceRefused("its forward does more than its graph")
         if tuple(self.current.get(id(t)) for t in tensors_in(out)) != self.call.outs:
             raise TraceRefused("its graph returns other values than its forward")

@@ -60,7 +60,7 @@ def _called(function: FunctionType) -> dict[str, FunctionType]:
     return {
         name: f
         for name, f in named.items()
-        if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")
+        if isinstance(f, FunctionType) and not str(f.__module__).startswith("torch.")
     }
 
 
