@@ -249,7 +249,9 @@ def _pending(
     def setstate(self: nn.Module, state: Any) -> None:
         original: Any = base
         original.__setstate__(self, state)
-        with contextlib.suppress(TraceRefused):  # it reads what only a run sets, and is made anew at its first call
+        with contextlib.suppress(
+            TraceRefused
+        ):  # it reads what only a run sets, and is made anew at its first call
             set_class(self, settled(self, known, arguments))
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
