@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from attninject.observe.record import Call
 from attninject.surgery.injected_state import base_class
 
-from .dataflow import Flow, Spot
+from .dataflow import Flow, Spot, kind
 from .repeated_units import contains, resolution
 
 
@@ -63,6 +63,37 @@ def without_bridge(units: list[Call], sizes: list[int], role: Callable[[Call], s
             break
         units.pop()
     return units
+
+
+def on_the_way_down(flow: Flow, down: list[Call], up: list[Call], sizes: list[int]) -> list[Call]:
+    """Those of the units before the decoder that are the encoder's: neither a neck's, nor on a path past the bottom.
+
+    Args:
+        flow: the net's dataflow.
+        down: the units that lie behind nothing of fewer positions.
+        up: the others.
+        sizes: how many positions the results of `down` have.
+    """
+    classes = {base_class(u.module) for u in up}
+    last = max((u.start for u in down if base_class(u.module) not in classes), default=1 << 60)
+    kept = [u for u in down if u.start <= last]  # behind them stand a neck's, of the decoder's class
+    size = dict(zip(map(id, down), sizes, strict=True))
+    lowest = min((size[id(u)] for u in kept if size[id(u)]), default=0)
+    joined = [u.outs[0] for u in kept if size[id(u)] == lowest and _joins(flow, u, kept)]
+    kept = [u for u in kept if not any(flow.depends(u.outs[0], j) for j in joined)]
+    low = [u.outs[0] for u in kept if size[id(u)] == lowest]
+    return [u for u in kept if any(flow.depends(v, u.outs[0]) for v in low)]
+
+
+def _joins(flow: Flow, unit: Call, units: list[Call]) -> bool:
+    """Whether a unit is given what one made side by side with what an earlier one did: there a way up begins."""
+    made = [u.outs[0] for u in units]
+    for step in flow.steps:
+        if kind(step.ops[0]) != "cat" or not set(step.outs) & set(unit.ins):
+            continue
+        between = not any(u.start < step.time < u.end for u in units)  # in a dense layer it is no way up
+        return between and any(flow.depends(v, w) for w in made if w in step.ins for v in step.ins if v != w)
+    return False
 
 
 def towers(flow: Flow, rows: Iterable[list[Spot]]) -> list[list[Spot]]:

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from attninject.observe.record import Call, Record
+from attninject.observe.record import Call, Op, Record
 from attninject.surgery.injected_state import base_class
 from attninject.surgery.local_graph import public_forwards
 
 from .dataflow import Flow, Spot, operand_of, output_key
 from .dilation import divided_by_dilation
-from .encoder import going_up, head, is_head, positions, towers, without_bridge
+from .encoder import going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
+from .loops import LoopRun
 from .repeated_units import Units, contains, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
 
@@ -77,7 +78,11 @@ class PlaceMap:
     @functools.cached_property
     def encoder(self) -> list[Call]:
         """The units on the way down from the image; all of them in a net that does not go up again."""
-        found = [u for u in self.units if u.outs and u.outs[0] not in (self._up or ())]
+        units = [u for u in self.units if u.outs]
+        found = [u for u in units if u.outs[0] not in (self._up or ())]
+        if found != units:
+            up = [u for u in units if u.outs[0] in (self._up or ())]
+            found = on_the_way_down(self.flow, found, up, self._sized(map(self.after, found))[1])
         values, sizes = self._sized(map(self.after, found))
         at = [v for v, size in zip(values, sizes, strict=True) if size == min(filter(None, sizes), default=0)]
         return without_bridge(found, sizes, self._finder.role) if at and self._climb(at[-1]) else found
@@ -303,7 +308,13 @@ class PlaceMap:
 
     def before(self, call: Call) -> Spot:
         """The spot at a call's first input; where that is an item of a list, its operand is the list."""
-        return Spot(call, "before", call.ins[0], operand=operand_of(call, call.ins[0]))
+        value = call.ins[0]
+        if isinstance(call, LoopRun) and call.parent:
+            made = producer(call.parent, value)
+            if made is not None:
+                return Spot(made, "after", value, output_key(made, value))
+            call = call.parent
+        return Spot(call, "before", value, operand=operand_of(call, value))
 
     def branch_ends(self) -> list[Spot]:
         """The branch's last value before each residual add that has one."""
@@ -359,5 +370,9 @@ def is_leaf(call: Call) -> bool:
 
 
 def after_call(call: Call, value: int) -> Spot:
-    """The spot at one result of a call."""
-    return Spot(call, "after", value, output_key(call, value))
+    """The spot at one result of a call; of a run of a loop, where its forward makes it, or after the whole loop."""
+    made: Call | Op | None = call
+    if isinstance(call, LoopRun) and call.parent:
+        made = call.parent if value in call.parent.outs else producer(call.parent, value)
+    assert made is not None
+    return Spot(made, "after", value, output_key(made, value))

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch.nn import RNNBase
 
@@ -21,6 +21,7 @@ from attninject.surgery.injected_state import CONTAINERS, base_class
 
 from .axes import frame, measure
 from .dataflow import Flow
+from .loops import loop_runs
 from .residual_adds import ResidualAdd
 
 
@@ -72,14 +73,28 @@ class Units:
         known = {id(c) for c in self.calls}
         owners = list({id(a.owner): a.owner for a in self.adds if id(a.owner) in known}.values())
         if owners:
-            return self._with_siblings(self._residual(self._without_transitions(owners)))
+            found = self._with_siblings(self._residual(self._without_transitions(owners)))
+            return [part for unit in found for part in self.loops.get(id(unit), (unit,))]
         return self._of_main_role()
+
+    @functools.cached_property
+    def loops(self) -> dict[int, Sequence[Call]]:
+        """Id of a call whose forward is a loop over residual parts -> its runs; a class that recurs is a unit itself."""
+        owners = {id(a.owner): a.owner for a in self.adds if a.owner is not self.root}.values()
+        recurring = {base_class(o.module) for o in owners if self._recurs_beside(o)}
+        alone = [o for o in owners if base_class(o.module) not in recurring]
+        found = {id(o): loop_runs(self.flow, o, self.adds, self._name, self.weights) for o in alone}
+        return {key: runs for key, runs in found.items() if runs}
+
+    def _name(self, call: Call) -> str:
+        name: str = self.names.get(id(call.module), "")
+        return name
 
     # --- what is known of one call --------------------------------------------------------
 
     def role(self, call: Call) -> str:
         """The module's name with its numbers left open."""
-        return re.sub(r"\d+[a-z]?(?![a-z])", "#", self.names.get(id(call.module), ""))
+        return re.sub(r"\d+[a-z]?(?![a-z])", "#", self._name(call))
 
     def parents(self, call: Call) -> Iterable[Call]:
         """The calls around this one below the root, from inside out."""
@@ -183,12 +198,13 @@ class Units:
             classes = {base_class(c.module) for c in inner}
             alike = [c for c in self.calls if contains(call, c) and base_class(c.module) in classes]
             return len(alike) == 1 and self.weights(call) > self.weights(alike[0])
-        made = [tuple(base_class(m) for m in c.module.modules()) for c in inner]
+        # what has no weights differs within a row: the first blocks have an Identity for a drop path
+        made = [tuple(base_class(m) for m in c.module.modules() if m._parameters) for c in inner]
         return len(made) == 1 or len(set(made)) > 1
 
     def _without_transitions(self, owners: list[Call]) -> list[Call]:
         """Without residual parts of a transition between stages, unless their class is one that recurs."""
-        recurring = [c for c in owners if self._recurs_beside(c)]
+        recurring = [c for c in owners if id(c) in self.loops or self._recurs_beside(c)]
         classes = {base_class(c.module) for c in recurring}
         roles = {self.role(c) for c in recurring}
         return [

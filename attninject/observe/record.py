@@ -68,6 +68,7 @@ class Call:
     events: list[Op | Call] = field(default_factory=list)
     runs: dict[int, int] = field(default_factory=dict)  # id of a child -> its calls in this run
     direct: bool = False  # by `module.forward(…)`, past `__call__` and its hooks
+    hooked: bool = False  # whether forward hooks saw the result: what they did is among the events
 
     def ops(self) -> Iterator[Op]:
         """Every operation of the call, those inside its children too."""
@@ -97,6 +98,7 @@ class Record:
         self.constant_of: dict[int, int] = {}  # id of a tensor of the model -> its value
         self.born: dict[int, int] = {}  # storage -> time at which it was first seen
         self.input_values: tuple[int, ...] = ()
+        self.numbers: dict[int, dict[str, Any]] = {}  # id of a module's `__dict__` -> what the run set there
         self.iterating: set[int] = set()  # ids of modules that go over their own children in their forward
         self.complete = False
         self.hooks = False  # whether the hooks of the model's owner ran

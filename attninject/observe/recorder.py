@@ -165,6 +165,7 @@ class Recorder(Mode):
             self.stack.pop()
         call.out, call.outs = self._referred(out)
         call.exotic = _exotic(out)
+        call.hooked = bool(module._forward_hooks)
         call.end = next(self.clock)
         return out
 

@@ -69,6 +69,7 @@ def generators() -> Any:
 
 
 _CONTAINERS = (dict, list, set)
+_PLAIN = (bool, int, float, str, tuple)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -124,6 +125,18 @@ class Snapshot:
         pairs = (*self.attributes, *self.containers)
         return any(self.empty) or any(not _same(now, saved) for now, saved in pairs)
 
+    def numbers_set(self) -> dict[int, dict[str, Any]]:
+        """Id of a module's `__dict__` -> the plain values in it that are new or others than they were."""
+        return {
+            id(now): {
+                name: value
+                for name, value in now.items()
+                if type(value) in _PLAIN and name != "training" and value is not saved.get(name, now)
+            }
+            for now, saved in self.attributes
+            if not _same(now, saved)
+        }
+
     def restore(self) -> None:
         """Put back what differs, in the saved order."""
         for now in filter(None, self.empty):
@@ -146,13 +159,17 @@ def _same(now: Any, saved: Any) -> bool:
 
 @contextlib.contextmanager
 def stand_ins(
-    root: nn.Module, make: Callable[[Tensor], Tensor], hooks: bool = False
+    root: nn.Module,
+    make: Callable[[Tensor], Tensor],
+    hooks: bool = False,
+    numbers: dict[int, dict[str, Any]] | None = None,
 ) -> Iterator[dict[int, Tensor]]:
     """Replace every tensor held by the modules under `root` for the time of a run.
 
     `make` gives the stand-in of one tensor; a tensor held under two names has one stand-in. Also replaced
     are tensors in plain attributes and containers (an LSTM's flat weights, caches). Compiled forwards are set
-    aside, and user hooks are silenced unless `hooks`. On the way out everything is put back.
+    aside, and user hooks are silenced unless `hooks`. On the way out everything is put back; `numbers` gets what
+    plain attributes were set then, see `Snapshot.numbers_set`.
     """
     memo: dict[int, Tensor] = {}
 
@@ -176,3 +193,5 @@ def stand_ins(
                 if attributes[name]:
                     attributes[name] = type(attributes[name])()
         yield memo
+        if numbers is not None:
+            numbers.update(snapshot.numbers_set())

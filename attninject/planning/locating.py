@@ -218,10 +218,12 @@ def _in_root(scene: Scene, spot: Spot, path: str, reason: str) -> tuple[Location
     owner = spot.owner
     if owner is None or not is_open_root(scene, owner):
         return None, reason
-    try:
-        return in_graph(scene, scene.graph(owner.module), owner, spot, path), ""
-    except TraceRefused as refused:
-        return None, str(refused)
+    for decide in (False, True):
+        try:
+            return in_graph(scene, scene.graph(owner.module, decide), owner, spot, path), ""
+        except TraceRefused as refused:
+            reason = str(refused)
+    return None, reason
 
 
 def _serves_others(scene: Scene, spot: Spot, moved: Spot) -> str:

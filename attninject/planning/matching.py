@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from torch.nn.modules.batchnorm import _NormBase
@@ -167,6 +168,8 @@ def _named(scene: Scene, spot: Spot) -> Spot:
     except TraceRefused as refused:
         if (beside := _before_its_reader(scene, spot)) is not None:
             return beside
+        with contextlib.suppress(TraceRefused):
+            return replace(spot, target=operation_of(scene.graph(owner, decide=True), spot))
         raise CannotRewriteError(
             f"{scene.path(owner) or 'the root'}: the value sits inside the forward of {type(owner).__name__}, "
             f"and {refused}{instead(scene, event.call)}"

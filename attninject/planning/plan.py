@@ -90,7 +90,7 @@ class Plan:
                 f"this plan was made for another {self.model_name} object; make one for this model with plan()"
             )
         if self.signature != signature(model) or any(
-            at.local is not None and not all(r.holds(at.carrier) for r in at.local.reads)
+            at.local is not None and not all(r.set_by_run or r.holds(at.carrier) for r in at.local.reads)
             for at in self.locations
         ):
             raise StalePlanError("the model has changed since this plan was made; make it anew with plan()")

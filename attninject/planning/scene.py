@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +19,7 @@ from attninject.anatomy.token_grid import Positions
 from attninject.errors import CannotRewriteError, NotCalledError, TraceRefused
 from attninject.layout import Layout
 from attninject.observe.record import Call, Op, Record, map_refs, refs
+from attninject.observe.snapshot import undoing
 from attninject.surgery.faithfulness import check
 from attninject.surgery.injected_state import OWN, base_class, injected_blocks, injected_in
 from attninject.surgery.local_graph import Arguments, LocalGraph, Target, find, targets
@@ -133,13 +135,28 @@ class Scene:
         found = self.graphs.get(key)
         if found is None:
             try:
-                found = self._trace(owner, decide)
+                found = self._as_in_its_run(owner) if decide else self._trace(owner, decide)
             except TraceRefused as refused:
                 found = refused
             self.graphs[key] = found
         if isinstance(found, TraceRefused):
             raise found
         return found
+
+    def _as_in_its_run(self, owner: nn.Module) -> LocalGraph:
+        """The graph with what the recorded run left in plain attributes: a map's size, which the caller sets."""
+        now, before = vars(owner), dict(vars(owner))
+        numbers = self.record.numbers.get(id(now), {})
+
+        def put_back() -> None:
+            now.clear()
+            now.update(before)
+
+        with undoing(put_back):
+            now.update(numbers)
+            local = self._trace(owner, decide=True)
+        reads = (replace(r, set_by_run=not r.path and r.name in numbers) for r in local.reads)
+        return replace(local, reads=tuple(reads))
 
     def _trace(self, owner: nn.Module, decide: bool) -> LocalGraph:
         if "forward" in owner.__dict__ or OWN in owner.__dict__:

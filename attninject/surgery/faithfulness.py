@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from attninject.errors import TraceRefused
-from attninject.observe.meta_kernels import execute
+from attninject.observe.meta_kernels import execute, meta_like
 from attninject.observe.record import (
     Call,
     Op,
@@ -43,18 +43,40 @@ def check(local: LocalGraph, owner: nn.Module, call: Call, record: Record, train
         TraceRefused: they differ.
     """
     graph = local.train if training else local.eval
-    effects = _Replay(graph, owner, call, record, training).run(local)
+    try:
+        effects = _Replay(graph, owner, call, call.events, record, training).run(local)
+    except TraceRefused:
+        events = _without_glances(call)
+        if len(events) == len(call.events):
+            raise
+        effects = _Replay(graph, owner, call, events, record, training).run(local)
     if training and local.train is not local.eval:
         return dataclasses.replace(local, train_effects=effects)
     return dataclasses.replace(local, effects=effects)
 
 
+def _without_glances(call: Call) -> list[Op | Call]:
+    """The events of a call without an `x.data` that nothing reads: `isinstance(x.data, …)` makes no node of a graph."""
+    read = {value for event in call.events for value in event.ins}.union(call.outs)
+    return [
+        e for e in call.events if isinstance(e, Call) or e.name != "aten.detach.default" or read & {*e.outs}
+    ]
+
+
 class _Replay(Mode):
-    def __init__(self, graph: fx.Graph, owner: nn.Module, call: Call, record: Record, training: bool) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        owner: nn.Module,
+        call: Call,
+        events: list[Op | Call],
+        record: Record,
+        training: bool,
+    ) -> None:
         super().__init__()
         self.training = training
         self.graph, self.owner, self.call, self.record = graph, owner, call, record
-        self.events = iter(call.events)
+        self.events = iter(events)
         self.current: dict[int, int] = {}
         self.keep: list[Any] = []
         self.seen: list[Op] = []
@@ -78,13 +100,19 @@ class _Replay(Mode):
             self.current.get(id(t), i) != i for t, i in zip(ins, op.ins, strict=False)
         ):
             raise TraceRefused(f"its graph does {func} where its forward does {op.name}")
-        out = execute(func, args, kwargs)
+        try:
+            out = execute(func, args, kwargs)
+        except RuntimeError:  # what the forward makes by itself lies on its own device
+            args, kwargs = map_tensors((args, kwargs), meta_like)
+            out = execute(func, args, kwargs)
         outs = tensors_in(out)
         outs += [t for t in written_tensors(func, args, kwargs) if not any(t is o for o in outs)]
         for tensor, value in zip(outs, op.outs, strict=False):
             if tuple(tensor.shape) != self.record.shape(value):
                 raise TraceRefused(f"its graph gives other shapes than its forward at {func}")
-            self.keep.append(tensor)
+            # a factory detaches its result where somebody else has it, too, as recordings do but for real ones
+            if ins or self.record.mode != "real":
+                self.keep.append(tensor)
             self.current[id(tensor)] = value
         self.seen.append(op)
         return out
@@ -156,10 +184,11 @@ class _Replay(Mode):
             raise TraceRefused(f"its graph gives {name} other inputs than its forward does")
         self.seen += event.ops()
         written = (o for op in self.seen if op.writes for o in op.outs)
-        for value in written:  # has a new version
-            twin = id(self.record.values[value].twin)
-            if twin in self.current:
-                self.current[twin] = value
+        for value in written:  # has a new version, whichever tensor stands for it here
+            values = self.record.values
+            for tensor, held in self.current.items():
+                if values[held].twin is values[value].twin:
+                    self.current[tensor] = value
         return map_refs(event.out, self.twin)
 
     def operation(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -187,8 +216,9 @@ class _Replay(Mode):
                 return run_part(*args, **kwargs)
 
     def finish(self, out: Any) -> None:
-        if next(self.events, None) is not None:
-            raise TraceRefused("its forward does more than its graph")
+        for event in self.events:  # a hook may look at the result
+            if not self.call.hooked or isinstance(event, Call) or event.writes:
+                raise TraceRefused("its forward does more than its graph")
         if tuple(self.current.get(id(t)) for t in tensors_in(out)) != self.call.outs:
             raise TraceRefused("its graph returns other values than its forward")
         if self.call.exotic:

@@ -9,6 +9,7 @@ they are cached, and rebuilt on unpickling from the original class and the recor
 from __future__ import annotations
 import __future__
 
+import contextlib
 import copy
 import copyreg
 import inspect
@@ -26,6 +27,7 @@ from torch import fx, nn
 from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.observe.example_inputs import Inputs
 from attninject.observe.probe import run
+from attninject.observe.record import Record
 
 from . import own_forward, scripting
 from .codegen import ForwardWriter
@@ -185,9 +187,17 @@ def _graph_of_call(carrier: nn.Module, known: Injected, args: Any, kwargs: Any) 
         return known.local
     local = trace(carrier, forward, arguments, known.slots)
     with as_original(carrier):
-        record = run(carrier, Inputs(args, kwargs), "meta", carrier.training)
+        record = _run_of_call(carrier, Inputs(args, kwargs))
         check(local, carrier, record.calls[0], record, carrier.training)
     return local
+
+
+def _run_of_call(carrier: nn.Module, inputs: Inputs) -> Record:
+    """One recorded run; for real where what the forward makes on a device of its own does not go with meta tensors."""
+    try:
+        return run(carrier, inputs, "meta", carrier.training)
+    except RuntimeError:
+        return run(carrier, inputs, "real", carrier.training)
 
 
 def _copy(
@@ -239,9 +249,22 @@ def _pending(
     def setstate(self: nn.Module, state: Any) -> None:
         original: Any = base
         original.__setstate__(self, state)
-        set_class(self, settled(self, known, arguments))
+        with contextlib.suppress(
+            TraceRefused
+        ):  # it reads what only a run sets, and is made anew at its first call
+            set_class(self, settled(self, known, arguments))
 
-    attributes = {"_attninject": known, "__setstate__": setstate, "__module__": base.__module__}
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        state: Any = base.__reduce_ex__(self, protocol)
+        return (_rebuild, (base, edit, arguments, watched), *state[2:])
+
+    attributes = {
+        "_attninject": known,
+        "__setstate__": setstate,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "forward": remake,
+    }
     cls = _classes[key] = _subclass(base, attributes)
     return cls
 

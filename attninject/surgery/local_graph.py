@@ -193,9 +193,9 @@ def expression_of(node: Any, tensors: frozenset[str]) -> str:
         return f"{_sized(of, tensors)}.{node.target}({', '.join(expression_of(g, tensors) for g in given)})"
     elif node.target is getattr and node.args[1] in SIZES:
         return f"{_sized(node.args[0], tensors)}.{node.args[1]}"
-    elif getattr(node.target, "__module__", "") == "_operator" and not node.kwargs:
-        name = node.target.__name__  # type: ignore[union-attr]
-        return f"_operator.{name}({', '.join(expression_of(a, tensors) for a in node.args)})"
+    elif _is_arithmetic(node) and not node.kwargs:
+        name = "int" if node.target is int else f"_operator.{node.target.__name__}"  # type: ignore[union-attr]
+        return f"{name}({', '.join(expression_of(a, tensors) for a in node.args)})"
     raise TraceRefused("it decides by values that are no arguments of it")
 
 
@@ -207,8 +207,12 @@ def is_number(node: Any, plain: frozenset[str]) -> bool:
         return node.target in plain
     if node.target in SIZES or (node.target is getattr and node.args[1] in SIZES):
         return True
-    made = getattr(node.target, "__module__", "") == "_operator"
-    return made and all(is_number(a, plain) for a in node.args)
+    return _is_arithmetic(node) and all(is_number(a, plain) for a in node.args)
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    """Whether a node is one of Python's own operations, on whatever it is."""
+    return node.target is int or getattr(node.target, "__module__", "") == "_operator"
 
 
 def _sized(node: Any, tensors: frozenset[str]) -> str:
@@ -222,11 +226,15 @@ def _sized(node: Any, tensors: frozenset[str]) -> str:
 
 @dataclass(frozen=True)
 class AttributeRead:
-    """An attribute that a trace read: of the owner (`path` "") or of a module below it."""
+    """An attribute that a trace read: of the owner (`path` "") or of a module below it.
+
+    `set_by_run`: whoever calls the owner sets it first, so a model at rest may have another.
+    """
 
     path: str
     name: str
     value: Any = field(compare=False)
+    set_by_run: bool = field(default=False, compare=False)
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether the attribute still has this value."""

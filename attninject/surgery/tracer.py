@@ -34,6 +34,7 @@ from .local_graph import (
     run_part,
     signature_of,
 )
+from .traced_sizes import with_traced_sizes
 
 _CHECKPOINT_FLAGS = frozenset({"grad_checkpointing", "use_checkpoint", "with_cp", "memory_efficient"})
 
@@ -142,10 +143,12 @@ class _Tracer(fx.Tracer):
             else:
                 positional.append(value)
 
+        forward = with_traced_sizes(self.forward) if self.decide else self.forward
+
         def call(root: nn.Module) -> Any:
             self.reads.on = True
             try:
-                return self.forward(root, *positional, **keyword)
+                return forward(root, *positional, **keyword)
             finally:
                 self.reads.on = False
 
