@@ -356,9 +356,7 @@ def operands(node: fx.Node) -> dict[int | str, Any]:
     given = list(node.args)
     if node.op != "call_module" and given and isinstance(given[0], (list, tuple)):
         given = list(given[0])
-    found: dict[int | str, Any] = {**node.kwargs}
-    found.update(enumerate(given))
-    return found
+    return dict(enumerate(given)) | dict(node.kwargs)
 
 
 def set_operand(node: fx.Node, operand: int | str, value: fx.Node) -> None:
