@@ -7,6 +7,7 @@ require grad, and so does the map, as in the middle of a network.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from attninject.bench import measure
-from attninject.blocks import registry
+from attninject.blocks import gpu, registry
+from attninject.blocks.fast import dispatch
+from attninject.wording import first_line
 
 from .measure import Work
 from .peers import SUBJECTS, Subject
@@ -37,6 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """How far a peer may be from ours (`distance`)."""
 OURS, PLAIN, COMPILED, THEIRS_COMPILED = "ours", "ours plain", "ours compiled", "timm compiled"
+KERNELS = "ours by kernels"
 
 
 @dataclass(frozen=True)
@@ -142,17 +146,21 @@ def cut(size: tuple[int, ...], subject: Subject, device: str) -> tuple[int, ...]
 # --- one case -----------------------------------------------------------------------------------
 
 
-def measured(case: Case, rounds: int, compiled: bool = False, enough: float = 2.0) -> dict[str, Any]:
-    """All figures of one case."""
+def measured(
+    case: Case, rounds: int, compiled: bool = False, enough: float = 2.0, forms: bool = False
+) -> dict[str, Any]:
+    """All figures of one case; `forms`: ours is the lean form, whatever the size, and the kernels stand beside it."""
     x, gradient = case.tensor(0).requires_grad_(), case.tensor(1)
     modules, skipped = contenders(case, compiled)
+    if forms:
+        take_forms(modules, skipped, x)
     ours = results(modules[OURS], x, gradient)
     difference = {}
     for name in [name for name in modules if name != OURS]:
         try:
             difference[name] = distance(ours, results(modules[name], x, gradient))
         except Exception as error:  # a peer that cannot run on this map: it is said, not hidden
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            skipped[name] = f"{type(error).__name__}: {first_line(error)}"
             del modules[name]
             continue
         if not difference[name] <= AGREEMENT[x.dtype]:
@@ -203,6 +211,33 @@ def contenders(case: Case, compiled: bool = False) -> tuple[dict[str, nn.Module]
         if "timm" in found:
             found[THEIRS_COMPILED] = torch.compile(found["timm"])  # type: ignore[assignment]
     return found, skipped
+
+
+class Taking(nn.Module):
+    """A block that takes one of its forms at every size."""
+
+    def __init__(self, block: nn.Module, form: str) -> None:
+        super().__init__()
+        self.block, self.form = block, form
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → the block's result."""
+        with dispatch.backend(self.form):
+            y: Tensor = self.block(x)
+            return y
+
+
+def take_forms(modules: dict[str, nn.Module], skipped: dict[str, str], x: Tensor) -> None:
+    """Ours becomes the lean form whatever the size, plain the definition; the kernels come beside them."""
+    ours = modules[OURS]
+    if PLAIN not in modules:
+        return
+    modules[OURS], modules[PLAIN] = Taking(ours, "fast"), Taking(modules[PLAIN], "plain")
+    if gpu.serves(x):
+        modules[KERNELS] = Taking(copy.deepcopy(ours), "kernels")
+    else:
+        why = gpu.trouble(x.device) if x.is_cuda else "Triton runs on a CPU only in its interpreter"
+        skipped[KERNELS] = why or "not for such maps"
 
 
 def _plain(subject: Subject, channels: int, ours: nn.Module) -> nn.Module:

@@ -49,14 +49,27 @@ def head_width(block: str, channels: int, heads: int) -> int:
     return channels // heads
 
 
+WIDEST = 256
+"""The largest head that torch's flash kernels take, which are for half precision on a GPU."""
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """softmax(scale · q kᵀ) v, fused. q: (B, h, N, d), k: (B, h, M, d), v: (B, h, M, e) → (B, h, N, e).
 
-    The narrower of d and e is filled up with zeros, which change neither a logit nor another column.
+    The narrower of d and e is filled up with zeros, which change neither a logit nor another column. Where the flash
+    kernels would serve but for the width of v, `in_pieces` lets them.
     `mask`: boolean, broadcastable to (B, h, N, M); True where a key takes part.
     """
     q, k = bounded(q, scale), bounded(k, scale)
-    width = static_shape(v)[3]
+    width, half = static_shape(v)[3], v.dtype == torch.float16 or v.dtype == torch.bfloat16
+    if (
+        v.is_cuda
+        and half
+        and mask is None
+        and static_shape(v)[1] == 1
+        and static_shape(q)[3] <= WIDEST < width
+    ):
+        return in_pieces(q, k, v, scale)
     missing = width - static_shape(q)[3]
     if missing > 0:
         q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
@@ -64,6 +77,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
         v = F.pad(v, (0, -missing))
     y = attention(q, k, v, scale, mask)
     return y.narrow(3, 0, width) if missing < 0 else y
+
+
+def in_pieces(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`attend` of one head: the columns of v as heads of at most `WIDEST`, which share q and k."""
+    width = static_shape(v)[3]
+    pieces = -(-width // WIDEST)
+    size = max(-(-width // pieces), static_shape(q)[3])
+    pieces = -(-width // size)
+    v = split_heads(F.pad(v.squeeze(1), (0, pieces * size - width)), pieces)
+    missing = size - static_shape(q)[3]
+    q, k = (
+        F.pad(q, (0, missing)).expand(-1, pieces, -1, -1),
+        F.pad(k, (0, missing)).expand(-1, pieces, -1, -1),
+    )
+    return merge_heads(attention(q, k, v, scale, None)).narrow(2, 0, width).unsqueeze(1)
 
 
 def bounded(t: Tensor, scale: float) -> Tensor:

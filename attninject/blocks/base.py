@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, fx, nn
 
-from attninject.blocks import options, symbolic
+from attninject.blocks import gpu, options, symbolic
 from attninject.errors import BlockError, TooFewChannelsError
 
 from .fast import dispatch
@@ -154,9 +154,12 @@ class Block(nn.Module):
             return self.blended(x, self.transform(x))
         if type(x) is not Tensor and isinstance(x, fx.Proxy):
             return symbolic.one_call(self, x)
-        least = self.fast_from
-        fast = least is not None and dispatch.takes_fast_form(x, self.backend, least) and self.fast_applies(x)
-        y = self.fast_transform(x) if fast else self.transform(x)
+        form = dispatch.form(x, self)
+        if form == "plain":
+            y = self.transform(x)
+        else:
+            with gpu.kernels(form == "kernels"):
+                y = self.fast_transform(x)
         return (
             y if self.init != "blend" else self.blended(x, y)
         )  # a string is asked for sooner than a parameter

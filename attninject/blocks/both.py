@@ -13,8 +13,7 @@ from attninject.blocks.fast.dispatch import SMALLER, untouched
 from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, pool
 from .channel import ChannelAttention
 from .fast import bam as fast_bam
-from .fast import channel as fast_channel
-from .fast import spatial as fast_spatial
+from .fast import cbam as fast_cbam
 from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
 from .options import Backend, Init, Int, Reduction, given
 from .spatial import SpatialAttention
@@ -104,10 +103,10 @@ class CBAM(Block):
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the same shape; what lies between the halves is never kept."""
         channel, spatial = self.channel, self.spatial
-        conduits, descriptors = fast_channel.squeeze(x, channel.pools)
+        conduits, descriptors = fast_cbam.squeeze(x, channel.pools)
         m = channel.gate(channel.merged(descriptors, quick=True)).to(x.dtype)
-        conduits, pooled = fast_spatial.refine(x, m, conduits)
-        return fast_spatial.rescale(x, m, spatial.gate(spatial.read(*pooled)), conduits)
+        conduits, pooled = fast_cbam.refine(x, m, conduits)
+        return fast_cbam.rescale(x, m, spatial.gate(spatial.read(*pooled)), conduits)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `channel`: (B, C, 1, …) and `spatial`: (B, 1, *S); `gate`: (B, C, *S) if parallel.

@@ -13,7 +13,7 @@ from attninject.blocks.fast.dispatch import SMALL, untouched
 
 from .base import BATCH_NORM, CONV, Block, Facts, GateBlock, count, hidden_width, pool, positions
 from .channel import SE
-from .fast import context as fast
+from .fast import scse as fast
 from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, scale_groups, zero
 from .options import Backend, Init, Int, Odd, Positive, Reduction, given
 

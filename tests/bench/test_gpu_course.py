@@ -10,11 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from attninject import errors
 from attninject.bench.block_speed import Case
-from attninject.bench.gpu import blocks, course, networks, sheet, table
+from attninject.bench.gpu import blocks, course, crossovers, networks, sheet, table
 from attninject.bench.gpu.sheet import Setting, Task
+from attninject.blocks import gpu
+from attninject.blocks.fast import crossover
 from attninject.cli import main
 
 
@@ -129,8 +132,9 @@ def test_every_task_has_a_name_of_its_own(tmp_path: Path) -> None:
     assert "truth" in first
 
 
-def test_ceilings_in_a_rehearsal(tmp_path: Path, capsys) -> None:
+def test_ceilings_in_a_rehearsal(tmp_path: Path, capsys, monkeypatch) -> None:
     """The command writes lines and prints the table; without a card or with wrong words it says so in a line."""
+    monkeypatch.setattr(gpu, "interpret", lambda: False)  # which holds for a whole process
     argv = [
         "bench",
         "gpu",
@@ -153,8 +157,39 @@ def test_ceilings_in_a_rehearsal(tmp_path: Path, capsys) -> None:
         ),
         (["--rehearse"], "--rehearse and --device cpu go together"),
         (["--minutes", "0"], "is no number above 0"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [([], "no CUDA device is seen here; --device cpu --rehearse")]
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["bench", "gpu", *wrong])
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_thresholds_from_figures(tmp_path: Path) -> None:
+    """Times by size become the card's entry of the dispatch's data file, and lines of the table; a rehearsal's do not."""
+    sizes = [
+        {"elements": n, "plain": 2.0, "lean": lean, "kernels": 1.5} for n, lean in ((64, 3.0), (256, 1.0))
+    ]
+    for device in ("cpu, a rehearsal", "Card"):
+        made = sheet.Sheet(tmp_path)
+        about = {"device": device, "versions": {}, "python": "3", "minutes": 1, "tasks": []}
+        made.write("about", "machine", about)
+        figures = {"block": "cbam", "dtype": "bfloat16", "format": "NCHW", "sizes": sizes}
+        made.write("blocks", "cbam crossover NCHW bfloat16", figures)
+        made.close()
+        assert (crossovers.write(tmp_path) is None) == (device != "Card")
+    found = crossover._read(tmp_path / "crossover.json")
+    assert found == {"Card": {"cbam bfloat16 NCHW": crossover.Thresholds(256, None)}}
+    assert "| cbam | NCHW | bfloat16 | 256 | 256 | never |" in table.to_markdown(tmp_path)
+
+
+def test_without_bf16_and_little_memory(tmp_path: Path) -> None:
+    """A card without bf16 is measured in float32 alone; where little memory is free the maps are smaller, by name."""
+    old = setting(tmp_path, device="cuda", rehearse=False, memory=2**29, bf16=False)
+    names = [task.name for task in course.ordered(old, ["blocks"])]
+    assert not any("bfloat16" in name for name in names)
+    assert "se 8×256×56×56 channels_last float32" in names

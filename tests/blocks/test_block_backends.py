@@ -454,7 +454,7 @@ def test_proxies_of_symbolic_tracing_take_the_plain_form():
     """A torch.fx proxy has no size to decide by."""
     proxy = torch.fx.Proxy(torch.fx.Graph().placeholder("x"))
     with dispatch.backend("fast"):
-        assert not dispatch.takes_fast_form(proxy, "auto", 0)
+        assert dispatch.form(proxy, SE(4)) == "plain"
 
 
 @pytest.mark.parametrize("name", NAMES)

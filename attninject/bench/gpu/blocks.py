@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 
-from attninject.bench import block_speed, measure
+from attninject.bench import block_speed
 from attninject.bench.block_speed import Case
 from attninject.bench.peers import SUBJECTS
-from attninject.blocks.fast import dispatch
 
+from . import crossovers
 from .sheet import Figures, Setting, Task
 
 PART = "blocks"
@@ -39,9 +38,8 @@ def tasks(setting: Setting) -> Iterator[Task]:
                     rank = 2 if not late and name in FIRST else 5 + late + (name not in FIRST)
                     case = fitting(Case(name, size, memory_format, dtype, setting.device), setting.memory)
                     label = f"{name} {case.label} {memory_format} {dtype}"
-                    yield Task(PART, label, rank, CASE, partial(_measured, case))
-    for name in FIRST:
-        yield Task(PART, f"{name} crossover", 4, 6, partial(_crossover, name, setting))
+                    yield Task(PART, label, rank, CASE, partial(_measured, case, setting))
+    yield from crossovers.tasks(setting, FIRST)
     for name in FIRST:
         size = maps[0]
         case = fitting(Case(name, size, FORMATS[0], setting.dtypes[0], setting.device), setting.memory)
@@ -57,38 +55,15 @@ def fitting(case: Case, memory: int) -> Case:
     return replace(case, size=size)
 
 
-def _measured(case: Case, left: float) -> Figures:
-    """Our lean form where the dispatch would not take it by itself, too: that is what the dispatch learns from."""
-    with dispatch.backend("fast"):
-        lean = block_speed.measured(case, 5, enough=1.0)
-    return _row(case, lean)
+def _measured(case: Case, setting: Setting, left: float) -> Figures:
+    """Each of our forms, also where the dispatch would not take it by itself: that is what the dispatch learns from."""
+    return _row(case, block_speed.measured(case, setting.rounds, enough=1.0, forms=True))
 
 
 def _compiled(case: Case, setting: Setting, left: float) -> Figures:
     """Our definition and timm's module, both compiled by inductor, beside the eager ones."""
-    with dispatch.backend("fast"):
-        found = block_speed.measured(case, 5, compiled=not setting.rehearse, enough=1.0)
+    found = block_speed.measured(case, setting.rounds, compiled=not setting.rehearse, enough=1.0, forms=True)
     return _row(case, found)
-
-
-def _crossover(name: str, setting: Setting, left: float) -> Figures:
-    """Times of the plain and of the lean form over the size of the map: from where on the lean one pays."""
-    sizes = (6, 7) if setting.rehearse else range(9, 19)
-    rows = []
-    for power in sizes:
-        case = Case(name, (2**power, 64, 8, 8), FORMATS[0], setting.dtypes[0], setting.device)
-        x, gradient = case.tensor(0).requires_grad_(), case.tensor(1)
-        module = block_speed.contenders(case)[0][block_speed.OURS]
-        work = block_speed.step(module, x, gradient)
-        forms = {form: partial(_with_backend, form, work) for form in ("plain", "fast")}
-        times = measure.interleaved(forms, 5, setting.device, enough=0.3, sample=0.01)
-        rows.append({"elements": x.numel(), **{form: statistics.median(t) for form, t in times.items()}})
-    return {"block": name, "dtype": setting.dtypes[0], "sizes": rows}
-
-
-def _with_backend(form: str, work: measure.Work) -> None:
-    with dispatch.backend(form):
-        work()
 
 
 def _row(case: Case, found: dict[str, Any]) -> Figures:

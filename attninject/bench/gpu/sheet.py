@@ -34,6 +34,11 @@ class Setting:
     folder: Path
 
     @property
+    def rounds(self) -> int:
+        """Rounds per figure; in a rehearsal, where no figure counts, one."""
+        return 1 if self.rehearse else 5
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """Bfloat16 first, where there is any."""
         return ("bfloat16", "float32") if self.bf16 else ("float32",)

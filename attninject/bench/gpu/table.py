@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attninject.bench.block_speed import COMPILED, OURS, PLAIN, THEIRS_COMPILED
+from attninject.bench.block_speed import COMPILED, KERNELS, OURS, PLAIN, THEIRS_COMPILED
 from attninject.bench.measure import geometric_mean
+from attninject.blocks.fast import crossover
 from attninject.wording import markdown_table
 
 from . import sheet
@@ -38,7 +39,8 @@ def to_markdown(folder: Path) -> str:
         (r["bytes_per_second"] for r in good if r["part"] == "ceilings" and r["name"] == "copy"), None
     )
     parts = [
-        _about(about), _ceilings(good), _truth(good), _blocks(good, bandwidth), _networks(good), _engine(good),
+        _about(about), _ceilings(good), _truth(good), _blocks(good, bandwidth), _crossovers(good),
+        _networks(good), _engine(good),
         "\n".join(["Goals:", "", *(f"- {line}" for line in verdict(good, bandwidth))]), _missing(rows, about),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
@@ -120,16 +122,30 @@ def _blocks(good: Iterable[Row], bandwidth: float | None) -> str:
     if not rows:
         return ""
     head = (
-        "block", "map", "format", "dtype", "ours, ms", "of copy", "plain / ours", "timm / ours",
+        "block", "map", "format", "dtype", "lean, ms", "kernels, ms", "of copy", "plain / ours", "timm / ours",
         "timm compiled / ours", "saved: ours / timm",
     )  # fmt: skip
     cells = [
-        [r["block"], _size(r), r["format"], r["dtype"], f"{1e3 * _ours(r):.3g}",
+        [r["block"], _size(r), r["format"], r["dtype"], *(_milliseconds(r, name) for name in (OURS, KERNELS)),
          f"{_share(r, bandwidth):.0%}" if bandwidth and r["floor_bytes"] else "–",
          _over(r, PLAIN), _over(r, "timm"), _over(r, THEIRS_COMPILED), _saved(r)]
         for r in rows
     ]  # fmt: skip
-    return markdown_table(head, cells)
+    reasons = dict.fromkeys(r["skipped"][KERNELS] for r in rows if KERNELS in r.get("skipped", ()))
+    left_out = [f"Kernels left out: {'; '.join(reasons)}."] if reasons else []
+    return "\n\n".join([markdown_table(head, cells), *left_out])
+
+
+def _crossovers(good: Iterable[Row]) -> str:
+    """From how many elements on a form is taken on this card."""
+    rows = [(r, crossover.thresholds(r["sizes"])) for r in good if r.get("sizes")]
+    cells = [
+        [r["block"], r["format"], r["dtype"], f"{max(int(s['elements']) for s in r['sizes']):,}",
+         *("never" if n is None else f"{n:,}" for n in (found.lean, found.kernels))]
+        for r, found in rows
+    ]  # fmt: skip
+    head = ("block", "format", "dtype", "measured up to, elements", "lean from", "kernels from")
+    return markdown_table(head, cells) if cells else ""
 
 
 def _networks(good: Iterable[Row]) -> str:
@@ -182,8 +198,13 @@ def _missing(rows: Sequence[Row], about: Row) -> str:
 
 
 def _ours(row: Row) -> float:
-    made: float = row["seconds"][OURS]
+    """The faster of the lean form and the kernels."""
+    made: float = min(row["seconds"][name] for name in (OURS, KERNELS) if name in row["seconds"])
     return made
+
+
+def _milliseconds(row: Row, name: str) -> str:
+    return f"{1e3 * row['seconds'][name]:.3g}" if name in row["seconds"] else "–"
 
 
 def _share(row: Row, bandwidth: float | None) -> float:

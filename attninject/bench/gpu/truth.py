@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from attninject.blocks import gpu
 from attninject.errors import DataError
 
 from .sheet import Figures, Setting, Task
@@ -19,9 +20,11 @@ PART = "truth"
 DEVICE, REHEARSE = "ATTNINJECT_TEST_DEVICE", "ATTNINJECT_REHEARSE"
 """Variables that `tests/gpu` reads: where to run, and whether a few cases of each kind will do."""
 ROOT = Path(__file__).resolve().parents[3]
+KERNELS = "test_gpu_kernels.py"
 GROUPS = {
     "test_gpu_identity.py": (1, 100.0),
     "test_gpu_training.py": (2, 60.0),
+    KERNELS: (2, 120.0),
     "test_gpu_compile.py": (5, 90.0),
 }
 """File of tests → rank and seconds."""
@@ -56,6 +59,9 @@ def _tests(file: str, setting: Setting, left: float) -> Iterable[tuple[str, Figu
         "no:cacheprovider",
     ]
     env = {**os.environ, DEVICE: setting.device, **({REHEARSE: "1"} if setting.rehearse else {})}
+    env.pop(gpu.VARIABLE, None)
+    if setting.rehearse and file == KERNELS:
+        env[gpu.VARIABLE] = "1"
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

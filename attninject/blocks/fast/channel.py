@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attninject.blocks.gpu import by_kernels
 from attninject.blocks.precision import full_precision
 
 from .function import FastFunction, conduit
@@ -113,14 +114,87 @@ class Scale(FastFunction):
         return None, df, g, f
 
 
+class SqueezeByKernels(Squeeze):
+    """`Squeeze` on a GPU: mean and maximum from one read; ∂x 1R 1W, with a maximum 2R 1W."""
+
+    @staticmethod
+    def forward(x: Tensor, kinds: Sequence[str]) -> tuple[Tensor, ...]:
+        """As `Squeeze`; then how often each maximum occurs, empty without maxima."""
+        from attninject.blocks.gpu import maps
+
+        mean, top, ties = maps.pooled(x, "avg" in kinds, "max" in kinds)
+        pooled = [mean if kind == "avg" else top for kind in kinds]
+        return conduit(x, x.shape), conduit(x, pooled[0].shape), *pooled, ties
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """As `Squeeze`, and the ties."""
+        Squeeze.setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[-1])
+        if "max" in ctx.kinds:
+            FastFunction.keep(ctx, inputs[0], extra=[output[2 + ctx.kinds.index("max")], output[-1]])
+
+    @classmethod
+    def differentiate(cls, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """As `Squeeze`, to which the ties are no result."""
+        return super().differentiate(ctx, grads[:-1])
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """∂x = g · f + d_avg / N + d_max / k at the maxima; without both letters by torch's operations."""
+        from attninject.blocks.gpu import maps
+
+        g, f, *descriptors = grads[:-1]
+        if g is None or f is None:
+            return Squeeze.gradient(ctx, *grads[:-1])
+        x, *maxima = ctx.saved_tensors or (None,)
+        d = shares(ctx.kinds, descriptors, maxima, ctx.shape[2:].numel())
+        return maps.ascended(g, x, m=f, **d), None
+
+
+def shares(
+    kinds: Sequence[str], descriptors: Sequence[Tensor | None], maxima: Sequence[Tensor], count: int
+) -> dict[str, Any]:
+    """The gradients of a channel's mean and maximum as `maps.ascended` takes them; `maxima`: these, and their ties."""
+    d = dict(zip(kinds, descriptors, strict=True))
+    mean, top = d.get("avg"), d.get("max")
+    return {
+        "base": None if mean is None else mean.float() / count,
+        "peaks": None if top is None else (maxima[0], top.float() / maxima[1]),
+    }
+
+
+class ScaleByKernels(Scale):
+    """`Scale` on a GPU: 1R 1W forward, 2R backward."""
+
+    @staticmethod
+    def forward(x: Tensor, f: Tensor, g_conduit: Tensor, f_conduit: Tensor) -> Tensor:
+        """As `Scale`."""
+        from attninject.blocks.gpu import maps
+
+        return maps.scaled(x, f)
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As `Scale`."""
+        from attninject.blocks.gpu import maps
+
+        (g,) = grads
+        x, f = ctx.saved_tensors
+        assert g is not None
+        g = laid_out_as(g, x)
+        df = maps.products(g, x)[0] if ctx.needs_input_grad[1] else None
+        return None, None if df is None else df.to(f.dtype), g, f
+
+
 def squeeze(x: Tensor, kinds: Sequence[str]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """x: (B, C, *S) → what `scale` needs, and the descriptors (B, C, 1, …) of the `kinds` avg and max."""
     with full_precision(x):
-        g_conduit, f_conduit, *pooled = Squeeze.apply(x, kinds)
-    return (g_conduit, f_conduit), pooled
+        g_conduit, f_conduit, *pooled = (SqueezeByKernels if by_kernels() else Squeeze).apply(x, kinds)
+    return (g_conduit, f_conduit), pooled[: len(kinds)]
 
 
 def scale(x: Tensor, factor: Tensor, conduits: tuple[Tensor, Tensor]) -> Tensor:
     """x · factor in x's dtype, `factor`: (B, C, 1, …) from the descriptors that came with the conduits."""
-    y: Tensor = Scale.apply(x, factor.to(x.dtype), *conduits)
+    y: Tensor = (ScaleByKernels if by_kernels() else Scale).apply(x, factor.to(x.dtype), *conduits)
     return y

@@ -1,4 +1,4 @@
-"""Fast forms of global context (a weighted mean for all positions, scaled or added) and of scSE."""
+"""Fast forms of global context: a weighted mean for all positions, scaled or added."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from attninject.blocks.gate import at_least_float32
+from attninject.blocks.gpu import by_kernels
 from attninject.blocks.precision import full_precision
 
 from .function import FastFunction, conduit
-from .primitives import (
-    channel_dot,
-    flat,
-    laid_out_as,
-    mix_channels,
-    mix_positions,
-    pieces,
-    products,
-    room,
-    wide,
-)
+from .primitives import channel_dot, flat, laid_out_as, mix_channels, mix_positions, pieces
 
 
 class Context(FastFunction):
@@ -73,6 +64,45 @@ class Context(FastFunction):
                 for u, v in terms:
                     source = torch.addcmul(source, u[part], v[part], out=y[part])
         return out, dw, db
+
+
+class ContextByKernels(Context):
+    """`Context` on a GPU: 1R forward; 2R 1W backward, if what is read twice in a row is found in the cache."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """As `Context`; then the context in float32."""
+        from attninject.blocks.gpu import maps
+
+        a, context = maps.gathered(x, weight.flatten().to(x.dtype), bias)
+        return conduit(x, x.shape), conduit(x, context.shape), context.to(x.dtype, copy=True), a, context
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep x, w, b, the weights, and the context in float32."""
+        ctx.mark_non_differentiable(*output[3:])
+        FastFunction.keep(ctx, *inputs, extra=output[3:])
+
+    @staticmethod
+    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """The same context."""
+        return *Context.plain(ctx, *inputs), None
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As `Context`."""
+        from attninject.blocks.gpu import maps
+
+        g, f, ds, *_ = grads
+        x, weight, bias, a, context = ctx.saved_tensors
+        ds = torch.zeros_like(context) if ds is None else ds
+        dl, dw = maps.gathered_back(x, a, context, ds)
+        dw = dw.to(weight.dtype).view_as(weight)
+        db = None if bias is None else dl.sum().to(bias.dtype).view_as(bias)
+        if not ctx.needs_input_grad[0]:
+            return None, dw, db
+        g = torch.zeros_like(x) if g is None else laid_out_as(g, x)
+        return maps.outer(g, f, None, None, weight.to(x.dtype).flatten(), dl, ds, a), dw, db
 
 
 def _weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,120 +162,47 @@ class Affine(FastFunction):
         return None, df, db, g, f
 
 
+class AffineByKernels(Affine):
+    """`Affine` on a GPU: 1R 1W forward, 2R backward; without a factor as it is."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, f: Tensor | None, b: Tensor | None, g_conduit: Tensor, f_conduit: Tensor
+    ) -> Tensor:
+        """As `Affine`, rounded once."""
+        from attninject.blocks.gpu import maps
+
+        return (
+            Affine.forward(x, f, b, g_conduit, f_conduit)
+            if f is None
+            else maps.ascended(x, None, m=f, base=b)
+        )
+
+    @staticmethod
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As `Affine`."""
+        from attninject.blocks.gpu import maps
+
+        (g,) = grads
+        x, f = ctx.saved_tensors
+        assert g is not None
+        if f is None:
+            return Affine.gradient(ctx, *grads)
+        g = laid_out_as(g, x)
+        df, _, db = maps.products(g, x, total=ctx.summand)
+        assert df is not None
+        return None, df.to(f.dtype), None if db is None else db.to(g.dtype), g, f
+
+
 def context(x: Tensor, conv: nn.Module) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """x: (B, C, *S) and a 1×1 convolution to one channel → what `affine_of` needs, and the context."""
     with full_precision(x):
-        g, f, pooled, _ = Context.apply(x, conv.weight, conv.bias)
+        g, f, pooled, *_ = (ContextByKernels if by_kernels() else Context).apply(x, conv.weight, conv.bias)
     return (g, f), pooled
 
 
 def affine_of(x: Tensor, f: Tensor | None, b: Tensor | None, conduits: tuple[Tensor, Tensor]) -> Tensor:
     """x · f + b in x's dtype, from a descriptor that came with the conduits."""
     f, b = (None if t is None else t.to(x.dtype) for t in (f, b))
-    y: Tensor = Affine.apply(x, f, b, *conduits)
-    return y
-
-
-# --- scSE -----------------------------------------------------------------------------------------
-
-
-class SqueezeProject(FastFunction):
-    """x → its means over positions, w · x + b at each position, and conduits of g, c and s."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """x: (B, C, *S), weight: (1, C, 1, …) → three conduits, (B, C, 1, …) and (B, 1, *S)."""
-        mean = x.mean(tuple(range(2, x.ndim)), keepdim=True)
-        z = mix_channels(flat(x), weight.flatten().expand(x.shape[:2])).view(x.shape[0], 1, *x.shape[2:])
-        z = z if bias is None else z + bias.to(z.dtype)
-        return conduit(x, x.shape), conduit(x, mean.shape), conduit(x, z.shape), mean, z
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep x, w and b."""
-        FastFunction.keep(ctx, *inputs)
-
-    @staticmethod
-    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        """The same two descriptors."""
-        x, weight, bias = inputs
-        z = (x * weight.to(x.dtype)).sum(1, keepdim=True)
-        z = z if bias is None else z + bias.to(z.dtype)
-        return None, None, None, x.mean(tuple(range(2, x.ndim)), keepdim=True), z
-
-    @staticmethod
-    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """∂x = g · (c + s) + d_mean / N + w ∂zᵀ, ∂w = x ∂z."""
-        g, c, s, d_mean, dz = grads
-        x, weight, bias = ctx.saved_tensors
-        dense, dw, db, out = flat(x), None, None, None
-        if dz is not None:
-            dw = mix_positions(dense, dz.flatten(1)).sum(0).to(weight.dtype).view_as(weight)
-            db = None if bias is None else dz.sum(dtype=wide(dz)).to(bias.dtype).view_as(bias)
-        if ctx.needs_input_grad[0]:
-            out = torch.empty_like(x)
-            g = None if g is None else flat(laid_out_as(g, x))
-            for part in pieces(dense):
-                y = flat(out)[part]
-                if g is None or c is None or s is None:
-                    y.zero_()
-                else:
-                    torch.add(c.flatten(2)[part], s.flatten(2)[part], out=y).mul_(g[part])
-                if dz is not None:
-                    y.addcmul_(weight.to(x.dtype).flatten(2), dz.flatten(2)[part])
-                if d_mean is not None:
-                    y.add_(d_mean.flatten(2)[part] / dense.shape[2])
-        return out, dw, db
-
-
-class ScaleBySum(FastFunction):
-    """y = x · (c + s); tells `SqueezeProject` what g, c and s are."""
-
-    @staticmethod
-    def forward(x: Tensor, c: Tensor, s: Tensor, *conduits: Tensor) -> Tensor:
-        """x: (B, C, *S), c: (B, C, 1, …), s: (B, 1, *S), float32 or wider → y in x's dtype."""
-        out = torch.empty_like(x)
-        spare = room(flat(x), wide(x))
-        for part in pieces(flat(x)):
-            factor = spare[: part.stop - part.start]
-            torch.add(c.flatten(2)[part], s.flatten(2)[part], out=factor)
-            torch.mul(flat(x)[part], factor.to(x.dtype), out=flat(out)[part])
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep the three factors."""
-        FastFunction.keep(ctx, *inputs[:3])
-
-    @staticmethod
-    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        """The formula."""
-        x, c, s = inputs
-        return (x * (c + s).to(x.dtype),)
-
-    @staticmethod
-    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """∂c = Σ_n g · x, ∂s = Σ_c g · x."""
-        (given,) = grads
-        x, c, s = ctx.saved_tensors
-        assert given is not None
-        given = laid_out_as(given, x)
-        g, dense = flat(given), flat(x)
-        dc, ds = products(g, dense, (2, 1))
-        return None, dc.to(c.dtype).view_as(c), ds.to(s.dtype).view_as(s), given, c.to(x.dtype), s.to(x.dtype)
-
-
-Three = tuple[Tensor, Tensor, Tensor]
-
-
-def squeeze_project(x: Tensor, conv: nn.Module) -> tuple[Three, tuple[Tensor, Tensor]]:
-    """x: (B, C, *S) and a 1×1 convolution to one channel → conduits; means and the convolution's result."""
-    with full_precision(x):
-        g, c, s, mean, z = SqueezeProject.apply(x, conv.weight, conv.bias)
-    return (g, c, s), (mean, z)
-
-
-def scale_by_sum(x: Tensor, c: Tensor, s: Tensor, conduits: Three) -> Tensor:
-    """x · (c + s) in x's dtype."""
-    y: Tensor = ScaleBySum.apply(x, c, s, *conduits)
+    y: Tensor = (AffineByKernels if by_kernels() else Affine).apply(x, f, b, *conduits)
     return y

@@ -1,31 +1,36 @@
-"""When a block computes its fast form, and when the plain definition.
+"""When a block computes its fast form, by torch's operations or by kernels, and when the plain definition.
 
-Both give the same values and gradients. The fast forms are `torch.autograd.Function`s with a backward written
+All give the same values and gradients. The fast forms are `torch.autograd.Function`s with a backward written
 by hand; they move fewer bytes and keep fewer of them, at the price of Python code around each. So the plain
 form runs on small tensors, where that price shows, and wherever something looks through the formula:
 torch.compile, torch.export, torch.jit.trace, symbolic tracing, ONNX, torch.func, forward-mode derivatives,
 tensor subclasses, devices other than CPU and CUDA, and layouts that are neither contiguous nor channels_last.
+On a GPU the sizes are those of `crossover.py`, and some blocks have kernels (`blocks/gpu/`) beside the lean form,
+which torch's operations make up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
+from attninject.blocks import gpu
 from attninject.blocks.gate import tracing
 from attninject.blocks.options import BACKENDS, Backend
+
+from . import crossover
+from .crossover import Form
 
 SMALL = 2**19
 """Elements from which a fast form pays for its Python, for blocks of few operations."""
 SMALLER = 2**18
 """The same for blocks of many, or with maxima, whose plain backward is slow."""
-_ON_CUDA = 64
-"""How many times as large a map must be on a GPU, whose passes are as much shorter. An estimate, not measured."""
 
 _KINDS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,13 +39,14 @@ _forced: str | None = None
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """For the time of a `with`: all blocks `plain`, or `fast` at every size that torch lets be, or `auto`.
+    """For the time of a `with`: all blocks `plain`, or `fast` (the lean form) or by `kernels` at every size that
+    torch lets be, or `auto`. Where there are no kernels, the lean form stands for them.
 
     For measurements and tests; it outranks the blocks' own `backend`, and holds for every thread.
     """
     global _forced
-    if name not in (*BACKENDS, "fast"):
-        raise ValueError(f"backend: expected one of auto, plain, fast, found {name!r}")
+    if name not in (*BACKENDS, "fast", "kernels"):
+        raise ValueError(f"backend: expected one of auto, plain, fast, kernels, found {name!r}")
     before, _forced = _forced, None if name == "auto" else name
     try:
         yield
@@ -48,16 +54,31 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def takes_fast_form(x: Tensor, chosen: Backend, least: int) -> bool:
-    """Whether x: (B, C, *S) takes the fast form of a block whose `backend` is `chosen`."""
-    if torch.compiler.is_compiling() or type(x) not in _KINDS or tracing():
-        return False
-    if _forced is None:
-        if chosen == "plain" or x.numel() < (least if x.is_cpu else least * _ON_CUDA):
-            return False
-    elif _forced == "plain":
-        return False
-    return _ordinary(x)
+class Formed(Protocol):
+    """What is asked of a block; see `attninject.blocks.base.Block`."""
+
+    backend: Backend
+    fast_from: ClassVar[int | None]
+
+    def fast_applies(self, x: Tensor) -> bool:
+        """Whether there is a fast form for these options and this x."""
+        ...
+
+
+def form(x: Tensor, block: Formed) -> Form:
+    """Which form of a block x: (B, C, *S) takes."""
+    least = block.fast_from
+    if least is None or torch.compiler.is_compiling() or type(x) not in _KINDS or tracing():
+        return "plain"
+    small = block.backend == "plain" or x.numel() < least
+    if _forced == "plain" or (_forced is None and small) or not _ordinary(x) or not block.fast_applies(x):
+        return "plain"
+    found: Form = "lean"
+    if _forced == "kernels":
+        found = "kernels"
+    elif _forced is None and not x.is_cpu:
+        found = crossover.form(x, type(block), least)
+    return "lean" if found == "kernels" and not gpu.serves(x) else found
 
 
 def _ordinary(x: Tensor) -> bool:

@@ -138,6 +138,16 @@ def projected_back(out: Tensor, w: Tensor, g: Tensor, beta: int = 1) -> None:
         out.mT.view(-1, out.shape[1]).addmm_(g.mT.reshape(-1, w.shape[0]), w, beta=beta)
 
 
+def projected_back_onto(out: Tensor, w: Tensor, g: Tensor, shift: Tensor) -> None:
+    """out += Wᵀ g + shift, shift: (B, C), as one product: W has a row more in each sample, g a channel of ones."""
+    rows = torch.cat([w.expand(len(g), -1, -1), shift.to(w.dtype).unsqueeze(1)], 1)
+    more = torch.cat([g, torch.ones_like(g[:, :1])], 1)
+    if by_rows(out):
+        out.baddbmm_(rows.mT, more)
+    else:
+        out.mT.baddbmm_(more.mT, rows)
+
+
 def affine(g: Tensor, f: Tensor, d: Tensor, out: Tensor) -> None:
     """out = g · f + d, per channel: maps (B, C, N), f and d: (B, C)."""
     b, c, n = g.shape

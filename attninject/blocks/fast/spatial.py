@@ -1,4 +1,4 @@
-"""Fast forms of x · s with one factor per position, and of CBAM, which applies it behind one per channel."""
+"""Fast forms of x · s with one factor per position."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attninject.blocks.gpu import by_kernels
 from attninject.blocks.precision import full_precision
 
 from .channel import Scale
 from .function import FastFunction, conduit
-from .primitives import (
-    channel_dot,
-    flat,
-    laid_out_as,
-    maxima_shares,
-    mix_channels,
-    pieces,
-    position_dot,
-    room,
-)
+from .primitives import flat, laid_out_as, maxima_shares, pieces, position_dot
 
 
 class Pool(FastFunction):
@@ -90,92 +82,70 @@ class ScaleAt(Scale):
         return None, ds, g, s
 
 
-class Refine(FastFunction):
-    """y = x · m, not kept → its maximum and mean over the channels, and conduits of g and s."""
+class PoolByKernels(Pool):
+    """`Pool` on a GPU: 1R forward, 2R 1W backward."""
 
     @staticmethod
-    def forward(x: Tensor, m: Tensor, gy_conduit: Tensor, m_conduit: Tensor) -> tuple[Tensor, ...]:
-        """x: (B, C, *S), m: (B, C, 1, …) → conduit of g, conduit of s, maximum and mean: (B, 1, *S)."""
-        shape = (x.shape[0], 1, *x.shape[2:])
-        largest, mean = x.new_empty(shape), x.new_empty(shape)
-        dense, factor, spare = flat(x), m.flatten(2), room(flat(x))
-        for part in pieces(dense):
-            y = torch.mul(dense[part], factor[part], out=spare[: part.stop - part.start])
-            torch.amax(y, 1, keepdim=True, out=largest.flatten(2)[part])
-            torch.mean(y, 1, keepdim=True, out=mean.flatten(2)[part])
-        return conduit(x, x.shape), conduit(x, shape), largest, mean
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        """As `Pool`; then how often each maximum occurs."""
+        from attninject.blocks.gpu import maps
+
+        mean, largest, ties = maps.pooled_across(x)
+        return conduit(x, x.shape), conduit(x, mean.shape), largest, mean, ties
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep x, m and the maxima of y."""
-        FastFunction.keep(ctx, *inputs[:2], extra=[output[2]])
+        """Keep x, its maxima and their ties."""
+        ctx.mark_non_differentiable(output[4])
+        FastFunction.keep(ctx, *inputs, extra=[output[2], output[4]])
 
     @staticmethod
     def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         """The same descriptors."""
-        y = inputs[0] * inputs[1]
-        return None, None, y.amax(1, keepdim=True), y.mean(1, keepdim=True)
+        return *Pool.plain(ctx, *inputs), None
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """∂y = g · s + d_mean / C + d_max at the maxima of y; ∂m = Σ_n ∂y · x; ∂y goes on to `Squeeze`."""
-        g, s, d_max, d_mean = grads
-        x, m, largest = ctx.saved_tensors
-        g = None if g is None else flat(laid_out_as(g, x))
-        gy = torch.empty_like(x)
-        dense, factor, spare = flat(x), m.flatten(2), room(flat(x))
-        dm = []
-        for part in pieces(dense):
-            y = torch.mul(dense[part], factor[part], out=spare[: part.stop - part.start])
-            out = flat(gy)[part]
-            add_descriptors(y, part, largest, d_max, d_mean, y)
-            if g is not None and s is not None:
-                torch.addcmul(y, g[part], s.flatten(2)[part], out=out)
-            else:
-                out.copy_(y)
-            dm.append(channel_dot(out, dense[part]))
-        return None, torch.cat(dm).to(m.dtype).view_as(m), gy, m
+        """As `Pool`."""
+        from attninject.blocks.gpu import maps
+
+        g, s, d_max, d_mean, _ = grads
+        x, largest, ties = ctx.saved_tensors
+        g = torch.zeros_like(x) if g is None else laid_out_as(g, x)
+        share, shift = parts_of(d_max, d_mean, ties, x.shape[1])
+        return (maps.ascended(g, x, s=s, across=(largest, share), shift=shift),)
 
 
-class Rescale(FastFunction):
-    """y = x · m · s; tells `Refine` what g and s are."""
+def parts_of(
+    d_max: Tensor | None, d_mean: Tensor | None, ties: Tensor, channels: int
+) -> tuple[Tensor, Tensor]:
+    """What each maximum gets of d_max, and each channel of d_mean, float32; None for zero."""
+    none = torch.zeros_like(ties)
+    share = none if d_max is None else d_max.float() / ties
+    return share, none if d_mean is None else d_mean.float() / channels
 
-    @staticmethod
-    def forward(x: Tensor, m: Tensor, s: Tensor, g_conduit: Tensor, s_conduit: Tensor) -> Tensor:
-        """x: (B, C, *S), m: (B, C, 1, …), s: (B, 1, *S), of one dtype → the product."""
-        out = torch.empty_like(x)
-        for part in pieces(flat(x)):
-            torch.mul(flat(x)[part], m.flatten(2)[part], out=flat(out)[part])
-            flat(out)[part].mul_(s.flatten(2)[part])
-        return out
+
+class ScaleAtByKernels(ScaleAt):
+    """`ScaleAt` on a GPU: 1R 1W forward, 2R backward."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep the three factors."""
-        FastFunction.keep(ctx, *inputs[:3])
+    def forward(x: Tensor, f: Tensor, g_conduit: Tensor, f_conduit: Tensor) -> Tensor:
+        """As `ScaleAt`."""
+        from attninject.blocks.gpu import maps
 
-    @staticmethod
-    def plain(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        """The product."""
-        x, m, s = inputs
-        return (x * m * s,)
+        return maps.scaled(x, None, f)
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """∂s = Σ_c m · g · x; the rest of ∂x and ∂m is left to `Refine`."""
+        """As `ScaleAt`."""
+        from attninject.blocks.gpu import maps
+
         (g,) = grads
-        x, m, s = ctx.saved_tensors
+        x, s = ctx.saved_tensors
         assert g is not None
         g = laid_out_as(g, x)
-        ds = None
-        if ctx.needs_input_grad[2]:
-            dense, spare = flat(x), room(flat(x))
-            parts = []
-            for part in pieces(dense):
-                gx = torch.mul(flat(g)[part], dense[part], out=spare[: part.stop - part.start])
-                parts.append(mix_channels(gx, m.flatten(1)[part]))
-            ds = torch.cat(parts).to(s.dtype).view_as(s)
-        return None, None, ds, g, s
+        ds = maps.products(g, x, channels=False, across=True)[1] if ctx.needs_input_grad[1] else None
+        return None, None if ds is None else ds.to(s.dtype), g, s
 
 
 Carriers = tuple[Tensor, Tensor]
@@ -184,24 +154,11 @@ Carriers = tuple[Tensor, Tensor]
 def pool(x: Tensor) -> tuple[Carriers, tuple[Tensor, Tensor]]:
     """x: (B, C, *S) → what `scale` needs, and maximum and mean over the channels (B, 1, *S)."""
     with full_precision(x):
-        g, s, largest, mean = Pool.apply(x)
+        g, s, largest, mean, *_ = (PoolByKernels if by_kernels() else Pool).apply(x)
     return (g, s), (largest, mean)
 
 
 def scale(x: Tensor, factor: Tensor, conduits: Carriers) -> Tensor:
     """x · factor in x's dtype, `factor`: (B, 1, *S) from the descriptors that came with the conduits."""
-    y: Tensor = ScaleAt.apply(x, factor.to(x.dtype), *conduits)
-    return y
-
-
-def refine(x: Tensor, m: Tensor, conduits: Carriers) -> tuple[Carriers, tuple[Tensor, Tensor]]:
-    """`pool` of x · m, `m`: (B, C, 1, …) in x's dtype, from descriptors that came with the conduits."""
-    with full_precision(x):
-        g, s, largest, mean = Refine.apply(x, m, *conduits)
-    return (g, s), (largest, mean)
-
-
-def rescale(x: Tensor, m: Tensor, factor: Tensor, conduits: Carriers) -> Tensor:
-    """x · m · factor, `factor`: (B, 1, *S) from what `refine` gave with the conduits."""
-    y: Tensor = Rescale.apply(x, m, factor.to(x.dtype), *conduits)
+    y: Tensor = (ScaleAtByKernels if by_kernels() else ScaleAt).apply(x, factor.to(x.dtype), *conduits)
     return y
