@@ -168,7 +168,7 @@ def exporting() -> bool:
     """Whether torch.export is at work; where torch cannot tell it from compiling, whether that is."""
     if torch.jit.is_scripting():
         return False
-    known = getattr(torch.compiler, "isexporting", torch.compiler.is_compiling)
+    known = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return bool(known())
 
 
