@@ -109,6 +109,8 @@ def read_log(path: Path) -> tuple[Row, ...]:
         rows = [renamed({k: float(v) for k, v in row.items() if k and v}) for row in csv.DictReader(stream)]
     if [row.get("epoch") for row in rows] != list(range(len(rows))):
         raise ValueError(f"{path.name}: the epochs are not 0, 1, 2, …")
+    if any("map" in row for row in rows):
+        raise ValueError(f"{path.name}: images with several labels each, and runs are compared by top-1")
     for row in rows:
         if not all(math.isfinite(row.get(key, math.nan)) for key in ("top1", "val_loss")):
             raise ValueError(f"{path.name}: epoch {row['epoch']:g} has no finite top1 and val_loss")

@@ -229,12 +229,14 @@ def test_damaged_and_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> N
     """A broken log and a run that is not there are listed, and count in no figure."""
     folder = written(tmp_path / "a", {**NOISY, "se": NOISY["se"][:4]})
     (folder / "cbam" / "seed-2" / "log.csv").write_text("epoch,val_loss,top1\n0,1.0,nan\n", encoding="utf-8")
+    (folder / "cbam" / "seed-3" / "log.csv").write_text("epoch,val_loss,map\n0,1.0,0.5\n", encoding="utf-8")
     found = report([folder])
+    assert "cbam, seed 3: damaged (log.csv: images with several labels each" in found.markdown()
     assert "cbam, seed 2: damaged (log.csv: epoch 0 has no finite top1 and val_loss)" in found.markdown()
     assert "se, seed 4: not begun" in found.html()
     rows = {row.arm.name: row.found for row in found.studies[0].against_plain}
     assert rows["cbam"] is not None
-    assert rows["cbam"].seeds == 4
+    assert rows["cbam"].seeds == 3
 
 
 def test_runs_of_finetune_are_reported_too(tmp_path: Path) -> None:
