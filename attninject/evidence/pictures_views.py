@@ -174,10 +174,18 @@ def _kernels(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
     yield Bars(name, f"{name}: the share of each kernel", t[0].detach().float(), 1 / t.shape[1])
 
 
+def _kernels_at(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
+    """t: (B, G, K, *T), a kernel for each position and group: the position's own, in the mean over groups."""
+    of = t[0].float().mean(0).flatten(1)
+    text = f"{name}: the kernel of the marked position, mean of {t.shape[1]} groups"
+    yield Bars(name, text, of[:, min(scene.index, of.shape[1] - 1)], 0.0)
+
+
 def _branches(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
-    """t: (B, M, C, 1, …): bars for each branch, around the even share 1 / M."""
+    """t: (B, M, C, 1, …): bars for each branch or split, around the even share 1 / M."""
+    part = name.removesuffix("es").removesuffix("s")
     for i, weights in enumerate(t[0].flatten(1)):
-        yield Bars(f"{name}.{i}", f"{name}: weight of branch {i} per channel", weights, 1 / t.shape[1])
+        yield Bars(f"{name}.{i}", f"{name}: weight of {part} {i} per channel", weights, 1 / t.shape[1])
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -222,8 +230,9 @@ def _windows(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
 
 
 def _slots(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
-    """t: (B, N, S): the weights of the position over the slots of a memory."""
-    yield Bars(name, f"{name}: weights of the marked position over the memory", t[0, scene.index], 0.0)
+    """t: (B, N, S): the weights of the position over the slots of a memory, or over classes."""
+    slots = "classes" if scene.block == "category_attention" else "memory"
+    yield Bars(name, f"{name}: weights of the marked position over the {slots}", t[0, scene.index], 0.0)
 
 
 def _matrix(name: str, t: Tensor, scene: Scene) -> Iterator[Panel]:
@@ -241,9 +250,9 @@ READINGS: dict[str, Reading] = {  # a name in what `attention(x)` returns: what 
     **dict.fromkeys(("gate", "channel", "spatial", "weights", "shift", "fine"), _factor),
     **dict.fromkeys(("depth", "height", "width", "length"), _factor),
     **dict.fromkeys(("rows", "position", "global"), _rows),
-    **dict.fromkeys(("gather", "distribute"), _stack),
+    **dict.fromkeys(("gather", "distribute", "regions"), _stack),
     "local": _windows,
-    "branches": _branches,
+    **dict.fromkeys(("branches", "splits"), _branches),
     "offset": _offset,
     "offsets": _offsets,
     "masks": _masks,
@@ -253,6 +262,8 @@ OF_BLOCK: dict[tuple[str, str], Reading] = {  # where a block means something el
     ("danet", "channel"): _matrix,
     ("danet_cam", "rows"): _matrix,
     ("external", "rows"): _slots,
+    ("category_attention", "rows"): _slots,
+    ("involution", "kernels"): _kernels_at,
     ("twins_lsa", "rows"): _windows,
 }
 

@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),  # torch.func over a kernel of the CPU
 ]
 ATTENDING = {
-    "danet", "danet_pam", "generalized", "mhsa", "nonlocal", "self_attention", "twins", "twins_gsa", "twins_lsa",
+    "cross_attention", "danet", "danet_pam", "generalized", "mhsa", "nonlocal", "self_attention",
+    "twins", "twins_gsa", "twins_lsa",
 }  # fmt: skip
 """Blocks that go through torch's fused attention, all or some of their options."""
 
