@@ -23,6 +23,7 @@ import attninject as ai
 from attninject import errors, models
 from attninject.blocks import registry
 from attninject.blocks.geometry import Geometry
+from attninject.surgery.layout_adapters import run_replacement
 from attninject.zoo import coverage, guarantees, subjects
 
 FORMS = ("dynamic_conv", "deformable_conv", "selective_kernel", "splat", "involution")
@@ -600,6 +601,17 @@ TRUNKS = {
 }
 
 
+def test_a_map_of_one_position_keeps_its_strides() -> None:
+    """Those of a sum are torch's own choice there, and a later layer may choose its kernel, and its rounding, by them."""
+    module = nn.Conv2d(8, 8, 3, padding=1)
+    new = registry.create_replacement("dynamic_conv", module, 8, forward=nn.Conv2d.forward)
+    y = torch.randn(2, 8, 1, 1).as_strided((2, 8, 1, 1), (8, 1, 4, 2))
+    assert (y + 0).stride() != y.stride()
+    made = run_replacement(new, torch.randn(2, 8, 1, 1), y, module)
+    assert torch.equal(made, y)
+    assert made.stride() == y.stride()
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize(("name", "pattern"), TRUNKS.items())
 @pytest.mark.parametrize("block", FORMS)
@@ -616,11 +628,7 @@ def test_every_trunk_keeps_its_promises(block: str, name: str, pattern: str) -> 
 
 
 def trunk(name: str, model: nn.Module, calls: subjects.Calls) -> list[str]:
-    """The 3×3 convolutions of a trunk that run in a forward, and whose lie on their input is known.
-
-    Not those that make maps of one position, as none does at the size that a net was made for: there torch chooses
-    the strides of a sum anew, and later layers their kernels by them.
-    """
+    """The 3×3 convolutions of a trunk that run in a forward, and whose lie on their input is known."""
     found: dict[str, nn.Module] = {}
     root, seen = subjects.ROOTS.get(models.family(name), ""), set()
     for path, module in model.named_modules():
@@ -629,8 +637,7 @@ def trunk(name: str, model: nn.Module, calls: subjects.Calls) -> list[str]:
                 found[path] = module
 
     def see(module: nn.Module, args: Any, out: torch.Tensor) -> None:
-        if out.shape[2:].numel() > 1:
-            seen.add(module)
+        seen.add(module)
 
     handles = [m.register_forward_hook(see) for m in found.values()]
     with torch.no_grad():

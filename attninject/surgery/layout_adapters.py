@@ -65,8 +65,23 @@ def run_replacement(
         return y
     tensors = [getattr(module, name) for name in block.tensors]
     if grid is None and kind in _AS_BLOCKS_WANT:
-        return (_Leaf(block) if isinstance(x, fx.Proxy) else block)(x, y, *tensors)
-    return _adapted(block, (x, y), tensors, kind, prefix, grid)
+        return _in_strides_of(y, (_Leaf(block) if isinstance(x, fx.Proxy) else block)(x, y, *tensors))
+    return _in_strides_of(y, _adapted(block, (x, y), tensors, kind, prefix, grid))
+
+
+def _in_strides_of(y: Any, made: Any) -> Any:
+    """What is made of y, in y's strides: of a map of one position torch chooses those of a sum anew, and what reads it
+    chooses its kernel, and so its rounding, by them.
+    """
+    if not (isinstance(y, Tensor) and isinstance(made, Tensor)) or torch.compiler.is_compiling():
+        return made
+    if (
+        (made.shape, made.dtype) != (y.shape, y.dtype)
+        or made.stride() == y.stride()
+        or torch.jit.is_tracing()
+    ):
+        return made
+    return torch.empty_like(y).copy_(made)
 
 
 def run_pair(block: Any, x: Any, other: Any, here: tuple[Any, ...] = (), there: tuple[Any, ...] = ()) -> Any:
