@@ -155,6 +155,21 @@ def test_what_is_not_measured_is_guessed(card, why: str, monkeypatch) -> None:
     assert not card.cache.exists()
 
 
+def test_kernels_are_measured_only_if_asked_for(monkeypatch) -> None:
+    """No card has run them, and their fault would end the caller's training; what is kept says which it was."""
+    monkeypatch.setattr(crossover, "BATCHES", (1,))
+    monkeypatch.setattr(crossover, "_seconds", lambda call, x: 1.0)
+    monkeypatch.setattr(crossover.gpu, "serves", lambda x: True)
+    about = SE, torch.device("cpu"), torch.float32, True
+    monkeypatch.delenv(crossover.VARIABLE, raising=False)
+    (row,), plain = crossover._rows(*about), crossover._versioned("Card")
+    assert row.keys() == {"elements", "plain", "lean"}
+    monkeypatch.setenv(crossover.VARIABLE, "kernels")
+    (row,) = crossover._rows(*about)
+    assert row.keys() == {"elements", "plain", "lean", "kernels"}
+    assert crossover._versioned("Card") == f"{plain}, kernels"
+
+
 def test_a_shipped_card_is_not_measured(card) -> None:
     """The file's numbers hold, whatever the versions."""
     crossover.SHIPPED.write_text(crossover.written({"Card": {"se float32 NCHW": Thresholds(8, 32)}}))

@@ -1,11 +1,12 @@
 """From how many elements of a map on which form of a block is the fastest on a GPU.
 
 Cards that `attninject bench gpu` has measured stand in `crossover.json`; it is empty, as none has been. Any other
-card is measured when a block first gets a large map there, once for each block, dtype and layout: a second or two, with
-the kernels' compilation. The outcome is kept in the user's cache folder. ATTNINJECT_MEASURE=0 forbids it, and it does
-not happen while a CUDA graph is captured, nor under torch's deterministic algorithms, since two runs might then choose
-differently and round differently. What is not measured is guessed: no kernels, and the lean form from `GUESS` times as
-many elements as on a CPU.
+card is measured when a block first gets a large map there, once for each block, dtype and layout, in about a second.
+The outcome is kept in the user's cache folder. The kernels take part under ATTNINJECT_MEASURE=kernels alone: no card
+has run them yet, and a fault of theirs there would end the training that is under way. ATTNINJECT_MEASURE=0 forbids
+all, and it does not happen while a CUDA graph is captured, nor under torch's deterministic algorithms, since two runs
+might then choose differently and round differently. What is not measured is guessed: no kernels, and the lean form
+from `GUESS` times as many elements as on a CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from attninject.files import installed_versions, replacing
 Form = Literal["plain", "lean", "kernels"]
 GUESS = 64
 """How many times as large as on a CPU a map must be for the lean form. An estimate, not measured."""
-VARIABLE = "ATTNINJECT_MEASURE"
+VARIABLE, WITH_KERNELS = "ATTNINJECT_MEASURE", "kernels"
 SHIPPED = Path(__file__).with_name("crossover.json")
 CHANNELS, SIDE, BATCHES = 64, 32, (4, 16, 64, 256)
 """What is measured: maps of 2¹⁸, 2²⁰, 2²² and 2²⁴ elements."""
@@ -147,14 +148,23 @@ def _remembered() -> Path:
     )
 
 
-@functools.cache
 def _versioned(card: str) -> str:
-    """What was measured holds for these versions."""
-    versions = installed_versions(("attninject", "torch", "triton"))
-    return ", ".join([card, *(f"{name} {number}" for name, number in versions.items())])
+    """What was measured holds for these versions, and with the kernels or without."""
+    versions = _versions()
+    return ", ".join([card, *versions, WITH_KERNELS] if _kernels_too() else [card, *versions])
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    found = installed_versions(("attninject", "torch", "triton"))
+    return tuple(f"{name} {number}" for name, number in found.items())
 
 
 # --- measuring --------------------------------------------------------------------------------------
+
+
+def _kernels_too() -> bool:
+    return os.environ.get(VARIABLE) == WITH_KERNELS
 
 
 def _may_measure() -> bool:
@@ -191,7 +201,7 @@ def _rows(kind: type[Any], device: torch.device, dtype: torch.dtype, contiguous:
         if not block.fast_applies(x):
             raise ValueError("a block as it is built by default has no fast form on a GPU")
         forms = {"plain": block.transform, "lean": block.fast_transform}
-        if gpu.serves(x):
+        if _kernels_too() and gpu.serves(x):
             forms["kernels"] = functools.partial(_by_kernels, block)
         rows.append({"elements": x.numel(), **{name: _seconds(call, x) for name, call in forms.items()}})
     return rows
