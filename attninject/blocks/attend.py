@@ -61,14 +61,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
     `mask`: boolean, broadcastable to (B, h, N, M); True where a key takes part.
     """
     q, k = bounded(q, scale), bounded(k, scale)
-    width, half = static_shape(v)[3], v.dtype == torch.float16 or v.dtype == torch.bfloat16
-    if (
-        v.is_cuda
-        and half
-        and mask is None
-        and static_shape(v)[1] == 1
-        and static_shape(q)[3] <= WIDEST < width
-    ):
+    width = static_shape(v)[3]
+    if mask is None and only_too_wide(q, v):
         return in_pieces(q, k, v, scale)
     missing = width - static_shape(q)[3]
     if missing > 0:
@@ -79,10 +73,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = 
     return y.narrow(3, 0, width) if missing < 0 else y
 
 
-def in_pieces(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """`attend` of one head: the columns of v as heads of at most `WIDEST`, which share q and k."""
+def only_too_wide(q: Tensor, v: Tensor, widest: int = WIDEST) -> bool:
+    """Whether the flash kernels would take one head of q and v, were v not wider than the widest (a default, since
+    TorchScript knows no global names).
+    """
+    half = v.dtype == torch.float16 or v.dtype == torch.bfloat16
+    one = v.is_cuda and half and static_shape(v)[1] == 1
+    return one and static_shape(q)[3] <= widest < static_shape(v)[3]
+
+
+def in_pieces(q: Tensor, k: Tensor, v: Tensor, scale: float, widest: int = WIDEST) -> Tensor:
+    """`attend` of one head: the columns of v as heads of at most the widest, which share q and k."""
     width = static_shape(v)[3]
-    pieces = -(-width // WIDEST)
+    pieces = -(-width // widest)
     size = max(-(-width // pieces), static_shape(q)[3])
     pieces = -(-width // size)
     v = split_heads(F.pad(v.squeeze(1), (0, pieces * size - width)), pieces)

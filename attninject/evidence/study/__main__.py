@@ -22,6 +22,8 @@ def main() -> None:
     args = parser.parse_args()
     store = Store(args.results)
     if args.what == "report":
+        if not any(args.results.glob("*.csv")):
+            parser.error(f"there are no results in {args.results}; a checkout has them, a wheel does not")
         report.FILE.write_text(report.written(store))
         print(report.FILE)
         return
