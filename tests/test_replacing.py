@@ -663,7 +663,7 @@ def every_3x3(name: str) -> tuple[int, dict[str, Any]]:
 def test_every_3x3_of_the_zoos_sample() -> None:
     """In the place of each in one net of every family: bit-equal in eval and train mode, and eject undoes it."""
     wrong, count = {}, 0
-    for name in subjects.sample():
+    for name in (n for n in subjects.sample() if "quantized" not in n):  # those are refused
         sites, failed = every_3x3(name)
         count += sites > 0
         if failed:
