@@ -72,7 +72,7 @@ def by_onnx(model: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("where", ["model.8.cv2.bn", "**.bn", "model.8.cv2.act"])
 def test_the_activation_of_all_detectors_carries_no_block(where: str) -> None:
     """`Conv.default_act` is one object for every net of the process."""
-    with pytest.raises(errors.CannotRewriteError, match="the class Conv, another Conv"):
+    with pytest.raises(errors.CannotRewriteError, match="the class Conv"):
         ai.plan(detector("yolov8n.yaml"), **se(after=where), example_inputs=torch.rand(1, 3, 64, 64))
 
 
