@@ -12,7 +12,7 @@ import pytest
 import torch
 from fingerprints import Fingerprint
 from pair_nets import CheckpointedUNet, FlatUNet, Siamese, Towers, UNet
-from small import calls_of, images, se, stir
+from small import SILENT_CHECKPOINTS, calls_of, images, se, stir
 from torch import Tensor, nn
 
 import attninject as ai
@@ -101,6 +101,7 @@ CASES = {
         ["attention_gate"],
     ),
 }  # fmt: skip
+EVERY = [pytest.param(n, marks=SILENT_CHECKPOINTS) if n == "among checkpoints" else n for n in CASES]
 
 
 def made(case: Case) -> nn.Module:
@@ -121,7 +122,7 @@ def losses(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if not n.startswith(blocks) and p.grad is not None}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_nothing_changes_until_training(name: str) -> None:
     """Outputs, gradients and statistics bit for bit, each block once; the keys stay; eject leaves no trace."""
     case = CASES[name]
@@ -143,7 +144,7 @@ def test_nothing_changes_until_training(name: str) -> None:
     assert set(base.state_dict()) == {k for k in model.state_dict() if not k.startswith(tuple(case.names))}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_trained_block_goes_wherever_the_model_goes(name: str, tmp_path) -> None:
     """Copies, pickles, whole files, deltas, `disabled`, attention maps, and a model that is injected again."""
     case = CASES[name]

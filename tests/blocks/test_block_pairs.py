@@ -135,6 +135,7 @@ def test_the_gate_reads_the_signal_by_linear_interpolation():
     torch.testing.assert_close(block(x, signal), block(x, up))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_of_two_inputs_compile_and_export(name):
     """TorchScript, jit.trace and export take both inputs, and torch.compile makes one graph of it."""
@@ -144,8 +145,7 @@ def test_blocks_of_two_inputs_compile_and_export(name):
         noise(2, 12, 3, 4, seed=3),
     )
     expected = block(x, other)
-    with pytest.warns(FutureWarning, match=r"torch\.jit"):
-        scripted, traced = torch.jit.script(block), torch.jit.trace(block, (x, other))
+    scripted, traced = torch.jit.script(block), torch.jit.trace(block, (x, other))
     exported = torch.export.export(block, (x, other)).module()
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     for run in (scripted, traced, exported, compiled):

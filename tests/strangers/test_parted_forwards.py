@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from small import Calls, images, se, stir
+from small import SILENT_CHECKPOINTS, Calls, images, se, stir
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -100,14 +100,9 @@ def step(model: nn.Module) -> list[Tensor | None]:
 
 
 WHERE = {"place": "residual_branch"}
-SILENT = hasattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator_impl")
-"""Whether checkpoints make no tensors of their own in the forward; those of older torch do, and are refused."""
-refused = pytest.mark.skipif(
-    not SILENT, reason="this torch's checkpoints make tensors in the forward: refused"
-)
 
 
-@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=refused)])
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=SILENT_CHECKPOINTS)])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_branches_end_before_the_shared_drop_path(rate: float, checkpointed: bool) -> None:
     """With the windows back in the map, and behind the MLP; the function stays, and each block runs once."""
@@ -132,7 +127,7 @@ def test_branches_end_before_the_shared_drop_path(rate: float, checkpointed: boo
     assert torch.equal(output(model), bare)
 
 
-@refused
+@SILENT_CHECKPOINTS
 @pytest.mark.parametrize("first", [False, True])
 def test_checkpointing_is_switched_where_blocks_are(first: bool) -> None:
     """On or off after injection: the same gradients, and each block runs once more where it is on."""
