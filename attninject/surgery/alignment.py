@@ -1,7 +1,8 @@
-"""The names of a training graph's calls and operations: those that their counterparts have in the eval graph.
+"""The names of calls and operations in another graph of the same forward: those that their counterparts have.
 
-Dropping paths adds operations of its own while training (`keep + torch.rand(…)`, a product with the mask), so counting
-alone would give the name of the residual addition to another one.
+Dropping paths adds operations of its own while training (`keep + torch.rand(…)`, a product with the mask), and another
+input size may lead to a branch with more sums, so counting alone would give the name of the residual addition to another
+one.
 """
 
 from __future__ import annotations
@@ -11,31 +12,41 @@ from difflib import SequenceMatcher
 
 from torch import fx
 
-from .local_graph import SIZES, operation_name, targets
+from .local_graph import SIZES, operation_name, rename, targets
 
 
-def align(train: fx.Graph, evaluated: fx.Graph) -> None:
-    """Name the nodes of a training graph after those of the eval graph, in order; what only training has gets no name."""
-    names = targets(evaluated)
-    theirs, others = _tokens(evaluated), _tokens(train)
+def align(graph: fx.Graph, named: fx.Graph) -> None:
+    """Name the nodes of a graph after those of `named`, in order; inputs keep theirs, what `named` lacks gets no name."""
+    names, own = targets(named), targets(graph)
+    theirs, others = _tokens(named), _tokens(graph)
     known, nodes = [n for n in theirs if n in names], list(others)
     matcher = SequenceMatcher(None, [theirs[n] for n in known], [others[n] for n in nodes], autojunk=False)
-    train.__dict__["_attninject_targets"] = {
-        nodes[b + i]: names[known[a + i]] for a, b, size in matcher.get_matching_blocks() for i in range(size)
-    }
+    rename(
+        graph,
+        {node: target for node, target in own.items() if target.kind == "input"}
+        | {
+            nodes[b + i]: names[known[a + i]]
+            for a, b, size in matcher.get_matching_blocks()
+            for i in range(size)
+        },
+    )
 
 
 def _tokens(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
-    """What each call or operation on the data is, and which of its operands are: for nodes alike in two graphs."""
+    """What each call or operation on the data is: for nodes alike in two graphs.
+
+    Of an operation also which of its operands are data; a child's call may get more or fewer options.
+    """
     carrying: set[fx.Node] = set()
-    found = {}
+    found: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
         if not _carries(node, carrying):
             continue
         carrying.add(node)
-        kind = str(node.target) if node.op == "call_module" else f"::{operation_name(node)}"
-        if node.op == "call_module" or operation_name(node):
-            found[node] = (kind, *(_operand(i, carrying) for i in node.all_input_nodes))
+        if node.op == "call_module":
+            found[node] = (str(node.target),)
+        elif kind := operation_name(node):
+            found[node] = (f"::{kind}", *(_operand(i, carrying) for i in node.all_input_nodes))
     return found
 
 

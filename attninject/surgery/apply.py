@@ -129,7 +129,7 @@ class Removed:
         return replace(self, blocks=blocks, extent=extent)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = self.known.local.arguments if self.known.local else self.arguments
+        arguments = self.known.local.names_from if self.known.local else self.arguments
         return Removed, (replace(self.known, local=None), self.blocks, self.extent, arguments)
 
 

@@ -30,10 +30,11 @@ from attninject.observe.probe import run
 from attninject.observe.record import Record
 
 from . import own_forward, scripting
+from .alignment import align
 from .codegen import ForwardWriter
 from .faithfulness import check
 from .injected_state import CONTAINERS, OWN, Injected, Insertion, as_original, extended_since, injected_in
-from .local_graph import Arguments, LocalGraph
+from .local_graph import Arguments, LocalGraph, targets
 from .tracer import trace
 
 
@@ -105,7 +106,7 @@ def _subclass(base: type[nn.Module], attributes: dict[str, Any]) -> type[nn.Modu
 
 
 def _local_key(local: LocalGraph) -> Any:
-    """Equal for graphs of the same text, globals and conditions."""
+    """Equal for graphs of the same text, names, globals and conditions."""
     reads = tuple(sorted((r.path, r.name, _value_key(r.value)) for r in local.reads))
     return local.arguments, local.checkpointed, reads, *(_graph_key(g) for g in local.graphs)
 
@@ -115,8 +116,8 @@ _graph_keys: weakref.WeakKeyDictionary[fx.Graph, Any] = weakref.WeakKeyDictionar
 
 def _graph_key(graph: fx.Graph) -> Any:
     if graph not in _graph_keys:
-        code = graph.python_code("self")
-        _graph_keys[graph] = (code.src, tuple(sorted((k, id(v)) for k, v in code.globals.items())))
+        code, names = graph.python_code("self"), tuple((n.name, t) for n, t in targets(graph).items())
+        _graph_keys[graph] = (code.src, tuple(sorted((k, id(v)) for k, v in code.globals.items())), names)
     return _graph_keys[graph]
 
 
@@ -186,6 +187,11 @@ def _graph_of_call(carrier: nn.Module, known: Injected, args: Any, kwargs: Any) 
     if known.local is not None and known.local.fits(carrier, forward, arguments):
         return known.local
     local = trace(carrier, forward, arguments, known.slots)
+    if known.local is not None:  # the insertions' names are those of the graph that they were planned in
+        align(local.eval, known.local.eval)
+        if local.train is not local.eval:
+            align(local.train, local.eval)
+        local.named_by = known.local.names_from
     with as_original(carrier):
         record = _run_of_call(carrier, Inputs(args, kwargs))
         check(local, carrier, record.calls[0], record, carrier.training)
@@ -219,7 +225,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     reduced: Any = known.base.__reduce_ex__(self, protocol)
     if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         raise TypeError(f"{known.base.__qualname__} has its own __reduce__; eject the blocks to pickle it")
-    arguments = known.local.arguments if known.local else None
+    arguments = known.local.names_from if known.local else None
     own = (True,) if OWN in self.__dict__ else ()
     return (_rebuild, (known.base, known.edit, arguments, known.watched, *own), *reduced[2:])
 

@@ -283,6 +283,12 @@ class LocalGraph:
     checkpointed: bool = (
         False  # it checkpoints parts of itself; a generated forward is checkpointed as a whole
     )
+    named_by: Arguments | None = None  # those of the trace that its names come from, if that was another
+
+    @property
+    def names_from(self) -> Arguments:
+        """The arguments whose trace names the nodes as this graph does."""
+        return self.named_by or self.arguments
 
     def fits(self, owner: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> bool:
         """Whether a trace of `owner` would give this very graph: same code, arguments and attributes."""
@@ -334,6 +340,12 @@ def targets(graph: fx.Graph) -> dict[fx.Node, Target]:
         known = graph.__dict__["_attninject_targets"] = _named(graph)
     found: dict[fx.Node, Target] = known
     return found
+
+
+def rename(graph: fx.Graph, names: dict[fx.Node, Target]) -> None:
+    """Have `targets` and `find` of a graph go by these names."""
+    graph.__dict__["_attninject_targets"] = names
+    graph.__dict__.pop("_attninject_nodes", None)
 
 
 def _named(graph: fx.Graph) -> dict[fx.Node, Target]:
