@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,12 @@ SILENT_CHECKPOINTS = pytest.mark.skipif(
     not hasattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator_impl"),
     reason="this torch's checkpoints make tensors of their own in the forward, which is refused",
 )
+
+
+def older(version: str, other: str) -> bool:
+    """Whether 1.0.15 comes before 1.0.31; what stands behind the numbers does not count."""
+    one, two = ([int(n) for n in re.findall(r"\d+", v)[:3]] for v in (version, other))
+    return one < two
 
 
 class Around(nn.Module):

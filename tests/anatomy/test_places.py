@@ -14,6 +14,7 @@ import torch
 import torchvision
 import yaml
 from nets import pretrained
+from small import older
 from torch import nn
 
 import attninject as ai
@@ -324,7 +325,7 @@ def test_a_unit_that_takes_a_list_begins_where_it_makes_one_tensor_of_it(
     joins: bool, names: list[str]
 ) -> None:
     """Behind the concatenation of all, or before the one module that reads the first; the function stays."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+    if older(torch.__version__, "2.9"):
         names = ["{}.conv"] * 3  # there the joined tensor is named by the module that reads it
     model = DenseNet(joins).eval()
     found = ai.plan(model, block="se", place="block_start", args={"reduction": 2})

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from block_cases import noise
+from small import older
 from timm.layers import create_attn, get_attn
 from torch import nn
 
@@ -71,12 +72,6 @@ def test_listing_and_checking_need_no_timm():
         "assert 'timm' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def older(version: str, other: str) -> bool:
-    """Whether 1.0.15 comes before 1.0.31; what stands behind the numbers does not count."""
-    one, two = ([int(n) for n in re.findall(r"\d+", v)[:3]] for v in (version, other))
-    return one < two
 
 
 # --- refusals -------------------------------------------------------------------------------------

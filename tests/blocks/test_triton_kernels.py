@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from block_cases import noise
+from small import older
 
 from attninject.blocks import attend, gpu, registry
 from attninject.blocks.channel import SE
@@ -36,7 +37,7 @@ def loops_are_interpreted() -> bool:
     of which NumPy warns, and which newer NumPy refuses.
     """
     triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+    if not older(triton.__version__, "3.7"):
         return True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

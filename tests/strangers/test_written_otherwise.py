@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small import calls_of, images, se, stir
+from small import calls_of, images, older, se, stir
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -197,7 +197,7 @@ class Dropping(nn.Module):
 
 
 NO_RAND = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
+    older(torch.__version__, "2.9"),
     reason="this torch.fx cannot trace rand of a traced size, so no operation beside it can be named",
 )
 
