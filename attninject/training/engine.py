@@ -17,13 +17,14 @@ from attninject.observe.snapshot import rng_kept
 from . import runs
 from .building import build
 from .callbacks import Callback, printed, spoken, with_say
+from .cost import DryRun, estimate
 from .data.datasets import Images, classes_of
 from .data.opening import open_images
 from .data.preprocessing import preprocessing_of
 from .experiment import Experiment, read_experiment, settings
 from .job import Job, Result
 from .loop import carry_out
-from .trial import DryRun, RateTest, estimate, try_rates
+from .rate_test import RateTest, try_rates
 
 
 def finetune(
@@ -93,7 +94,7 @@ def _job(
 def find_lr(model: nn.Module, data: Any = "digits", *, workers: int | None = None, **train: Any) -> RateTest:
     """Try learning rates from 1e-7 to 1 on a copy of the model, and suggest one; nothing else is changed.
 
-    Takes what `finetune` takes. Method: see `trial.try_rates`.
+    Takes what `finetune` takes. Method: see `rate_test.try_rates`.
 
     Raises:
         As `finetune`.

@@ -17,7 +17,8 @@ from torch import nn
 from attninject import errors
 from attninject.cli import main
 from attninject.training import dry_run, find_lr
-from attninject.training.trial import RateTest, _duration, _steepest
+from attninject.training.cost import _duration
+from attninject.training.rate_test import RateTest, _steepest
 
 MODEL = ["--model", "timm/test_convnext", "--recipe", "se", "--data", "random", "--data-images", "40"]
 MODEL += ["--size", "32", "--batch-size", "16"]
