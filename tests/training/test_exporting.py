@@ -82,9 +82,9 @@ def test_se_becomes_timms_own_seresnet(init: str, tmp_path: Path) -> None:
 def test_published_blocks_become_timms(block: str, args: dict[str, Any], tmp_path: Path) -> None:
     """attn_layer="cbam", whose module has other names, which are translated, and attn_layer="eca"."""
     rule = {"block": block, "place": "residual_branch", "init": "paper", "args": args, "name": "se"}
-    model = stirred("timm/resnet18", **rule)
-    export(model, tmp_path / "t.safetensors", "state_dict", size=64, like="timm", name="timm/resnet18")
-    theirs = models.build("timm/resnet18", block_args={"attn_layer": block}).eval()
+    model = stirred("timm/test_resnet", **rule)
+    export(model, tmp_path / "t.safetensors", "state_dict", size=64, like="timm", name="timm/test_resnet")
+    theirs = models.build("timm/test_resnet", block_args={"attn_layer": block}).eval()
     theirs.load_state_dict(load_file(tmp_path / "t.safetensors"))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
