@@ -154,6 +154,15 @@ def test_a_group_stands_in_its_rows_as_a_number(tmp_path: Path) -> None:
     assert (tmp_path / "null.csv").read_text().splitlines() == ["group,seed,ps", "0,x,x", "1,x,x", "0,x,x"]
 
 
+def test_a_file_of_another_form_is_refused(tmp_path: Path) -> None:
+    """Its rows have another number of cells, would pass for cut off lines, and all would be trained again."""
+    (tmp_path / "null.csv").write_text("task,net,block,regime,seed,ps\nx,x,x,x,x,x\n")
+    with pytest.raises(
+        ValueError, match=r"null\.csv has columns .'task'.* where .'group'.* name another folder"
+    ):
+        Store(tmp_path).read("null")
+
+
 def test_columns_of_test_images_are_read_on_demand_alone(tmp_path: Path) -> None:
     """Without `test=True` a row has no test loss."""
     store = Store(tmp_path)

@@ -14,6 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).parent / "results"
 
 GROUP = ("task", "net", "block", "regime")
+NUMBERED = ("group", *GROUP)
+"""Columns of `groups.csv`."""
 SCORES = (
     "score", "gradient_norm", "squared_gradients", "natural_gradient", "gradient_rank", "halves", "drop",
 )  # fmt: skip
@@ -48,7 +50,11 @@ class Store:
     def read(self, name: str, test: bool = False) -> list[dict[str, str]]:
         """Rows as they stand in the file, whole lines alone; without the columns of test images unless `test`."""
         columns, groups = _stored(name), self._groups()
-        rows = [dict(zip(columns, row, strict=True)) for row in self._rows(name) if len(row) == len(columns)]
+        rows = [
+            dict(zip(columns, row, strict=True))
+            for row in self._rows(name, columns)
+            if len(row) == len(columns)
+        ]
         hidden = () if test else TEST
         shown = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
         return [{**groups[row.pop("group")], **row} if "group" in row else row for row in shown]
@@ -65,7 +71,9 @@ class Store:
 
     def _groups(self) -> dict[str, dict[str, str]]:
         """Number → task, net, block, regime."""
-        return {number: dict(zip(GROUP, rest, strict=True)) for number, *rest in self._rows("groups")}
+        return {
+            number: dict(zip(GROUP, rest, strict=True)) for number, *rest in self._rows("groups", NUMBERED)
+        }
 
     def _number(self, row: Mapping[str, object]) -> str:
         """The number of a row's group; a new one is written down."""
@@ -74,12 +82,19 @@ class Store:
         for number, group in known.items():
             if group == own:
                 return number
-        self._append("groups", ("group", *GROUP), [[str(len(known)), *own.values()]])
+        self._append("groups", NUMBERED, [[str(len(known)), *own.values()]])
         return str(len(known))
 
-    def _rows(self, name: str) -> list[list[str]]:
+    def _rows(self, name: str, columns: Sequence[str]) -> list[list[str]]:
+        """Rows under the header, which has to be the columns: rows of another form would pass for none."""
         file = self.folder / f"{name}.csv"
-        return _records(file.read_text().rpartition("\n")[0]) if file.is_file() else []
+        text = file.read_text().rpartition("\n")[0] if file.is_file() else ""
+        header, *rows = _records(text) or [list(columns)]
+        if header != list(columns):
+            raise ValueError(
+                f"{file} has columns {header}, where {list(columns)} are due; name another folder"
+            )
+        return rows
 
     def _append(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         file = self.folder / f"{name}.csv"
@@ -101,8 +116,8 @@ def _stored(name: str) -> tuple[str, ...]:
 
 
 def _records(text: str) -> list[list[str]]:
-    """Rows under the header."""
-    return list(csv.reader(io.StringIO(text)))[1:]
+    """The header and the rows under it."""
+    return list(csv.reader(io.StringIO(text)))
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> str:
