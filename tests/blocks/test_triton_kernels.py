@@ -173,6 +173,8 @@ def test_what_is_not_measured_is_guessed(card, why: str, monkeypatch) -> None:
     assert [card.form(n) for n in (16 * 64 - 1, 16 * 64)] == ["plain", "lean"]
     assert len(card.measured) == (why == "no memory")
     assert not card.cache.exists()
+    monkeypatch.setattr(crossover, "_read", lambda file: pytest.fail("no forward reads the files again"))
+    assert card.form(16) == "plain"
 
 
 def test_kernels_are_measured_only_if_asked_for(monkeypatch) -> None:
@@ -202,7 +204,7 @@ def test_the_shipped_file_can_be_read() -> None:
     found = crossover._read(crossover.SHIPPED)
     assert json.loads(crossover.written(found)) == json.loads(crossover.SHIPPED.read_text(encoding="utf-8"))
     for entries in found.values():
-        assert {name.split()[0] for name in entries} <= set(registry.names())
+        assert {name.split()[0] for name in entries} <= set(registry.list_blocks())
 
 
 # --- parts that run on a CPU too ----------------------------------------------------------------------

@@ -36,7 +36,8 @@ CHANNELS, SIDE, BATCHES = 64, 32, (4, 16, 64, 256)
 """What is measured: maps of 2¹⁸, 2²⁰, 2²² and 2²⁴ elements."""
 
 Row = Mapping[str, float]
-_found: dict[tuple[Any, ...], Thresholds] = {}
+_found: dict[tuple[Any, ...], Thresholds | None] = {}
+"""None: no file tells, and nothing was measured; the files are not read again."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,13 @@ class Thresholds:
 def form(x: Tensor, kind: type[Any], least: int) -> Form:
     """The form for x: (B, C, *S) on a GPU, in a block of class `kind` whose fast form pays from `least` on a CPU."""
     at = x.device.index, kind, x.dtype, x.is_contiguous()
-    if at not in _found:
-        known = _looked_up(x, kind)
-        if known is None:
-            if not _may_measure():
-                return Thresholds(least * GUESS).form(x.numel())
+    known = _found.get(at)
+    if known is None:
+        known = None if at in _found else _looked_up(x, kind)
+        if known is None and _may_measure():
             known = _measured(x, kind) or Thresholds(least * GUESS)
         _found[at] = known
-    return _found[at].form(x.numel())
+    return (known or Thresholds(least * GUESS)).form(x.numel())
 
 
 def key(block: str, dtype: torch.dtype | str, contiguous: bool) -> str:
