@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -136,9 +137,9 @@ class Geometry:
         added = None if biases is None else shares.to(biases.dtype) @ biases.unflatten(0, each)
         if _size_is_open() or x.shape[0] == 0:
             parts = zip(shares.unbind(1), weights.unflatten(0, each).unbind(0), strict=True)
-            y, *others = (column(s.unsqueeze(1).to(x.dtype), x) * self.convolve(x, w) for s, w in parts)
-            for other in others:
-                y = y + other
+            y = functools.reduce(
+                torch.add, (column(s.unsqueeze(1).to(x.dtype), x) * self.convolve(x, w) for s, w in parts)
+            )
         else:
             y = laid_out_like(x, self._in_groups(x, shares.to(weights.dtype) @ weights.reshape(each[0], -1)))
         return y if added is None else y + column(added.to(y.dtype), y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -83,15 +84,10 @@ class Involving(Replacement):
     def involved(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → f(x): (B, C, *T), summed in float32 or wider."""
         seen = self.windows(x)
-        each = (
-            self.kernels(seen[self.points // 2]).unsqueeze(3).unbind(2)
-        )  # (B, G, 1, *T): beside (B, G, C/G, *T)
-        first, *others = (
-            torch.unflatten(s, 1, (self.groups, -1)) * k for s, k in zip(seen, each, strict=True)
-        )
-        for other in others:
-            first = first + other
-        return laid_out_like(x, first.flatten(1, 2))
+        each = self.kernels(seen[self.points // 2]).unsqueeze(3).unbind(2)  # (B, G, 1, *T)
+        products = (torch.unflatten(s, 1, (self.groups, -1)) * k for s, k in zip(seen, each, strict=True))
+        y = functools.reduce(torch.add, products)  # added up as they come: a list would be K maps
+        return laid_out_like(x, y.flatten(1, 2))
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
         """x: (B, C, *S), y: (B, C, *T) → (B, C, *T) in their dtype."""
@@ -123,9 +119,9 @@ class Involution(ConvForm):
     """Involution: y_p = Σ_k H_p,k · x_{p + k}, H_p = W₂ relu(BN(W₁ x_p)), a kernel for each position and group.
 
     arXiv:2103.06255, eq. 4-6: H_p holds `kernel_size`² numbers for each of C / `group_channels` groups of channels,
-    made through C / `reduction` channels, rounded with `divisor`. `group_channels` is cut to the greatest number that
-    divides C. With `softmax` over the kernel's points it is the dynamic convolution of arXiv:1901.10430, eq. 4-5, but
-    for the hidden layer: the one that the empirical study of spatial attention (arXiv:1904.05873) compares.
+    made through C / `reduction` channels, rounded with `divisor`. `group_channels` is cut to its greatest common
+    divisor with C. With `softmax` over the kernel's points it is the dynamic convolution of arXiv:1901.10430, eq. 4-5,
+    but for the hidden layer: the one that the empirical study of spatial attention (arXiv:1904.05873) compares.
 
     In the place of a convolution (`replace:`) it takes over where that lies, with its stride and dilation, and has a
     field of its own, by default 7×7 in place of 3×3 as in the paper; y + α(f(x) − y), α = 0, is the same function

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from block_cases import build, noise
@@ -55,6 +57,22 @@ class Largest(TorchDispatchMode):
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor):
                 self.elements = max(self.elements, t.numel())
+        return out
+
+
+class Peak(TorchDispatchMode):
+    """Records the most elements that what operations returned held at one time, each storage counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, weakref.ref] = {}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.made |= {id(t): weakref.ref(t) for t in (out if isinstance(out, (tuple, list)) else (out,))}
+        alive = [t.untyped_storage() for made in self.made.values() if (t := made()) is not None]
+        self.elements = max(self.elements, sum({s.data_ptr(): s.nbytes() for s in alive}.values()) // 4)
         return out
 
 
@@ -124,3 +142,12 @@ def test_the_matrix_would_be_noticed():
     with Largest() as seen:
         torch.softmax(q @ q.transpose(1, 2), -1).sum().backward()
     assert seen.elements == 256 * 256
+
+
+@torch.no_grad()
+def test_an_involution_adds_its_products_up_as_they_come():
+    """Of the 49 products of values and kernels, each as large as the map, two are there at a time, not all."""
+    block, x = build("involution", 64, init="paper", group_channels=64), noise(1, 64, 16, 16)
+    with Peak() as seen:
+        block(x)
+    assert seen.elements < 10 * x.numel()
