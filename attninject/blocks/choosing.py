@@ -19,7 +19,7 @@ class Choosing(Block):
     def __init__(self, channels: int, dims: int, init: str, **args: Any) -> None:
         super().__init__(channels, dims, init, **args)
         # of a fraction whole numbers, since the number of positions may be symbolic in export
-        part = Fraction(args["k"]).limit_denominator(10_000)
+        part = Fraction(float(args["k"])).limit_denominator(10**9)
         self.k, self.numerator, self.denominator = args["k"], part.numerator, part.denominator
 
     def chosen(self, n: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from block_cases import build, noise, scrambled
@@ -41,6 +42,14 @@ def test_a_network_of_frames_takes_the_block():
     ai.inject(model, block="temporal", after="units.*", args={"frames": 4}, example_inputs=x)
     assert torch.equal(model(x), expected)
     assert len(ai.injected(model)) == 2
+
+
+def test_a_small_fraction_and_numpys_numbers_are_taken_as_they_are():
+    """A hundred-thousandth of ten million positions are a hundred; it was one. NumPy's float32 was a TypeError."""
+    chosen = [
+        build("hard_attention", 4, k=k).chosen(10_000_000) for k in (1e-5, np.float32(0.25), np.int64(7))
+    ]
+    assert chosen == [100, 2_500_000, 7]
 
 
 def test_gumbel_noise_samples_positions_by_their_scores():
