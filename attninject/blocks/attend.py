@@ -15,7 +15,8 @@ from attninject.errors import TooFewChannelsError
 
 from .base import Block, static_shape
 from .fused import attention, softmax_rows
-from .precision import full_precision
+from .gate import at_least_float32
+from .precision import full_precision, product
 
 
 def rows(t: Tensor) -> Tensor:
@@ -113,6 +114,18 @@ def bounded(t: Tensor, scale: float) -> Tensor:
 def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """softmax(scale · q kᵀ): q: (…, N, d), k: (…, M, d) → (…, N, M), float32 or wider. Quadratic memory."""
     return softmax_rows(bounded(q, scale), bounded(k, scale), scale, mask)
+
+
+def means(x: Tensor, weights: Tensor, many: int = 2**16) -> Tensor:
+    """Σ_n w_kn x_cn: x: (B, C, N), weights: (B, K, N) that sum to 1, float32 or wider → (B, C, K) in x's dtype.
+
+    Weights are about 1 / N, and float16 has no numbers between the multiples of 2⁻²⁴: sums over many positions, which
+    would be wrong by percents and be 0 in the end, are formed in float32.
+    """
+    few = x.dtype == torch.float16 and not exporting() and static_shape(x)[2] < many
+    if few or x.dtype == torch.bfloat16:
+        return x @ weights.to(x.dtype).transpose(1, 2)
+    return product(at_least_float32(x), weights.transpose(1, 2)).to(x.dtype)
 
 
 def saturated(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from .attend import Additive, linear, rows, unrows, wide
+from .attend import Additive, linear, means, rows, unrows, wide
 from .base import BATCH_NORM, CONV, Facts, hidden_width
 from .both import ConvNormReLU
 from .gate import Normed, at_least_float32, zero
@@ -64,8 +64,7 @@ class DoubleAttention(Additive):
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → the distributed descriptors, the same shape."""
         gathering, distributing = self.weights(x)
-        a = self.features(x).flatten(2)
-        descriptors = a @ gathering.to(a.dtype).transpose(1, 2)  # (B, m, n)
+        descriptors = means(self.features(x).flatten(2), gathering)  # (B, m, n)
         z = descriptors @ distributing.to(descriptors.dtype)
         y: Tensor = self.out(torch.unflatten(z, 2, x.shape[2:]))
         return y
@@ -202,14 +201,14 @@ class CategoryAttention(Additive, Normed):
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, C, *S) → soft regions (B, K, N), means over them (B, C, K), rows (B, N, K)."""
         regions = torch.softmax(at_least_float32(self.regions(x)).flatten(2), 2)
-        means = x.flatten(2) @ regions.to(x.dtype).transpose(1, 2)
-        q, k = at_least_float32(rows(self.query(x))), at_least_float32(self.key(means))
-        return regions, means, torch.softmax(self.scale * product(q, k), 2)
+        classes = means(x.flatten(2), regions)
+        q, k = at_least_float32(rows(self.query(x))), at_least_float32(self.key(classes))
+        return regions, classes, torch.softmax(self.scale * product(q, k), 2)
 
     def branch(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → what the classes give, the same shape."""
-        _, means, each = self.weights(x)
-        v = rows(self.value(means))
+        _, classes, each = self.weights(x)
+        v = rows(self.value(classes))
         return self.normed(self.out(unrows(each.to(v.dtype) @ v, x)))
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:

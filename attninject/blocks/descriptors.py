@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALL, untouched
 from attninject.errors import BlockError
 
+from .attend import means
 from .base import (
     BATCH_NORM,
     CONV,
@@ -266,18 +267,17 @@ class GC(Block):
             he_init(self.conv_attn)
 
     def weights(self, x: Tensor) -> Tensor | None:
-        """x: (B, C, *S) of N positions → (B, N, 1) that sum to 1; None for the plain mean."""
+        """x: (B, C, *S) of N positions → (B, 1, N) that sum to 1, float32 or wider; None for the plain mean."""
         if self.conv_attn is None:
             return None
-        return torch.softmax(at_least_float32(self.conv_attn(x)).flatten(2), 2).to(x.dtype).transpose(1, 2)
+        return torch.softmax(at_least_float32(self.conv_attn(x)).flatten(2), 2)
 
     def context(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → s: (B, C, 1, …)."""
         weights = self.weights(x)
         if weights is None:
             return pool(x, "avg")
-        mixed = torch.bmm(x.flatten(2), weights)  # of a view in both memory formats
-        return mixed.view(list(x.shape[:2]) + [1] * (x.ndim - 2))
+        return column(means(x.flatten(2), weights).squeeze(2), x)
 
     def fused(self, s: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The context (B, C, 1, …) → factor and summand of the same shape, None where not used."""
@@ -308,7 +308,7 @@ class GC(Block):
         """x: (B, C, *S) → of these what there is: `weights`: (B, 1, *S), `gate` and `shift`: (B, C, 1, …)."""
         weights, (factor, summand) = self.weights(x), self.fused(self.context(x))
         found = {
-            "weights": None if weights is None else weights.reshape(x.shape[0], 1, *x.shape[2:]),
+            "weights": None if weights is None else torch.unflatten(weights, 2, x.shape[2:]).to(x.dtype),
             "gate": None if factor is None else factor.to(x.dtype),
             "shift": summand,
         }

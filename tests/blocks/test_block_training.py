@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attninject.blocks import gate, registry
 from attninject.blocks.base import Block
+from attninject.blocks.fast import context as fast_context
 from attninject.blocks.gate import GATES, Gate, normalize
 from attninject.blocks.pairwise import halve
 from attninject.blocks.windows import Twins, TwinsGSA, TwinsLSA
@@ -193,6 +194,24 @@ def test_gates_and_softmax_run_in_float32_under_autocast(case, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         block.attention(noise(2, 16, 7, 5).bfloat16())
     assert seen == (set() if label(case) in NO_LOGITS else {torch.float32})
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "mean"),
+    [
+        ("a2", {"bias": False}, lambda block, x: block.branch(x)),
+        ("category_attention", {"classes": 2}, lambda block, x: block.weights(x)[1]),
+        ("gc", {}, lambda block, x: block.context(x)),
+        ("gc", {}, lambda block, x: fast_context.context(x, block.conv_attn)[1]),
+    ],
+)
+def test_means_of_many_positions_survive_float16(name, args, mean):
+    """Weights of one in a million and a half, as a volume has them, which float16 rounds by 2 %."""
+    block = build(name, 2, dims=1, init="paper", **args).eval().requires_grad_(False)
+    x = torch.ones(1, 2, 1_500_000)
+    torch.testing.assert_close(
+        mean(block.half(), x.half()).float(), mean(block.float(), x), rtol=4e-3, atol=0
+    )
 
 
 # --- what must stay as it is ----------------------------------------------------------------------
