@@ -25,7 +25,7 @@ class CBAM(Block):
     arXiv:1807.06521, eq. 1 (Mc: eq. 2, `ChannelAttention`; Ms: eq. 3, `SpatialAttention`).
     `pool` and `bias` are the channel half's, `kernel_size`, `norm`, `concat`, `spatial_pool` and `spatial_bias` the
     spatial half's: with `spatial_bias=True, norm=False` it is the biased 7×7 of code that is often copied. An
-    `order` of parallel is one gate g(zc + zs) from the sum of both halves' logits (paper, section 5.1);
+    `order` of parallel is one gate g(zc + zs) from the sum of both halves' logits (paper, section 4.1);
     `residual`: x + CBAM(x).
 
     Deviations: those of the halves (biases, norm and [max, mean] follow the released code). Under

@@ -85,7 +85,7 @@ class ExternalAttention(Additive, Normed):
     slots of a log-softmax over positions, which is the same and cannot divide by zero.
 
     Deviations: the released code adds 10⁻⁹ to that sum, applies a relu to the result (which no identity
-    survives), starts M_v as M_kᵀ, and has W₂ without bias (here W₂ has one exactly where no norm follows).
+    survives), and has W₂ without bias (here W₂ has one exactly where no norm follows).
     The multi-head form for transformers is not here.
     """
 
@@ -161,8 +161,8 @@ class CategoryAttention(Additive, Normed):
 
     Time and memory are linear in the positions. Both softmaxes run in float32.
 
-    Deviations: the paper's R reads an earlier stage and is trained by a loss of its own; it joins [x; y] by a
-    convolution, where here W y is added to x; the released code has two convolutions in φ and ψ.
+    Deviations: the paper's R reads an earlier stage and is trained by a loss of its own; it joins [x; relu(BN(W y))]
+    by a convolution, where here BN(W y) is added to x; the released code has two convolutions in φ and ψ.
     """
 
     facts = Facts(

@@ -117,7 +117,7 @@ class SelectiveKernel(ConvForm):
 
     Deviations: in the paper each branch ends with a norm and an activation of its own; here those that stand
     behind the old convolution act on the mixture, and the other branches have the norm alone. `branch_groups` is
-    cut to the greatest number that divides the channels.
+    cut to its greatest common divisor with the channels.
     """
 
     facts = Facts(

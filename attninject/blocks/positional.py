@@ -21,7 +21,7 @@ from .options import Backend, Init, Int, Odd, Positive, Reduction, given
 class PointwiseSAM(GateBlock, Normed):
     """YOLOv4's spatial attention, point by point: x · g(W x + b), W a 1×1 convolution of all channels.
 
-    arXiv:2004.10934, section 3.4 and figure 5 (CBAM's pooled descriptors are dropped, so each position of
+    arXiv:2004.10934, section 3.3 and figure 5 (CBAM's pooled descriptors are dropped, so each position of
     each channel has its own gate). `kernel_size` and `bias` are the convolution's, `norm` is a batch norm
     behind it.
 

@@ -149,7 +149,10 @@ def register_block(name: str) -> Callable[[M], M]:
 
     def register(cls: M) -> M:
         if not (_is_class(cls) or sources.is_source(cls)):
-            raise BlockError(f"register_block({name!r}) decorates a torch.nn.Module class, found {cls!r}")
+            raise BlockError(
+                f"register_block({name!r}) decorates a torch.nn.Module class or a function that makes one, "
+                f"found {cls!r}"
+            )
         held = _REGISTERED.get(name)
         if held is not None and _qualified(source_of(held)) != _qualified(cls):
             raise BlockError(f"the block name {name!r} is taken by {_qualified(source_of(held))}")
