@@ -16,7 +16,7 @@ from attninject.blocks import gpu, options, symbolic
 from attninject.errors import BlockError, TooFewChannelsError
 
 from .fast import dispatch
-from .gate import blend, divided_zeros, new_alpha, scale, tracing
+from .gate import blend, divided_zeros, new_alpha, scale, scale_groups, tracing
 from .options import INITS, Backend, Init
 
 
@@ -221,6 +221,14 @@ class GateBlock(Block):
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `gate`: the factor, broadcastable to x."""
         return {"gate": self.factor(x).to(x.dtype)}
+
+
+class GroupGateBlock(GateBlock):
+    """A block with one gate for each group of neighbouring channels: its factor is (B, G, *S)."""
+
+    def transform(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → x · its group's factor."""
+        return scale_groups(x, self.factor(x))
 
 
 def hidden_width(channels: int, reduction: float, divisor: int = 1) -> int:

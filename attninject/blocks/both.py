@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALLER, untouched
 
-from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, pool
+from .base import BATCH_NORM, CONV, Block, Facts, GateBlock, he_init, hidden_width, pool
 from .channel import ChannelAttention
 from .fast import bam as fast_bam
 from .fast import cbam as fast_cbam
@@ -148,7 +148,7 @@ class ConvNormReLU(Normed):
         return F.relu(self.normed(self.conv(x)))
 
 
-class BAM(Block):
+class BAM(GateBlock):
     """Bottleneck attention: x · (1 + σ(c · s)), c: (B, C, 1, …) from the mean of x, s: (B, 1, *S).
 
     arXiv:1807.06514, eq. 1-4. c = FC(relu(BN(FC(mean)))); s = conv1(relu(BN(conv3(…relu(BN(conv1(x)))))))
@@ -216,14 +216,10 @@ class BAM(Block):
                 nn.init.zeros_(layer.bias)
 
     def factor(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → what multiplies it, (B, C, *S), float32 or wider."""
+        """x: (B, C, *S) → what multiplies it, the 1 of 1 + σ included: (B, C, *S), float32 or wider."""
         c = at_least_float32(self.channel(pool(x, "avg")))
         s = at_least_float32(self.spatial(x))
         return self.gate(c * s if self.mode == "product" else c + s)
-
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · factor."""
-        return scale(x, self.factor(x))
 
     def fast_applies(self, x: Tensor) -> bool:
         """If the gate and the layer that reads the map are those it was built with."""
@@ -243,7 +239,3 @@ class BAM(Block):
             z = layer(z)
         c, s = at_least_float32(self.channel(mean)), at_least_float32(z)
         return fast_bam.modulate(x, c, s, conduit, self.mode, self.identity)
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, C, *S), the 1 of 1 + σ included."""
-        return {"gate": self.factor(x).to(x.dtype)}

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from attninject.blocks.fast.dispatch import SMALL, SMALLER
 from attninject.blocks.fast.pointwise import pointwise
 
-from .base import CONV, Block, Facts, he_init, hidden_width, pool
+from .base import CONV, Facts, GateBlock, he_init, hidden_width, pool
 from .fast import channel as fast
-from .gate import Gate, GateKind, at_least_float32, scale, zero
+from .gate import Gate, GateKind, at_least_float32, zero
 from .options import Backend, Init, Int, Reduction, given
 
 
-class ChannelMLP(Block):
+class ChannelMLP(GateBlock):
     """Shared by SE and CBAM's channel attention: descriptor → C / r → C logits → one gate per channel."""
 
     if TYPE_CHECKING:
@@ -49,18 +49,14 @@ class ChannelMLP(Block):
         """Zero the second layer: z = 0."""
         zero(self.fc2)
 
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · gate."""
-        return scale(x, self.gate(self.logits(x)))
+    def factor(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → gate (B, C, 1, …)."""
+        return self.gate(self.logits(x))
 
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         conduits, descriptors = fast.squeeze(x, self.pools)
         return fast.scale(x, self.gate(self.merged(descriptors, quick=True)), conduits)
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, C, 1, …)."""
-        return {"gate": self.gate(self.logits(x)).to(x.dtype)}
 
 
 class SE(ChannelMLP):

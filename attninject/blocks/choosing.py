@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .base import CONV, Block, Facts, count
-from .gate import at_least_float32, scale
+from .base import CONV, Block, Facts, GateBlock, count
+from .gate import at_least_float32
 from .options import Count, Init, Number, Odd, Positive, given
 
 
@@ -29,7 +29,7 @@ class Choosing(Block):
         return max(1, n * self.numerator // self.denominator)
 
 
-class HardAttention(Choosing):
+class HardAttention(Choosing, GateBlock):
     """Hard attention: x at the k positions of the largest scores s = w ∗ x, 0 elsewhere.
 
     arXiv:1502.03044, section 4.1 (a position is taken or not), with the straight-through gradient of
@@ -80,11 +80,3 @@ class HardAttention(Choosing):
         soft = k * torch.softmax(s / self.temperature, 2)
         hard = torch.zeros_like(s).scatter(2, torch.topk(s, k, dim=2)[1], 1.0)
         return torch.unflatten(hard + (soft - soft.detach()), 2, x.shape[2:])
-
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · mask."""
-        return scale(x, self.factor(x))
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, 1, *S), 1 at the chosen positions and 0 elsewhere."""
-        return {"gate": self.factor(x).to(x.dtype)}

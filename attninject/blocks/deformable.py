@@ -12,11 +12,10 @@ from attninject.errors import BlockError
 
 from .base import Facts
 from .forms import ConvForm
-from .gate import Gate, at_least_float32, tracing, zero
+from .gate import Gate, at_least_float32, laid_out_like, tracing, zero
 from .geometry import Geometry
 from .options import Init, Int, Odd, given
 from .replacement import Replacement
-from .warp import laid_out_like
 
 
 class Deformation(Replacement):

@@ -19,6 +19,7 @@ from .base import (
     Block,
     Facts,
     GateBlock,
+    GroupGateBlock,
     column,
     he_init,
     hidden_width,
@@ -26,13 +27,11 @@ from .base import (
     positions,
 )
 from .fast import axes as fast
-from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, scale_groups, zero
+from .gate import Gate, GateKind, Normed, added, at_least_float32, lies_last, normalize, scale, zero
 from .options import Backend, Init, Int, Odd, Reduction, given
 
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 """Spatial dimensions → what each axis is called in `attention`."""
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _vmapped() -> bool:
@@ -48,8 +47,7 @@ def reduce_axes(x: Tensor, kind: str, axes: list[int]) -> Tensor:
     """
     if torch.jit.is_scripting():
         return _reduced(x, kind, axes)
-    last = None if _vmapped() else _CHANNELS_LAST.get(x.ndim)
-    if last is None or not x.is_contiguous(memory_format=last) or x.is_contiguous():
+    if _vmapped() or lies_last(x) is None:
         return _reduced(x, kind, axes)
     moved = [axis - 1 if axis > 1 else x.ndim - 1 for axis in axes]
     return _reduced(x.movedim(1, -1), kind, moved).movedim(-1, 1)
@@ -219,9 +217,7 @@ class Strip(GateBlock):
         if self.norms is not None:
             for i, norm in enumerate(self.norms):
                 y[i] = norm(y[i]) if torch.jit.is_scripting() else normalize(norm, y[i])
-        total = y[0]
-        for strip in y[1:]:
-            total = total + strip
+        total = added(y)
         return self.gate(at_least_float32(self.fuse(total if self.norms is None else F.relu(total))))
 
 
@@ -290,14 +286,10 @@ class Triplet(GateBlock):
 
     def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → (B, C, *S)."""
-        gates = self.gates(x)
-        total = gates[0]
-        for gate in gates[1:]:
-            total = total + gate
-        return total / len(gates)
+        return added(self.gates(x)) / len(self.planes)
 
 
-class EMAAttention(Block):
+class EMAAttention(GroupGateBlock):
     """Efficient multi-scale attention with cross-spatial learning: x · g(A(x₁)ᵀ x₂ + A(x₂)ᵀ x₁), in groups.
 
     arXiv:2305.13563, section 3, eq. 1-2 (strip means), 3 (A: softmax over the channels of the global mean).
@@ -350,14 +342,6 @@ class EMAAttention(Block):
         x2 = self.conv3x3(grouped)
         z = weigh(pool(x1, "avg"), x2) + weigh(pool(x2, "avg"), x1)
         return self.gate(torch.unflatten(z, 0, (-1, self.groups)).flatten(1, 2))
-
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · its group's gate."""
-        return scale_groups(x, self.factor(x))
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, G, *S), one for each group of neighbouring channels."""
-        return {"gate": self.factor(x).to(x.dtype)}
 
 
 def weigh(descriptor: Tensor, x: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class DynamicConv(ConvForm):
     """Dynamic convolution: Σ π_k(x) W_k ∗ x, π = softmax(W₂ relu(W₁ mean x) / τ) over K kernels.
 
     arXiv:1912.03458, section 3. `kernels` is K, `temperature` τ: the paper begins at 30 and lowers it to 1 within
-    ten epochs; a training loop sets the attribute `temperature` of the new part, which no file keeps: where such a model
-    is loaded, the option says the last one. `reduction` is that of W₁.
+    ten epochs; a training loop sets the attribute `temperature` of the new part. No file keeps that: set it again behind
+    `ai.load`. `reduction` is that of W₁.
 
     In the place of a convolution (`replace:`) the first kernel is the one that is there, and the others W + D_k
     with D_k = 0: the same function until training begins (`DynamicKernels`). Alone it has a first kernel `conv` of its

@@ -84,6 +84,33 @@ def scale(x: Tensor, gate: Tensor) -> Tensor:
     )  # the check is half the price of the call
 
 
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Axes of a map → the memory format in which a position's channels lie side by side."""
+
+
+def lies_last(x: Tensor) -> torch.memory_format | None:
+    """The format of x: (B, C, *S) if it is one of `LAYOUTS` and not contiguous besides, else None."""
+    last = LAYOUTS.get(x.ndim)
+    known = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+    return last if known else None
+
+
+def laid_out_like(x: Tensor, y: Tensor) -> Tensor:
+    """y in the memory format of x."""
+    if torch.jit.is_scripting():
+        return y
+    last = lies_last(x)
+    return y if last is None else y.contiguous(memory_format=last)
+
+
+def added(tensors: list[Tensor]) -> Tensor:
+    """Their sum, from the first on."""
+    total = tensors[0]
+    for other in tensors[1:]:
+        total = total + other
+    return total
+
+
 def scale_groups(x: Tensor, gate: Tensor) -> Tensor:
     """x · gate where each of G groups of channels has its own: x: (B, C, *S), `gate`: (B, G, *S)."""
     return scale(torch.unflatten(x, 1, (gate.shape[1], -1)), gate.unsqueeze(2)).flatten(1, 2)
@@ -115,10 +142,15 @@ class Blend(nn.Module):
         """x: (B, C, *S) → the same shape and dtype."""
         return blend(x, self.block(x), self.alpha)
 
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
+    def attention(self, *inputs: Tensor) -> dict[str, Tensor]:
         """What the inner block would apply before blending; empty where it cannot tell."""
-        of = getattr(self.block, "attention", None)
-        return dict(of(x)) if callable(of) else {}
+        return attention_of(self.block, *inputs)
+
+
+def attention_of(block: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """What any module shows of its attention to these inputs; empty where it has no such method."""
+    of = getattr(block, "attention", None)
+    return dict(of(*inputs)) if callable(of) else {}
 
 
 def zero(*layers: nn.Module | None) -> None:

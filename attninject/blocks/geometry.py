@@ -15,8 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from attninject.errors import BlockError
 
 from .base import column
-from .gate import tracing
-from .warp import laid_out_like
+from .gate import laid_out_like, tracing
 
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PLAIN = {kind.forward: dims for dims, kind in {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}.items()}

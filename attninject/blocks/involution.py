@@ -17,11 +17,10 @@ from attninject.errors import BlockError
 from .attend import saturated
 from .base import BATCH_NORM, CONV, Facts, hidden_width, static_shape
 from .forms import ConvForm
-from .gate import at_least_float32, blend, new_alpha, normalize
+from .gate import at_least_float32, blend, laid_out_like, new_alpha, normalize
 from .geometry import Geometry
 from .options import Init, Int, Odd, Reduction, given
 from .replacement import Replacement
-from .warp import laid_out_like
 
 
 class Involving(Replacement):

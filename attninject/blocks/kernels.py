@@ -14,7 +14,7 @@ from attninject.errors import BlockError
 
 from .base import BATCH_NORM, CONV, Facts, he_init, hidden_width, pool
 from .forms import ConvForm
-from .gate import at_least_float32, blend, new_alpha, normalize, scale
+from .gate import added, at_least_float32, blend, new_alpha, normalize, scale
 from .geometry import Geometry
 from .options import Branches, Init, Int, Odd, Reduction, given
 from .replacement import Replacement
@@ -61,21 +61,16 @@ class KernelSelection(Replacement):
             made = [normalize(norm, u) for norm, u in zip(self.norms, made, strict=True)]
         return [y, *made]
 
-    def weights(self, features: Sequence[Tensor]) -> Tensor:
+    def weights(self, features: list[Tensor]) -> Tensor:
         """M of (B, O, *T) → (B, M, O, 1, …), summing to 1 over M, in float32 or wider."""
-        fused = features[0]
-        for u in features[1:]:
-            fused = fused + u
-        z = F.relu(normalize(self.norm, self.fc_reduce(pool(fused, "avg"))))
+        z = F.relu(normalize(self.norm, self.fc_reduce(pool(added(features), "avg"))))
         logits = torch.unflatten(self.fc_select(z), 1, (len(features), self.geometry.outputs))
         return torch.softmax(at_least_float32(logits), 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: (B, C, *S), y: (B, O, *T) → (B, O, *T) in y's dtype."""
         features = self.features(x, y)
-        v, *others = (scale(u, a) for u, a in zip(features, self.weights(features).unbind(1), strict=True))
-        for other in others:
-            v = v + other
+        v = added([scale(u, a) for u, a in zip(features, self.weights(features).unbind(1), strict=True)])
         return v.to(y.dtype) if self.alpha is None else blend(y, v, self.alpha)
 
     def attention(self, x: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:

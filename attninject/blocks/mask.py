@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BATCH_NORM, CONV, Block, Facts, he_init, hidden_width, static_shape
+from .base import BATCH_NORM, CONV, Facts, GateBlock, he_init, hidden_width, static_shape
 from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
 from .options import Init, Int, Reduction, given
 
@@ -45,7 +45,7 @@ class ResidualUnit(nn.Sequential):
         return x + y.to(x.dtype)
 
 
-class ResidualAttention(Block):
+class ResidualAttention(GateBlock):
     """Residual attention: (1 + M(x)) · T(x), T residual units, M a mask from a bottom-up top-down network.
 
     arXiv:1704.06904, eq. 3 (the residual form), 4 (mixed attention, σ per channel and position), section 3.2.
@@ -127,16 +127,12 @@ class ResidualAttention(Block):
         return at_least_float32(self.mask(y))
 
     def factor(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → what multiplies the trunk, (B, C, *S), float32 or wider."""
+        """x: (B, C, *S) → what multiplies the trunk, the 1 of 1 + σ included: (B, C, *S), float32 or wider."""
         return self.gate(self.logits(x))
 
     def transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → T(x) · factor."""
         return scale(self.trunk(x), self.factor(x))
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, C, *S), the 1 of 1 + σ included; it multiplies the trunk's output."""
-        return {"gate": self.factor(x).to(x.dtype)}
 
 
 def max_pool(x: Tensor) -> Tensor:
@@ -172,7 +168,7 @@ def resize(x: Tensor, size: list[int]) -> Tensor:
     return torch.unflatten(y, 3, size[1:])
 
 
-class RecurrentGate(Block):
+class RecurrentGate(GateBlock):
     """A gate that is refined over steps by one recurrent cell, each step looking through the last gate.
 
     m₀ = 1, h₀ = 0; for t = 1 … T: e = R(x · m_{t−1}) (1×1, to C / `reduction`), h_t = GRU(e, h_{t−1}),
@@ -245,11 +241,3 @@ class RecurrentGate(Block):
             h = self.cell(self.read(scale(x, gate)), h)
             gate = self.gate(self.out(h))
         return gate
-
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · gate."""
-        return scale(x, self.factor(x))
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, C, *S), that of the last step."""
-        return {"gate": self.factor(x).to(x.dtype)}

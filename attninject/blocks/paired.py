@@ -70,11 +70,6 @@ class BlendedPair(Blend):
         """x: (B, C, *S), other: (B, other_channels, *T) → the shape and dtype of x."""
         return blend(x, self.block(x, other), self.alpha)
 
-    def attention(self, x: Tensor, other: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """What the inner block would apply before blending; empty where it cannot tell."""
-        of = getattr(self.block, "attention", None)
-        return dict(of(x, other)) if callable(of) else {}
-
 
 class Projection(Normed):
     """A 1×1 convolution, and behind it a batch norm in place of its bias where one is wanted."""

@@ -11,10 +11,21 @@ from torch import Tensor, nn
 
 from attninject.blocks.fast.dispatch import SMALL, untouched
 
-from .base import BATCH_NORM, CONV, Block, Facts, GateBlock, count, hidden_width, pool, positions
+from .base import (
+    BATCH_NORM,
+    CONV,
+    Block,
+    Facts,
+    GateBlock,
+    GroupGateBlock,
+    count,
+    hidden_width,
+    pool,
+    positions,
+)
 from .channel import SE
 from .fast import scse as fast
-from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, scale_groups, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, normalize, scale, zero
 from .options import Backend, Init, Int, Odd, Positive, Reduction, given
 
 
@@ -100,7 +111,7 @@ class SimAM(GateBlock):
         return self.gate(squares / (4 * (variance + self.e_lambda)) + 0.5)
 
 
-class SGE(Block):
+class SGE(GroupGateBlock):
     """Spatial group-wise enhance: in each group of channels x · g(γ ĉ + β), ĉ = c normalised over positions.
 
     arXiv:1905.09646, section 3: c_i = (mean of x) · x_i, the likeness of position i to the group's mean;
@@ -147,14 +158,6 @@ class SGE(Block):
         column = [-1] + [1] * len(axes)
         z = self.weight.view(column) * (centred / (deviation + 1e-5)) + self.bias.view(column)
         return self.gate(z)
-
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · its group's gate."""
-        return scale_groups(x, self.factor(x))
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, G, *S), one for each group of neighbouring channels."""
-        return {"gate": self.factor(x).to(x.dtype)}
 
 
 class LKA(GateBlock):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attninject.errors import BlockError
 
-from .gate import blend, new_alpha
+from .gate import attention_of, blend, new_alpha
 
 
 class Replacement(nn.Module):
@@ -63,5 +63,4 @@ class Blended(Replacement):
 
     def attention(self, x: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:
         """What f would apply; empty where it cannot tell."""
-        of = getattr(self.block, "attention", None)
-        return dict(of(x)) if callable(of) else {}
+        return attention_of(self.block, x)

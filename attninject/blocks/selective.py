@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BATCH_NORM, CONV, Block, Facts, count, he_init, hidden_width, pool, static_shape
+from .base import BATCH_NORM, CONV, Block, Facts, GateBlock, count, he_init, hidden_width, pool, static_shape
 from .both import ConvNormReLU
 from .choosing import Choosing
-from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
+from .gate import Gate, GateKind, Normed, added, at_least_float32, scale, zero
 from .options import Branches, Count, Init, Int, Reduction, given
 
 
@@ -78,10 +78,7 @@ class SK(Block, Normed):
 
     def weights(self, features: list[Tensor]) -> Tensor:
         """The branches' features, M of (B, C, *S) → (B, M, C, 1, …), summing to 1 over M, in float32."""
-        fused = features[0]
-        for u in features[1:]:
-            fused = fused + u
-        z = F.relu(self.normed(self.fc_reduce(pool(fused, "avg"))))
+        z = F.relu(self.normed(self.fc_reduce(pool(added(features), "avg"))))
         logits = torch.unflatten(self.fc_select(z), 1, (len(self.paths), self.channels))
         return torch.softmax(at_least_float32(logits), 1)
 
@@ -89,10 +86,7 @@ class SK(Block, Normed):
         """x: (B, C, *S) → the same shape."""
         features = [path(x) for path in self.paths]
         weights = self.weights(features).unbind(1)
-        y = scale(features[0], weights[0])
-        for i in range(1, len(features)):
-            y = y + scale(features[i], weights[i])
-        return y.to(x.dtype)
+        return added([scale(u, weights[i]) for i, u in enumerate(features)]).to(x.dtype)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """x: (B, C, *S) → `branches`: (B, M, C, 1, …), each branch's weight per channel; they sum to 1."""
@@ -113,7 +107,7 @@ class Scale(Normed):
         return self.normed(self.conv(pooled))
 
 
-class MultiScaleSpatial(Block):
+class MultiScaleSpatial(GateBlock):
     """Multi-scale spatial attention: one gate per position from several kernels and dilations, fused.
 
     Each scale is CBAM's spatial attention (arXiv:1807.06521, eq. 3), z_i = BN(conv_i([max of x; mean of x]))
@@ -174,14 +168,6 @@ class MultiScaleSpatial(Block):
         if self.fuse is None:
             return self.gate(logits.sum(1, keepdim=True))
         return self.gate(at_least_float32(self.fuse(logits.to(self.fuse.weight.dtype))))
-
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · gate."""
-        return scale(x, self.factor(x))
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, 1, *S)."""
-        return {"gate": self.factor(x).to(x.dtype)}
 
 
 class DynamicCapacity(Choosing):

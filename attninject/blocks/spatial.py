@@ -9,13 +9,13 @@ from torch import Tensor
 
 from attninject.blocks.fast.dispatch import SMALLER
 
-from .base import BATCH_NORM, CONV, Block, Facts, he_init
+from .base import BATCH_NORM, CONV, Facts, GateBlock, he_init
 from .fast import spatial as fast
-from .gate import Gate, GateKind, Normed, at_least_float32, scale, zero
+from .gate import Gate, GateKind, Normed, at_least_float32, zero
 from .options import Backend, Init, given
 
 
-class SpatialAttention(Block, Normed):
+class SpatialAttention(GateBlock, Normed):
     """CBAM's spatial attention: x · g(BN(conv k×k([max of x; mean of x]))), pooled over the channels.
 
     arXiv:1807.06521, eq. 3. `kernel_size` and `bias` are the convolution's, `norm` is the batch norm behind it,
@@ -87,15 +87,11 @@ class SpatialAttention(Block, Normed):
         """x: (B, C, *S) → gate logits (B, 1, *S), float32 or wider."""
         return self.read(x.amax(1, keepdim=True), x.mean(1, keepdim=True))
 
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · gate."""
-        return scale(x, self.gate(self.logits(x)))
+    def factor(self, x: Tensor) -> Tensor:
+        """x: (B, C, *S) → gate (B, 1, *S)."""
+        return self.gate(self.logits(x))
 
     def fast_transform(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → x · gate."""
         conduits, descriptors = fast.pool(x)
         return fast.scale(x, self.gate(self.read(*descriptors)), conduits)
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: (B, 1, *S)."""
-        return {"gate": self.gate(self.logits(x)).to(x.dtype)}

@@ -12,11 +12,10 @@ from attninject.errors import TooFewChannelsError
 
 from .base import BATCH_NORM, CONV, Facts, hidden_width, pool
 from .forms import ConvForm
-from .gate import at_least_float32, normalize, scale, zero
+from .gate import added, at_least_float32, laid_out_like, normalize, scale, zero
 from .geometry import Geometry
 from .options import Init, Int, Odd, Reduction, given
 from .replacement import Replacement
-from .warp import laid_out_like
 
 
 class Splits(Replacement):
@@ -86,14 +85,6 @@ class Splits(Replacement):
     def extra_repr(self) -> str:
         """The convolution that it belongs to."""
         return f"{self.geometry}, radix={self.radix}"
-
-
-def added(tensors: list[Tensor]) -> Tensor:
-    """Their sum, from the first on."""
-    total = tensors[0]
-    for other in tensors[1:]:
-        total = total + other
-    return total
 
 
 class SplitAttention(ConvForm):

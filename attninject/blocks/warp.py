@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import CONV, Block, Facts, hidden_width, positions, static_shape
-from .gate import at_least_float32, scale, zero
+from .base import CONV, Block, Facts, GateBlock, hidden_width, positions, static_shape
+from .gate import at_least_float32, laid_out_like, zero
 from .options import Init, Int, Positive, Reduction, given
 from .precision import product
-
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Localising(Block):
@@ -134,7 +132,7 @@ def composed(first: Tensor, then: Tensor) -> Tensor:
     return first + then + product(first[:, :, :dims], then)
 
 
-class Crop(Localising):
+class Crop(Localising, GateBlock):
     """Attended crop: x · M, M = Π over the axes of h(p − t + l) − h(p − t − l), h(z) = 1 / (1 + exp(−κ z)).
 
     CVPR 2017, "Look Closer to See Better" (Fu, Zheng and Mei), section 3.2: a window of centre t and half a side l,
@@ -178,7 +176,7 @@ class Crop(Localising):
         """Zero biases: about the middle half of the map."""
         self.init_blend()
 
-    def window(self, x: Tensor) -> Tensor:
+    def factor(self, x: Tensor) -> Tensor:
         """x: (B, C, *S) → M: (B, 1, *S), float32 or wider."""
         z = self.located(x)
         z = z.view(list(z.shape) + [1] * self.dims)
@@ -188,14 +186,6 @@ class Crop(Localising):
             away, pixels = p - torch.tanh(z[:, axis : axis + 1]), self.sharpness * size[axis] / 2
             m = m * (torch.sigmoid(pixels * (away + half)) - torch.sigmoid(pixels * (away - half)))
         return m
-
-    def transform(self, x: Tensor) -> Tensor:
-        """x: (B, C, *S) → x · M."""
-        return scale(x, self.window(x))
-
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """x: (B, C, *S) → `gate`: M, (B, 1, *S)."""
-        return {"gate": self.window(x).to(x.dtype)}
 
 
 def centres(size: list[int], like: Tensor) -> list[Tensor]:
@@ -255,13 +245,3 @@ def _neighbours(move: Tensor, n: int, axis: int, dims: int, border: bool) -> lis
         inside = weight if border else weight * ((index >= 0) & (index < n))
         pairs.append((index.clamp(0, n - 1), inside))
     return pairs
-
-
-def laid_out_like(x: Tensor, y: Tensor) -> Tensor:
-    """y in the memory format of x."""
-    if torch.jit.is_scripting():
-        return y
-    last = LAYOUTS.get(x.ndim)
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
-        return y
-    return y.contiguous(memory_format=last)

@@ -24,8 +24,8 @@ class Tiles:
     def __init__(self, x: Tensor) -> None:
         self.x, self.batch, self.channels = x, x.shape[0], x.shape[1]
         self.count = x.shape[2:].numel()
-        self.positions = min(128 if x.is_contiguous() else 64, _power(self.count))
-        self.block = min(TILE // self.positions, _power(self.channels))
+        self.positions = min(128 if x.is_contiguous() else 64, power(self.count))
+        self.block = min(TILE // self.positions, power(self.channels))
         self.rows = -(-self.count // self.positions)
         size = self.channels * self.count
         self.strides = (size, self.count, 1) if x.is_contiguous() else (size, 1, self.channels)
@@ -55,7 +55,8 @@ class Tiles:
         return rows.sum(1).view(self.batch, self.channels, *(1,) * (self.x.ndim - 2))
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
+    """The least power of two that is no less than n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -219,19 +220,8 @@ def gathered_back(x: Tensor, a: Tensor, context: Tensor, ds: Tensor) -> tuple[Te
 def modulated(x: Tensor, p: Tensor, s: Tensor, product: bool, constant: float, slope: float) -> Tensor:
     """x (constant + slope σ(t)), t = p s (`product`) or p + s; p: (B, C, …), s: (B, 1, *S), float32. 1R 1W."""
     t, out = Tiles(x), torch.empty_like(x)
-    t.launch(
-        kernels.modulate,
-        x,
-        None,
-        *_float(p, s),
-        out,
-        None,
-        None,
-        constant,
-        slope,
-        PRODUCT=product,
-        BACKWARD=False,
-    )
+    t.launch(kernels.modulate, x, None, *_float(p, s), out, None, None, constant, slope,
+             PRODUCT=product, BACKWARD=False)  # fmt: skip
     return out
 
 

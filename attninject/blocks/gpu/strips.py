@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from . import strip_kernels as kernels
-from .maps import on, warps
+from .maps import TILE, on, power, warps
 
-TILE = 2**12
 Pair = tuple[Tensor, Tensor]
 
 
@@ -23,8 +22,8 @@ class Tiles:
     def __init__(self, x: Tensor) -> None:
         self.x = x
         b, c, h, w = self.shape = x.shape
-        self.columns = min(64, 1 << (w - 1).bit_length())
-        self.block = min(TILE // self.columns, 1 << (c - 1).bit_length())
+        self.columns = min(64, power(w))
+        self.block = min(TILE // self.columns, power(c))
         self.parts, self.blocks = -(-w // self.columns), -(-c // self.block)
         self.rows = x.is_contiguous()
         strides = (h * w, w, 1, h, 1, w, 1) if self.rows else (1, w * c, c, 1, c, 1, c)
