@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import untouched
-
-Caller = Callable[[nn.Module, Tensor], Tensor]
-"""How a layer is applied: `call`, or a way that gives the same."""
-
-
-def call(layer: nn.Module, z: Tensor) -> Tensor:
-    """The layer's own call."""
-    y: Tensor = layer(z)
-    return y
 
 
 def pointwise(layer: nn.Module, z: Tensor) -> Tensor:
@@ -28,7 +17,8 @@ def pointwise(layer: nn.Module, z: Tensor) -> Tensor:
     """
     single = z.shape[2:].numel() == 1
     if not (single or z.is_contiguous()) or not _plain(layer):
-        return call(layer, z)
+        called: Tensor = layer(z)
+        return called
     weight, bias, size = layer.weight.flatten(1), layer.bias, z.shape[2:]  # type: ignore[operator]
     if single:
         y = F.linear(z.flatten(1), weight, bias)  # type: ignore[arg-type]
