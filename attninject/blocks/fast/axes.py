@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attninject.blocks import gpu
 from attninject.blocks.gate import Gate
-from attninject.blocks.gpu import by_kernels
 from attninject.blocks.precision import full_precision
 
 from .dispatch import untouched
@@ -159,23 +159,19 @@ class StripsByKernels(Strips):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, ...]:
         """As `Strips`; x: (B, C, H, W)."""
-        from attninject.blocks.gpu import strips
-
-        means = strips.pooled(x)
+        means = gpu.strips.pooled(x)
         return conduit(x, x.shape), *(conduit(x, mean.shape) for mean in means), *means
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `Strips`."""
-        from attninject.blocks.gpu import strips
-
         g, p, q, left, down = grads
         if g is None or p is None or q is None:
             return Strips.gradient(ctx, *grads)
         left = torch.zeros_like(p) if left is None else left
         down = torch.zeros_like(q) if down is None else down
         shifts = (_beside(d.float() / n, g) for d, n in ((left, ctx.shape[3]), (down, ctx.shape[2])))
-        return (strips.ascended(g, p, q, *shifts),)
+        return (gpu.strips.ascended(g, p, q, *shifts),)
 
 
 class ScaleAxesByKernels(ScaleAxes):
@@ -184,20 +180,16 @@ class ScaleAxesByKernels(ScaleAxes):
     @staticmethod
     def forward(x: Tensor, *factors_and_conduits: Tensor) -> Tensor:
         """As `ScaleAxes`; x: (B, C, H, W)."""
-        from attninject.blocks.gpu import strips
-
-        return strips.scaled(x, *factors_and_conduits[:2])
+        return gpu.strips.scaled(x, *factors_and_conduits[:2])
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `ScaleAxes`."""
-        from attninject.blocks.gpu import strips
-
         (g,) = grads
         x, *factors = ctx.saved_tensors
         assert g is not None
         g = laid_out_as(g, x)
-        found = strips.products(g, x, *factors)
+        found = gpu.strips.products(g, x, *factors)
         return None, *(d.to(f.dtype) for d, f in zip(found, factors, strict=True)), g, *factors
 
 
@@ -238,14 +230,14 @@ def opened(gate: nn.Module, z: Tensor, x: Tensor) -> Tensor:
 def strips(x: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """x: (B, C, *S) → what `scale` needs, and the means along each axis: (B, C, H, 1), (B, C, 1, W)."""
     with full_precision(x):
-        found = (StripsByKernels if by_kernels() and x.ndim == 4 else Strips).apply(x)
+        found = (StripsByKernels if gpu.by_kernels() and x.ndim == 4 else Strips).apply(x)
     split = 1 + x.ndim - 2
     return found[:split], list(found[split:])
 
 
 def scale(x: Tensor, factors: Sequence[Tensor], conduits: Sequence[Tensor]) -> Tensor:
     """x · Π factors in x's dtype, from the means that came with the conduits."""
-    form = ScaleAxesByKernels if by_kernels() and x.ndim == 4 else ScaleAxes
+    form = ScaleAxesByKernels if gpu.by_kernels() and x.ndim == 4 else ScaleAxes
     y: Tensor = form.apply(x, *(_beside(factor.to(x.dtype), x) for factor in factors), *conduits)
     return y
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.gpu import by_kernels
+from attninject.blocks import gpu
 from attninject.blocks.precision import full_precision
 
 from .function import FastFunction, conduit
@@ -136,20 +136,16 @@ class ModulateByKernels(Modulate):
         x: Tensor, c: Tensor, s: Tensor, conduit: Tensor, mode: str, constant: float, slope: float
     ) -> Tensor:
         """As `Modulate`."""
-        from attninject.blocks.gpu import maps
-
-        return maps.modulated(x, c, s, mode == "product", constant, slope)
+        return gpu.maps.modulated(x, c, s, mode == "product", constant, slope)
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `Modulate`."""
-        from attninject.blocks.gpu import maps
-
         (g,) = grads
         x, c, s = ctx.saved_tensors
         assert g is not None
         g, product = laid_out_as(g, x), ctx.mode == "product"
-        scaled, dc, ds = maps.modulated_back(g, x, c, s, product, ctx.constant, ctx.slope)
+        scaled, dc, ds = gpu.maps.modulated_back(g, x, c, s, product, ctx.constant, ctx.slope)
         return None, dc.to(c.dtype), ds.to(s.dtype), scaled, None, None, None
 
 
@@ -178,7 +174,7 @@ def branch(x: Tensor, conv: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 def modulate(x: Tensor, c: Tensor, s: Tensor, conduit: Tensor, mode: str, identity: bool) -> Tensor:
     """x · (1 + σ(z)), or x · 2σ(z) under `identity`; z = c · s (`product`) or c + s (`sum`)."""
     constant, slope = (0.0, 2.0) if identity else (1.0, 1.0)
-    y: Tensor = (ModulateByKernels if by_kernels() else Modulate).apply(
+    y: Tensor = (ModulateByKernels if gpu.by_kernels() else Modulate).apply(
         x, c, s, conduit, mode, constant, slope
     )
     return y

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attninject.blocks.gpu import by_kernels
+from attninject.blocks import gpu
 from attninject.blocks.precision import full_precision
 
 from . import channel
@@ -140,14 +140,12 @@ class TapByKernels(FastFunction):
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """∂x = m ∂z + what the descriptors send, ∂z = s g + shift + share at the maxima over channels of m x."""
-        from attninject.blocks.gpu import maps
-
         g, m, s, top, share, shift, *descriptors = grads[:-1]
         x, *maxima = ctx.saved_tensors
         d = channel.shares(ctx.kinds, descriptors, maxima, x.shape[2:].numel())
         if g is None or top is None or share is None:
-            return maps.ascended(torch.zeros_like(x), x, **d), None
-        return maps.ascended(g, x, m=m, s=s, across=(top, share), shift=shift, **d), None
+            return gpu.maps.ascended(torch.zeros_like(x), x, **d), None
+        return gpu.maps.ascended(g, x, m=m, s=s, across=(top, share), shift=shift, **d), None
 
 
 class RefineByKernels(Refine):
@@ -156,9 +154,7 @@ class RefineByKernels(Refine):
     @staticmethod
     def forward(x: Tensor, m: Tensor, *conduits: Tensor) -> tuple[Tensor, ...]:
         """x: (B, C, *S), m: (B, C, 1, …) → conduits of g, s and ∂m; maximum and mean: (B, 1, *S); ties."""
-        from attninject.blocks.gpu import maps
-
-        mean, largest, ties = maps.pooled_across(x, m)
+        mean, largest, ties = gpu.maps.pooled_across(x, m)
         g, s = conduit(x, x.shape), conduit(x, mean.shape)
         return g, s, conduit(x, m.shape, torch.float32), largest, mean, ties
 
@@ -176,12 +172,10 @@ class RefineByKernels(Refine):
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """∂m = Σ_n s g x, which `Rescale` has sent, + Σ_n (d_mean / C + d_max / k at the maxima) x."""
-        from attninject.blocks.gpu import maps
-
         g, s, dm, d_max, d_mean, _ = grads
         x, m, largest, ties = ctx.saved_tensors
         share, shift = parts_of(d_max, d_mean, ties, x.shape[1])
-        rest = maps.descended(x, m, largest, share, shift)
+        rest = gpu.maps.descended(x, m, largest, share, shift)
         dm = rest if dm is None else dm + rest
         if g is None or s is None:
             g, s = torch.zeros_like(x), torch.zeros_like(largest)
@@ -194,20 +188,16 @@ class RescaleByKernels(Rescale):
     @staticmethod
     def forward(x: Tensor, m: Tensor, s: Tensor, *conduits: Tensor) -> Tensor:
         """As `Rescale`."""
-        from attninject.blocks.gpu import maps
-
-        return maps.scaled(x, m, s)
+        return gpu.maps.scaled(x, m, s)
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """∂s = Σ_c m g x; Σ_n s g x is sent on."""
-        from attninject.blocks.gpu import maps
-
         (g,) = grads
         x, m, s = ctx.saved_tensors
         assert g is not None
         g = laid_out_as(g, x)
-        dm, ds, _ = maps.products(g, x, across=True, m=m, s=s)
+        dm, ds, _ = gpu.maps.products(g, x, across=True, m=m, s=s)
         assert ds is not None
         return None, None, ds.to(s.dtype), g, s, dm
 
@@ -217,7 +207,7 @@ Conduits = tuple[Tensor, ...]
 
 def squeeze(x: Tensor, kinds: Sequence[str]) -> tuple[Conduits, list[Tensor]]:
     """x: (B, C, *S) → what `refine` needs, and the descriptors (B, C, 1, …) of the `kinds` avg and max."""
-    if not by_kernels():
+    if not gpu.by_kernels():
         return channel.squeeze(x, kinds)
     found = TapByKernels.apply(x, kinds)
     return found[:6], list(found[6:-1])
@@ -225,7 +215,7 @@ def squeeze(x: Tensor, kinds: Sequence[str]) -> tuple[Conduits, list[Tensor]]:
 
 def refine(x: Tensor, m: Tensor, conduits: Conduits) -> tuple[Conduits, tuple[Tensor, Tensor]]:
     """`spatial.pool` of x · m, `m`: (B, C, 1, …) in x's dtype, from descriptors that came with the conduits."""
-    if by_kernels():
+    if gpu.by_kernels():
         *on, largest, mean, _ = RefineByKernels.apply(x, m, *conduits)
         return tuple(on), (largest, mean)
     with full_precision(x):
@@ -235,6 +225,6 @@ def refine(x: Tensor, m: Tensor, conduits: Conduits) -> tuple[Conduits, tuple[Te
 
 def rescale(x: Tensor, m: Tensor, factor: Tensor, conduits: Conduits) -> Tensor:
     """x · m · factor, `factor`: (B, 1, *S) from what `refine` gave with the conduits."""
-    form = RescaleByKernels if by_kernels() else Rescale
+    form = RescaleByKernels if gpu.by_kernels() else Rescale
     y: Tensor = form.apply(x, m, factor.to(x.dtype), *conduits)
     return y

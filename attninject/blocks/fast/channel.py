@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attninject.blocks.gpu import by_kernels
+from attninject.blocks import gpu
 from attninject.blocks.precision import full_precision
 
 from .function import FastFunction, conduit
@@ -120,9 +120,7 @@ class SqueezeByKernels(Squeeze):
     @staticmethod
     def forward(x: Tensor, kinds: Sequence[str]) -> tuple[Tensor, ...]:
         """As `Squeeze`; then how often each maximum occurs, empty without maxima."""
-        from attninject.blocks.gpu import maps
-
-        mean, top, ties = maps.pooled(x, "avg" in kinds, "max" in kinds)
+        mean, top, ties = gpu.maps.pooled(x, "avg" in kinds, "max" in kinds)
         pooled = [mean if kind == "avg" else top for kind in kinds]
         return conduit(x, x.shape), conduit(x, pooled[0].shape), *pooled, ties
 
@@ -142,14 +140,12 @@ class SqueezeByKernels(Squeeze):
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """∂x = g · f + d_avg / N + d_max / k at the maxima; without both letters by torch's operations."""
-        from attninject.blocks.gpu import maps
-
         g, f, *descriptors = grads[:-1]
         if g is None or f is None:
             return Squeeze.gradient(ctx, *grads[:-1])
         x, *maxima = ctx.saved_tensors or (None,)
         d = shares(ctx.kinds, descriptors, maxima, ctx.shape[2:].numel())
-        return maps.ascended(g, x, m=f, **d), None
+        return gpu.maps.ascended(g, x, m=f, **d), None
 
 
 def shares(
@@ -170,31 +166,27 @@ class ScaleByKernels(Scale):
     @staticmethod
     def forward(x: Tensor, f: Tensor, g_conduit: Tensor, f_conduit: Tensor) -> Tensor:
         """As `Scale`."""
-        from attninject.blocks.gpu import maps
-
-        return maps.scaled(x, f)
+        return gpu.maps.scaled(x, f)
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `Scale`."""
-        from attninject.blocks.gpu import maps
-
         (g,) = grads
         x, f = ctx.saved_tensors
         assert g is not None
         g = laid_out_as(g, x)
-        df = maps.products(g, x)[0] if ctx.needs_input_grad[1] else None
+        df = gpu.maps.products(g, x)[0] if ctx.needs_input_grad[1] else None
         return None, None if df is None else df.to(f.dtype), g, f
 
 
 def squeeze(x: Tensor, kinds: Sequence[str]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """x: (B, C, *S) → what `scale` needs, and the descriptors (B, C, 1, …) of the `kinds` avg and max."""
     with full_precision(x):
-        g_conduit, f_conduit, *pooled = (SqueezeByKernels if by_kernels() else Squeeze).apply(x, kinds)
+        g_conduit, f_conduit, *pooled = (SqueezeByKernels if gpu.by_kernels() else Squeeze).apply(x, kinds)
     return (g_conduit, f_conduit), pooled[: len(kinds)]
 
 
 def scale(x: Tensor, factor: Tensor, conduits: tuple[Tensor, Tensor]) -> Tensor:
     """x · factor in x's dtype, `factor`: (B, C, 1, …) from the descriptors that came with the conduits."""
-    y: Tensor = (ScaleByKernels if by_kernels() else Scale).apply(x, factor.to(x.dtype), *conduits)
+    y: Tensor = (ScaleByKernels if gpu.by_kernels() else Scale).apply(x, factor.to(x.dtype), *conduits)
     return y

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attninject.blocks import gpu
 from attninject.blocks.gate import at_least_float32
-from attninject.blocks.gpu import by_kernels
 from attninject.blocks.precision import full_precision
 
 from .function import FastFunction, conduit
@@ -72,9 +72,7 @@ class ContextByKernels(Context):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         """As `Context`; then the context in float32."""
-        from attninject.blocks.gpu import maps
-
-        a, context = maps.gathered(x, weight.flatten().to(x.dtype), bias)
+        a, context = gpu.maps.gathered(x, weight.flatten().to(x.dtype), bias)
         return conduit(x, x.shape), conduit(x, context.shape), context.to(x.dtype, copy=True), a, context
 
     @staticmethod
@@ -91,18 +89,16 @@ class ContextByKernels(Context):
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `Context`."""
-        from attninject.blocks.gpu import maps
-
         g, f, ds, *_ = grads
         x, weight, bias, a, context = ctx.saved_tensors
         ds = torch.zeros_like(context) if ds is None else ds
-        dl, dw = maps.gathered_back(x, a, context, ds)
+        dl, dw = gpu.maps.gathered_back(x, a, context, ds)
         dw = dw.to(weight.dtype).view_as(weight)
         db = None if bias is None else dl.sum().to(bias.dtype).view_as(bias)
         if not ctx.needs_input_grad[0]:
             return None, dw, db
         g = torch.zeros_like(x) if g is None else laid_out_as(g, x)
-        return maps.outer(g, f, None, None, weight.to(x.dtype).flatten(), dl, ds, a), dw, db
+        return gpu.maps.outer(g, f, None, None, weight.to(x.dtype).flatten(), dl, ds, a), dw, db
 
 
 def _weights(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -170,26 +166,20 @@ class AffineByKernels(Affine):
         x: Tensor, f: Tensor | None, b: Tensor | None, g_conduit: Tensor, f_conduit: Tensor
     ) -> Tensor:
         """As `Affine`, rounded once."""
-        from attninject.blocks.gpu import maps
-
-        return (
-            Affine.forward(x, f, b, g_conduit, f_conduit)
-            if f is None
-            else maps.ascended(x, None, m=f, base=b)
-        )
+        if f is None:
+            return Affine.forward(x, f, b, g_conduit, f_conduit)
+        return gpu.maps.ascended(x, None, m=f, base=b)
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `Affine`."""
-        from attninject.blocks.gpu import maps
-
         (g,) = grads
         x, f = ctx.saved_tensors
         assert g is not None
         if f is None:
             return Affine.gradient(ctx, *grads)
         g = laid_out_as(g, x)
-        df, _, db = maps.products(g, x, total=ctx.summand)
+        df, _, db = gpu.maps.products(g, x, total=ctx.summand)
         assert df is not None
         return None, df.to(f.dtype), None if db is None else db.to(g.dtype), g, f
 
@@ -197,12 +187,14 @@ class AffineByKernels(Affine):
 def context(x: Tensor, conv: nn.Module) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """x: (B, C, *S) and a 1×1 convolution to one channel → what `affine_of` needs, and the context."""
     with full_precision(x):
-        g, f, pooled, *_ = (ContextByKernels if by_kernels() else Context).apply(x, conv.weight, conv.bias)
+        g, f, pooled, *_ = (ContextByKernels if gpu.by_kernels() else Context).apply(
+            x, conv.weight, conv.bias
+        )
     return (g, f), pooled
 
 
 def affine_of(x: Tensor, f: Tensor | None, b: Tensor | None, conduits: tuple[Tensor, Tensor]) -> Tensor:
     """x · f + b in x's dtype, from a descriptor that came with the conduits."""
     f, b = (None if t is None else t.to(x.dtype) for t in (f, b))
-    y: Tensor = (AffineByKernels if by_kernels() else Affine).apply(x, f, b, *conduits)
+    y: Tensor = (AffineByKernels if gpu.by_kernels() else Affine).apply(x, f, b, *conduits)
     return y

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attninject.blocks.gpu import by_kernels
+from attninject.blocks import gpu
 from attninject.blocks.precision import full_precision
 
 from .function import FastFunction, conduit
@@ -77,23 +77,19 @@ class SqueezeProjectByKernels(SqueezeProject):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         """As `SqueezeProject`."""
-        from attninject.blocks.gpu import maps
-
-        mean, z = maps.mean_and_mixture(x, weight.flatten().to(x.dtype))
+        mean, z = gpu.maps.mean_and_mixture(x, weight.flatten().to(x.dtype))
         z = z if bias is None else z + bias.to(z.dtype)
         return conduit(x, x.shape), conduit(x, mean.shape), conduit(x, z.shape), mean, z
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `SqueezeProject`."""
-        from attninject.blocks.gpu import maps
-
         g, c, s, d_mean, dz = grads
         x, weight, bias = ctx.saved_tensors
         if g is None or dz is None or not ctx.needs_input_grad[0]:
             return SqueezeProject.gradient(ctx, *grads)
         base = None if d_mean is None else d_mean.float() / x.shape[2:].numel()
-        out = maps.outer(laid_out_as(g, x), c, s, base, weight.to(x.dtype).flatten(), dz)
+        out = gpu.maps.outer(laid_out_as(g, x), c, s, base, weight.to(x.dtype).flatten(), dz)
         return out, *_to_layer(x, weight, bias, dz)
 
 
@@ -140,20 +136,16 @@ class ScaleBySumByKernels(ScaleBySum):
     @staticmethod
     def forward(x: Tensor, c: Tensor, s: Tensor, *conduits: Tensor) -> Tensor:
         """As `ScaleBySum`."""
-        from attninject.blocks.gpu import maps
-
-        return maps.scaled(x, c, s, summed=True)
+        return gpu.maps.scaled(x, c, s, summed=True)
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `ScaleBySum`."""
-        from attninject.blocks.gpu import maps
-
         (g,) = grads
         x, c, s = ctx.saved_tensors
         assert g is not None
         g = laid_out_as(g, x)
-        dc, ds, _ = maps.products(g, x, across=True)
+        dc, ds, _ = gpu.maps.products(g, x, across=True)
         assert dc is not None and ds is not None  # noqa: PT018
         return None, dc.to(c.dtype), ds.to(s.dtype), g, c.to(x.dtype), s.to(x.dtype)
 
@@ -164,7 +156,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 def squeeze_project(x: Tensor, conv: nn.Module) -> tuple[Three, tuple[Tensor, Tensor]]:
     """x: (B, C, *S) and a 1×1 convolution to one channel → conduits; means and the convolution's result."""
     with full_precision(x):
-        g, c, s, mean, z = (SqueezeProjectByKernels if by_kernels() else SqueezeProject).apply(
+        g, c, s, mean, z = (SqueezeProjectByKernels if gpu.by_kernels() else SqueezeProject).apply(
             x, conv.weight, conv.bias
         )
     return (g, c, s), (mean, z)
@@ -172,5 +164,5 @@ def squeeze_project(x: Tensor, conv: nn.Module) -> tuple[Three, tuple[Tensor, Te
 
 def scale_by_sum(x: Tensor, c: Tensor, s: Tensor, conduits: Three) -> Tensor:
     """x · (c + s) in x's dtype."""
-    y: Tensor = (ScaleBySumByKernels if by_kernels() else ScaleBySum).apply(x, c, s, *conduits)
+    y: Tensor = (ScaleBySumByKernels if gpu.by_kernels() else ScaleBySum).apply(x, c, s, *conduits)
     return y

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attninject.blocks.gpu import by_kernels
+from attninject.blocks import gpu
 from attninject.blocks.precision import full_precision
 
 from .channel import Scale
@@ -88,9 +88,7 @@ class PoolByKernels(Pool):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, ...]:
         """As `Pool`; then how often each maximum occurs."""
-        from attninject.blocks.gpu import maps
-
-        mean, largest, ties = maps.pooled_across(x)
+        mean, largest, ties = gpu.maps.pooled_across(x)
         return conduit(x, x.shape), conduit(x, mean.shape), largest, mean, ties
 
     @staticmethod
@@ -107,13 +105,11 @@ class PoolByKernels(Pool):
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `Pool`."""
-        from attninject.blocks.gpu import maps
-
         g, s, d_max, d_mean, _ = grads
         x, largest, ties = ctx.saved_tensors
         g = torch.zeros_like(x) if g is None else laid_out_as(g, x)
         share, shift = parts_of(d_max, d_mean, ties, x.shape[1])
-        return (maps.ascended(g, x, s=s, across=(largest, share), shift=shift),)
+        return (gpu.maps.ascended(g, x, s=s, across=(largest, share), shift=shift),)
 
 
 def parts_of(
@@ -131,20 +127,16 @@ class ScaleAtByKernels(ScaleAt):
     @staticmethod
     def forward(x: Tensor, f: Tensor, g_conduit: Tensor, f_conduit: Tensor) -> Tensor:
         """As `ScaleAt`."""
-        from attninject.blocks.gpu import maps
-
-        return maps.scaled(x, None, f)
+        return gpu.maps.scaled(x, None, f)
 
     @staticmethod
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `ScaleAt`."""
-        from attninject.blocks.gpu import maps
-
         (g,) = grads
         x, s = ctx.saved_tensors
         assert g is not None
         g = laid_out_as(g, x)
-        ds = maps.products(g, x, channels=False, across=True)[1] if ctx.needs_input_grad[1] else None
+        ds = gpu.maps.products(g, x, channels=False, across=True)[1] if ctx.needs_input_grad[1] else None
         return None, None if ds is None else ds.to(s.dtype), g, s
 
 
@@ -154,11 +146,11 @@ Carriers = tuple[Tensor, Tensor]
 def pool(x: Tensor) -> tuple[Carriers, tuple[Tensor, Tensor]]:
     """x: (B, C, *S) → what `scale` needs, and maximum and mean over the channels (B, 1, *S)."""
     with full_precision(x):
-        g, s, largest, mean, *_ = (PoolByKernels if by_kernels() else Pool).apply(x)
+        g, s, largest, mean, *_ = (PoolByKernels if gpu.by_kernels() else Pool).apply(x)
     return (g, s), (largest, mean)
 
 
 def scale(x: Tensor, factor: Tensor, conduits: Carriers) -> Tensor:
     """x · factor in x's dtype, `factor`: (B, 1, *S) from the descriptors that came with the conduits."""
-    y: Tensor = (ScaleAtByKernels if by_kernels() else ScaleAt).apply(x, factor.to(x.dtype), *conduits)
+    y: Tensor = (ScaleAtByKernels if gpu.by_kernels() else ScaleAt).apply(x, factor.to(x.dtype), *conduits)
     return y

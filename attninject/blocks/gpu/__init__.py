@@ -14,17 +14,30 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attninject.wording import first_line
 
+if TYPE_CHECKING:
+    from . import maps as maps
+    from . import strips as strips
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VARIABLE = "TRITON_INTERPRET"
 _tried: dict[int, str | None] = {}
 _local = threading.local()
+
+
+def __getattr__(name: str) -> Any:
+    """`maps` and `strips`, which import Triton, when one of them is first asked for."""
+    if name in ("maps", "strips"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @contextmanager
