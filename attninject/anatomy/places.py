@@ -113,8 +113,8 @@ def _stage_end(net: PlaceMap) -> list[Spot]:
 
 @register_place("stem_end")
 def _stem_end(net: PlaceMap) -> list[Spot]:
-    """What enters the first unit: after the module that made it, else before the unit."""
-    first = next((unit for unit in net.units if unit.ins), None)
+    """What enters the first unit on the way down: after the module that made it, else before the unit."""
+    first = next((unit for unit in net.encoder if unit.ins), None)
     if first is None:
         return []
     return [net.made_by(first, first.ins[0]) or net.before(first)]

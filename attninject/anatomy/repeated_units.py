@@ -60,6 +60,11 @@ def contains(outer: Call, inner: Call) -> bool:
     return outer.start < inner.start and (outer.end < 0 or 0 <= inner.end < outer.end)
 
 
+def is_leaf(call: Call) -> bool:
+    """Whether a call is one layer's; what makes the weight of a parametrized one does not count."""
+    return hasattr(call.module, "parametrizations") or not any(isinstance(e, Call) for e in call.events)
+
+
 class Units:
     """Finds the units among the calls within one root."""
 
@@ -103,6 +108,10 @@ class Units:
             if id(parent.module) in self.names:  # no slice of a Sequential, made for the call
                 yield parent
             parent = parent.parent
+
+    def roles(self, call: Call) -> set[str]:
+        """The roles of a call and of what is around it."""
+        return {self.role(c) for c in (call, *self.parents(call))}
 
     def resolution(self, call: Call) -> tuple[int, ...] | None:
         """Spatial extents of a call's first result."""
