@@ -204,9 +204,9 @@ class PlaceMap:
             if same and bits & self.flow.active and not bits & self.flow.layered:
                 groups[-1][1].append(after_call(call, call.outs[0]))
             groups[-1] = (at, groups[-1][1], groups[-1][2] or bool(bits & self.flow.weighted))
-        return [self._summed(self._unshared(spots[-1])) for _, spots, heavy in groups if spots and heavy]
+        return [self._summed(self.unshared(spots[-1])) for _, spots, heavy in groups if spots and heavy]
 
-    def _unshared(self, end: Spot) -> Spot:
+    def unshared(self, end: Spot) -> Spot:
         """The spot, or after the caller of an activation that several modules share, if that gives the same value."""
         callers = {id(c.parent.module) for c in self.record.calls_of(end.module) if c.parent}
         owner = end.owner
@@ -303,6 +303,11 @@ class PlaceMap:
                 return after_call(made, value)
             frame = None if made else frame.parent
         return None
+
+    def is_out_of_reach(self, spot: Spot) -> bool:
+        """Whether a spot is after a batch norm that cannot carry a block, in a forward that takes none either."""
+        outermost = spot.owner in (self.root, self.record.calls[0])
+        return isinstance(spot.event, Call) and outermost and not self.can_carry(spot.event)
 
     @staticmethod
     def can_carry(call: Call) -> bool:

@@ -89,7 +89,7 @@ def _head_input(net: PlaceMap) -> list[Spot]:
     for call in net.layers_behind(last):
         if net.resolution(net.after(call)) != at:
             break
-        last = net.after(call) if net.can_carry(call) else last
+        last = net.unshared(net.after(call)) if net.can_carry(call) else last
     return [last]
 
 
@@ -117,4 +117,5 @@ def _stem_end(net: PlaceMap) -> list[Spot]:
     first = next((unit for unit in net.encoder if unit.ins), None)
     if first is None:
         return []
-    return [net.made_by(first, first.ins[0]) or net.before(first)]
+    made = net.made_by(first, first.ins[0])
+    return [made if made and not net.is_out_of_reach(made) else net.before(first)]
