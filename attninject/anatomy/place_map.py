@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -303,6 +304,27 @@ class PlaceMap:
                 return after_call(made, value)
             frame = None if made else frame.parent
         return None
+
+    def inside_repeated(self, spot: Spot) -> Spot:
+        """The spot, or where its module makes the value, if the net itself calls that for several inputs side by side.
+
+        Its calls cannot be told apart there, and are one site: parts of one image, two images of a pair.
+        """
+        call = spot.event
+        if not isinstance(call, Call) or spot.position != "after" or is_leaf(call) or not self._repeats(call):
+            return spot
+        made = producer(call, spot.value)
+        return Spot(made, "after", spot.value, output_key(made, spot.value)) if made else spot
+
+    def _repeats(self, call: Call) -> bool:
+        """Whether the outermost forward calls a module several times, and no call depends on another."""
+        if call.parent is None or call.parent not in (self.root, self.record.calls[0]):
+            return False
+        calls = [e for e in call.parent.events if isinstance(e, Call) and e.module is call.module]
+        pairs = itertools.combinations(calls, 2)
+        return len(calls) > 1 and not any(
+            self.flow.depends(o, i) for a, b in pairs for i in a.outs for o in b.outs
+        )
 
     def is_out_of_reach(self, spot: Spot) -> bool:
         """Whether a spot is after a batch norm that cannot carry a block, in a forward that takes none either."""

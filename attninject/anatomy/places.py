@@ -39,7 +39,7 @@ def spots(net: PlaceMap, name: str) -> list[Spot]:
     """
     found = PLACES[name](net)
     if found:
-        return found
+        return [net.inside_repeated(spot) for spot in found]
     others = [other for other, place in sorted(PLACES.items()) if other != name and place(net)]
     raise NoSuchPlaceError(
         f"this {type(net.root.module).__name__} has no place {name!r}; "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small import se
+from small import calls_of, se
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
@@ -331,3 +331,37 @@ class Classifier(nn.Module):
 def test_a_head_is_given_what_the_module_around_a_shared_activation_gives() -> None:
     """The activation itself carries no block."""
     assert sites(Classifier(), "head_input") == ["last"]
+
+
+# --- one module for several parts of an image -------------------------------------------------------
+
+
+class Level(nn.Module):
+    """A unit, and a second input that is added behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units, self.beside = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8)), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.beside(x)
+        return self.units(x) + y, y
+
+
+class Patches(nn.Module):
+    """Each half of an image goes through one encoder, in a loop that no graph is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.level, self.head = conv(3, 8, 3, 2), Level(), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = [self.level(half) for half in self.stem(x).chunk(2, 3)]
+        return self.head(torch.cat([a - b for a, b in halves], 3))
+
+
+def test_calls_side_by_side_are_one_site() -> None:
+    """The block is inside what is called for each half: the calls cannot be told apart outside."""
+    assert sites(Patches(), "stage_end") == sites(Patches(), "block_end") == ["level::add"]
+    net = ai.inject(Patches().eval(), **se(place="stage_end"), example_inputs=X)
+    assert calls_of(net, X) == {"level.se": 2}
