@@ -94,7 +94,8 @@ class Units:
         found = {id(o): loop_runs(self.flow, o, self.adds, self._name, self.weights) for o in alone}
         if recurring or any(found.values()):
             for owner in (o for o in alone if not found[id(o)]):
-                found[id(owner)] = part_before_pooling(self.flow, owner, self.adds, self._positions)
+                if not any(contains(owner, a.owner) for a in self.adds):
+                    found[id(owner)] = part_before_pooling(self.flow, owner, self.adds, self._positions)
         return {key: runs for key, runs in found.items() if runs}
 
     def _positions(self, value: int) -> int:

@@ -134,7 +134,7 @@ def _taken(flow: Flow, value: int, inside: int) -> int:
     for step in reversed(flow.steps[:last]):
         if step.time < first:
             break
-        made = sum(map(flow.bit, step.outs))
+        made = sum(map(flow.bit, {*step.outs}))
         if made & wanted & inside:
             given = sum(map(flow.bit, {*step.ins}))
             wanted |= (given & ~flow.gates if made & flow.gated else 0) or given
