@@ -19,7 +19,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -224,13 +224,13 @@ def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _copy_by_its_class(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy as the original class makes it; with the blocks, where that left them out (a `GraphModule` has its own)."""
-    known, original = injected_in(self), cast(Any, self)
+    known = injected_in(self)
     assert known is not None
-    new: nn.Module = known.base.__deepcopy__(original, memo)  # type: ignore[operator]
+    base: Any = known.base
+    new: nn.Module = base.__deepcopy__(self, memo)
     if injected_in(new) is None:
         for insertion in known.edit:
-            block = copy.deepcopy(original.get_submodule(insertion.name), memo)
-            nn.Module.add_module(new, insertion.name, block)
+            nn.Module.add_module(new, insertion.name, copy.deepcopy(getattr(self, insertion.name), memo))
         set_class(new, generate(type(new), known.edit, known.local, known.watched))
     return new
 
