@@ -82,6 +82,7 @@ NORMS = _words("native_layer_norm native_group_norm layer_norm group_norm rsqrt 
 BATCH_NORMS = _words("native_batch_norm cudnn_batch_norm batch_norm")
 POOLS = _words("avg_pool1d avg_pool2d avg_pool3d")
 _PRODUCTS = _words("mul div mm bmm baddbmm")
+GATES = _words("sigmoid hardsigmoid")
 _NOISE = _words("randn randn_like normal normal_functional rand rand_like")
 # Affine in what depends on the input, or pooling alone: such a path bends nothing.
 _STRAIGHT = (
@@ -95,6 +96,8 @@ _STRAIGHT = (
         "empty zeros ones full empty_like zeros_like ones_like full_like new_empty new_zeros lift_fresh bernoulli"
     )
 )  # fmt: skip
+
+_UNWEIGHTED = _STRAIGHT - WEIGHTED
 
 
 def kind(op: Op) -> str:
@@ -154,6 +157,8 @@ class Flow:
         self.layered = 0  # of these, by a convolution, a linear layer or a norm
         self.bent = 0  # made by an activation, a softmax, a norm, a product of live values
         self.active = 0  # the same without norms
+        self.gates = 0  # between 0 and 1 by a sigmoid, or that flipped, widened or pooled
+        self.gated = 0  # products of live values with these
         self.noise = 0  # random numbers
         self.sampled = 0  # products of live values with random numbers
         for i in record.constants:
@@ -228,7 +233,11 @@ class Flow:
         self.layered |= made if learned and kinds & (WEIGHTED | NORMS | BATCH_NORMS) else 0
         self.normed |= made if kinds & BATCH_NORMS else 0
         self.pooled |= made if kinds & POOLS else 0
-        products = len(step.ops) == 1 and kinds & _PRODUCTS and (given & self.live).bit_count() > 1
+        live = given & self.live
+        products = len(step.ops) == 1 and kinds & _PRODUCTS and live.bit_count() > 1
+        if kinds & GATES or (live == given & self.gates and kinds <= _UNWEIGHTED):
+            self.gates |= made
+        self.gated |= made if products and live & self.gates else 0
         if kinds - _STRAIGHT or products:
             self.bent |= made
             self.active |= 0 if kinds & NORMS else made

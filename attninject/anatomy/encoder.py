@@ -53,12 +53,16 @@ def _is_way_down(flow: Flow, down: Sequence[tuple[int, int]], lowest: int, whole
     return lowest < whole and any(s == lowest for _, s in down) and not any(alone)
 
 
-def without_bridge(units: list[Call], sizes: list[int], role: Callable[[Call], str]) -> list[Call]:
-    """Without what stands alone at the bottom between encoder and decoder: no other unit has its class or its role."""
+def without_bridge(units: list[Call], sizes: list[int], roles: Callable[[Call], set[str]]) -> list[Call]:
+    """Without what stands alone at the bottom between encoder and decoder.
+
+    No other unit has its class, or its role or that of a module around it: `roles` gives these.
+    """
     units = list(units)
     while len(units) > 2 and sizes[len(units) - 1] == sizes[len(units) - 2]:
         last = units[-1]
-        alike = (base_class(u.module) is base_class(last.module) or role(u) == role(last) for u in units[:-1])
+        cls, around = base_class(last.module), roles(last)
+        alike = (base_class(u.module) is cls or roles(u) & around for u in units[:-1])
         if any(alike):
             break
         units.pop()

@@ -59,6 +59,24 @@ def loop_runs(
     return [_run(owner, a, b) for a, b in itertools.pairwise(ends)]
 
 
+def part_before_pooling(
+    flow: Flow, owner: Call, adds: Iterable[ResidualAdd], positions: Callable[[int], int]
+) -> list[LoopRun]:
+    """What a forward does up to its last residual sum where it pools that map: as a loop that runs once; else none.
+
+    Args:
+        flow: the net's dataflow.
+        owner: the run of the module that ends the trunk.
+        adds: the residual adds of the trunk.
+        positions: of a value; 0 where it is no map.
+    """
+    own = [a for a in adds if a.owner is owner]
+    sizes = {positions(a.out) for a in own}
+    if any(map(positions, owner.outs)) or len(sizes) != 1 or sizes == {0}:
+        return []
+    return [_run(owner, _given(flow, owner, own[0]), own[-1].out)]
+
+
 def _counts(groups: list[tuple[int, set[str]]]) -> bool:
     """Whether names count upwards from run to run and are alike else.
 
@@ -82,8 +100,7 @@ def _parted(name: str) -> tuple[int, str]:
 def _given(flow: Flow, owner: Call, add: ResidualAdd) -> int:
     """What the first run is given: its shortcut, or, where that is projected, what the branch's first layer reads."""
     first = next(e for e in _calls(owner) if any(flow.bit(o) & add.inside for o in e.outs))
-    projected = flow.time[flow.number[add.shortcut]] > first.start
-    return first.ins[0] if projected else add.shortcut
+    return add.shortcut if flow.depends(add.branch, add.shortcut) else first.ins[0]
 
 
 def _run(owner: Call, given: int, made: int) -> LoopRun:

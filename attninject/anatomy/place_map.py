@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -17,8 +18,9 @@ from .dataflow import Flow, Spot, operand_of, output_key
 from .dilation import divided_by_dilation
 from .encoder import going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
 from .loops import LoopRun
-from .repeated_units import Units, contains, resolution
+from .repeated_units import Units, contains, is_leaf, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
+from .way_up import climb, layers_outside
 
 
 class PlaceMap:
@@ -72,7 +74,7 @@ class PlaceMap:
         units = [u for u in self.units if u.outs]
         if any(len({self.resolution(s) for s in self._streams(u)}) > 1 for u in units):
             return None
-        way = units if self.adds else sorted([*units, *self._layers(units)], key=lambda c: c.end)
+        way = units if self.adds else sorted([*units, *layers_outside(self, units)], key=lambda c: c.end)
         return going_up(self.flow, *self._sized(map(self.after, way)), self._whole)
 
     @functools.cached_property
@@ -85,7 +87,7 @@ class PlaceMap:
             found = on_the_way_down(self.flow, found, up, self._sized(map(self.after, found))[1])
         values, sizes = self._sized(map(self.after, found))
         at = [v for v, size in zip(values, sizes, strict=True) if size == min(filter(None, sizes), default=0)]
-        return without_bridge(found, sizes, self._finder.role) if at and self._climb(at[-1]) else found
+        return without_bridge(found, sizes, self._finder.roles) if at and climb(self, at[-1]) else found
 
     def resolution(self, spot: Spot) -> tuple[int, ...] | None:
         """Spatial extents at a spot after a call, or None where it has none."""
@@ -125,57 +127,7 @@ class PlaceMap:
         if self._up is None or not self.stages:
             return []
         low = min(self.stages, key=lambda s: (positions(self.resolution(s)), -s.time))
-        return sorted(self._climb(low.value), key=lambda s: s.time)
-
-    def _climb(self, low: int) -> list[Spot]:
-        """After the last call at each resolution above that of a value on which it depends, if a layer reads it later."""
-        flow, ends, units = self.flow, {}, {id(u) for u in self.units}
-        lowest, start = positions(resolution(self.record, low)), flow.time[flow.number[low]]
-        whole = [u for u in self.units if u.outs]
-        parts = [c for c in (*whole, *self._layers(whole)) if c.start > start]
-        for call in sorted(parts, key=lambda c: (id(c) in units, c.end)):  # units before others
-            spot = self.after(call)
-            at = self.resolution(spot)
-            read = flow.bit(spot.value) & self._read_by_layers and flow.depends(spot.value, low)
-            does = sum(flow.bit(o) for op in call.ops() for o in op.outs if o in flow.number)
-            if positions(at) > lowest and read and does & (flow.weighted | flow.active):
-                ends[at] = spot
-        return [self._around(s, [*ends.values()], start) for s in ends.values()]
-
-    def _layers(self, units: list[Call]) -> Iterator[Call]:
-        """The layers that run outside these units and the head."""
-        closed = [*units, *([self.head] if self.head else ())]
-        for call in self.record.calls:
-            if (
-                call.outs
-                and self.within(call)
-                and is_leaf(call)
-                and not any(contains(c, call) for c in closed)
-            ):
-                yield call
-
-    @functools.cached_property
-    def _read_by_layers(self) -> int:
-        """The values that a convolution or a linear layer depends on."""
-        past = 0
-        for value in self.flow.members(self.flow.weighted):
-            past |= self.flow.past(value) & ~self.flow.bit(value)
-        return past
-
-    def _around(self, end: Spot, others: list[Spot], start: int) -> Spot:
-        """The spot, or the end of a module around it that gives one map of this resolution and holds no other end.
-
-        Nor may it have begun before a time, or be the last that a layer reads.
-        """
-        frame, at = end.owner, self.resolution(end)
-        while frame is not None and self.within(frame) and frame.start > start and len(frame.outs) == 1:
-            holds = any(frame.start < s.time < frame.end for s in others if self.resolution(s) != at)
-            out = self.after(frame)
-            if holds or self.resolution(out) != at or not self.flow.bit(out.value) & self._read_by_layers:
-                break
-            end = out if self.flow.depends(out.value, end.value) else end
-            frame = frame.parent
-        return end
+        return sorted(climb(self, low.value), key=lambda s: s.time)
 
     @functools.cached_property
     def head(self) -> Call | None:
@@ -253,9 +205,9 @@ class PlaceMap:
             if same and bits & self.flow.active and not bits & self.flow.layered:
                 groups[-1][1].append(after_call(call, call.outs[0]))
             groups[-1] = (at, groups[-1][1], groups[-1][2] or bool(bits & self.flow.weighted))
-        return [self._summed(self._unshared(spots[-1])) for _, spots, heavy in groups if spots and heavy]
+        return [self._summed(self.unshared(spots[-1])) for _, spots, heavy in groups if spots and heavy]
 
-    def _unshared(self, end: Spot) -> Spot:
+    def unshared(self, end: Spot) -> Spot:
         """The spot, or after the caller of an activation that several modules share, if that gives the same value."""
         callers = {id(c.parent.module) for c in self.record.calls_of(end.module) if c.parent}
         owner = end.owner
@@ -353,6 +305,32 @@ class PlaceMap:
             frame = None if made else frame.parent
         return None
 
+    def inside_repeated(self, spot: Spot) -> Spot:
+        """The spot, or where its module makes the value, if the net itself calls that for several inputs side by side.
+
+        Its calls cannot be told apart there, and are one site: parts of one image, two images of a pair.
+        """
+        call = spot.event
+        if not isinstance(call, Call) or spot.position != "after" or is_leaf(call) or not self._repeats(call):
+            return spot
+        made = producer(call, spot.value)
+        return Spot(made, "after", spot.value, output_key(made, spot.value)) if made else spot
+
+    def _repeats(self, call: Call) -> bool:
+        """Whether the outermost forward calls a module several times, and no call depends on another."""
+        if call.parent is None or call.parent not in (self.root, self.record.calls[0]):
+            return False
+        calls = [e for e in call.parent.events if isinstance(e, Call) and e.module is call.module]
+        pairs = itertools.combinations(calls, 2)
+        return len(calls) > 1 and not any(
+            self.flow.depends(o, i) for a, b in pairs for i in a.outs for o in b.outs
+        )
+
+    def is_out_of_reach(self, spot: Spot) -> bool:
+        """Whether a spot is after a batch norm that cannot carry a block, in a forward that takes none either."""
+        outermost = spot.owner in (self.root, self.record.calls[0])
+        return isinstance(spot.event, Call) and outermost and not self.can_carry(spot.event)
+
     @staticmethod
     def can_carry(call: Call) -> bool:
         """Whether a block can stand behind it: a batch norm needs a lone module as its reader, or to end a Sequential."""
@@ -362,11 +340,6 @@ class PlaceMap:
         users = [e for e in owner.events if call.outs[0] in e.ins and e is not call]
         ends = isinstance(owner.module, nn.Sequential) and owner.outs == call.outs
         return len(users) == 1 and isinstance(users[0], Call) if users else ends
-
-
-def is_leaf(call: Call) -> bool:
-    """Whether a call is one layer's; what makes the weight of a parametrized one does not count."""
-    return hasattr(call.module, "parametrizations") or not any(isinstance(e, Call) for e in call.events)
 
 
 def after_call(call: Call, value: int) -> Spot:

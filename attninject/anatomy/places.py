@@ -39,7 +39,7 @@ def spots(net: PlaceMap, name: str) -> list[Spot]:
     """
     found = PLACES[name](net)
     if found:
-        return found
+        return [net.inside_repeated(spot) for spot in found]
     others = [other for other, place in sorted(PLACES.items()) if other != name and place(net)]
     raise NoSuchPlaceError(
         f"this {type(net.root.module).__name__} has no place {name!r}; "
@@ -89,7 +89,7 @@ def _head_input(net: PlaceMap) -> list[Spot]:
     for call in net.layers_behind(last):
         if net.resolution(net.after(call)) != at:
             break
-        last = net.after(call) if net.can_carry(call) else last
+        last = net.unshared(net.after(call)) if net.can_carry(call) else last
     return [last]
 
 
@@ -113,8 +113,9 @@ def _stage_end(net: PlaceMap) -> list[Spot]:
 
 @register_place("stem_end")
 def _stem_end(net: PlaceMap) -> list[Spot]:
-    """What enters the first unit: after the module that made it, else before the unit."""
-    first = next((unit for unit in net.units if unit.ins), None)
+    """What enters the first unit on the way down: after the module that made it, else before the unit."""
+    first = next((unit for unit in net.encoder if unit.ins), None)
     if first is None:
         return []
-    return [net.made_by(first, first.ins[0]) or net.before(first)]
+    made = net.made_by(first, first.ins[0])
+    return [made if made and not net.is_out_of_reach(made) else net.before(first)]

@@ -21,7 +21,7 @@ from attninject.surgery.injected_state import CONTAINERS, base_class
 
 from .axes import frame, measure
 from .dataflow import Flow
-from .loops import loop_runs
+from .loops import loop_runs, part_before_pooling
 from .residual_adds import ResidualAdd
 
 
@@ -60,6 +60,11 @@ def contains(outer: Call, inner: Call) -> bool:
     return outer.start < inner.start and (outer.end < 0 or 0 <= inner.end < outer.end)
 
 
+def is_leaf(call: Call) -> bool:
+    """Whether a call is one layer's; what makes the weight of a parametrized one does not count."""
+    return hasattr(call.module, "parametrizations") or not any(isinstance(e, Call) for e in call.events)
+
+
 class Units:
     """Finds the units among the calls within one root."""
 
@@ -79,12 +84,23 @@ class Units:
 
     @functools.cached_property
     def loops(self) -> dict[int, Sequence[Call]]:
-        """Id of a call whose forward is a loop over residual parts -> its runs; a class that recurs is a unit itself."""
+        """Id of a call whose forward is a loop over residual parts -> its runs; a class that recurs is a unit itself.
+
+        Or goes on behind its residual part, and pools: one run then, where the net has other units.
+        """
         owners = {id(a.owner): a.owner for a in self.adds if a.owner is not self.root}.values()
         recurring = {base_class(o.module) for o in owners if self._recurs_beside(o)}
         alone = [o for o in owners if base_class(o.module) not in recurring]
         found = {id(o): loop_runs(self.flow, o, self.adds, self._name, self.weights) for o in alone}
+        if recurring or any(found.values()):
+            for owner in (o for o in alone if not found[id(o)]):
+                if not any(contains(owner, a.owner) for a in self.adds):
+                    found[id(owner)] = part_before_pooling(self.flow, owner, self.adds, self._positions)
         return {key: runs for key, runs in found.items() if runs}
+
+    def _positions(self, value: int) -> int:
+        at = resolution(self.record, value)
+        return math.prod(at) if at and max(at) > 1 else 0
 
     def _name(self, call: Call) -> str:
         name: str = self.names.get(id(call.module), "")
@@ -103,6 +119,10 @@ class Units:
             if id(parent.module) in self.names:  # no slice of a Sequential, made for the call
                 yield parent
             parent = parent.parent
+
+    def roles(self, call: Call) -> set[str]:
+        """The roles of a call and of what is around it."""
+        return {self.role(c) for c in (call, *self.parents(call))}
 
     def resolution(self, call: Call) -> tuple[int, ...] | None:
         """Spatial extents of a call's first result."""

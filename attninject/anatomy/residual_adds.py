@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Iterable
@@ -67,10 +68,14 @@ def _residual(flow: Flow, op: Op, known: dict[int, ResidualAdd]) -> ResidualAdd 
             continue  # a sample, mean + deviation · noise, as in a variational autoencoder
         if not flow.bit(branch) & flow.live or (beside and not flow.bit(shortcut) & flow.live):
             continue
+        if _pooled(flow, inside, op.outs[0]) and _pooled(flow, beside, op.outs[0]):
+            continue  # what several maps say as a whole is added up
         layers = inside & flow.bent and inside & flow.layered
         lone = not layers and not beside and _one_layer(flow, inside, owner)
         if not (layers or lone) or not _is_shortcut(flow, beside, inside):
             continue
+        if inside & flow.gated and not _taken(flow, branch, inside) & _taken(flow, fork, beside):
+            continue  # the branch takes at most its gate from there: two maps are fused
         if _is_local(flow, owner, fork, inside, beside):
             return ResidualAdd(op, owner, branch, shortcut, inside)
     return None
@@ -98,6 +103,13 @@ def _is_shortcut(flow: Flow, beside: int, inside: int) -> bool:
     return not beside & flow.active & ~flow.past(projection)
 
 
+def _pooled(flow: Flow, inside: int, out: int) -> bool:
+    """Whether a value of one position lies behind layers that made maps."""
+    whole = flow.record.shape(out)
+    shapes = (flow.record.shape(v) for v in flow.members(inside & flow.weighted))
+    return len(whole) > 2 and max(whole[2:]) == 1 and any(max(s[2:], default=1) > 1 for s in shapes)
+
+
 _POSITIONAL = re.compile(r"cpe|pos(ition|_?(conv|enc|emb))", re.IGNORECASE)
 
 
@@ -115,6 +127,20 @@ def _one_layer(flow: Flow, inside: int, owner: Call) -> bool:
     return flow.weights(inside) == 1 and (inside & flow.normed).bit_count() > 0
 
 
+def _taken(flow: Flow, value: int, inside: int) -> int:
+    """What a part of the net takes from outside to make a value; what only gates it there does not count."""
+    inside, first, wanted = inside & flow.made, flow.earliest(inside), flow.bit(value)
+    last = bisect.bisect(flow.steps, flow.time[flow.number[value]], key=lambda step: step.time)
+    for step in reversed(flow.steps[:last]):
+        if step.time < first:
+            break
+        made = sum(map(flow.bit, {*step.outs}))
+        if made & wanted & inside:
+            given = sum(map(flow.bit, {*step.ins}))
+            wanted |= (given & ~flow.gates if made & flow.gated else 0) or given
+    return wanted & flow.live & ~inside
+
+
 def _home(op: Op) -> Call:
     """The call in whose forward the addition is written; an addition as a module belongs to its caller."""
     call = op.call
@@ -130,7 +156,9 @@ def _is_local(flow: Flow, owner: Call, fork: int, inside: int, beside: int) -> b
     """
     if beside:
         given = flow.earliest(beside) < owner.start and beside & flow.bent
-        return flow.earliest(inside) > owner.start and not given
+        taken = _taken(flow, fork, beside)
+        first = next((v for v in flow.members(inside & flow.made) if flow.past(v) & taken), None)
+        return first is not None and flow.time[flow.number[first]] > owner.start and not given
     between = [v for v in flow.members(inside & flow.made) if flow.depends(v, fork)]
     if flow.time[flow.number[between[0]]] > owner.start:
         return True

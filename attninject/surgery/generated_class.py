@@ -92,8 +92,8 @@ def generate(
         "__copy__": lambda self: _copy(self, lambda state: state),
         **own_forward.guards(base, edit, _regenerate),
     }
-    if not hasattr(base, "__deepcopy__"):
-        attributes["__deepcopy__"] = lambda self, memo: _copy(self, lambda s: copy.deepcopy(s, memo), memo)
+    own_copy = hasattr(base, "__deepcopy__")
+    attributes["__deepcopy__"] = _copy_by_its_class if own_copy else _deep_copy
     hidden = frozenset(i.name for i in edit if i.target is None)
     if hidden and issubclass(base, CONTAINERS):
         attributes.update(_hiding(base, hidden))
@@ -216,6 +216,23 @@ def _copy(
     new.__setstate__(copy_state(original.__getstate__()))
     made: nn.Module = new
     return made
+
+
+def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    return _copy(self, lambda state: copy.deepcopy(state, memo), memo)
+
+
+def _copy_by_its_class(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy as the original class makes it; with the blocks, where that left them out (a `GraphModule` has its own)."""
+    known = injected_in(self)
+    assert known is not None
+    base: Any = known.base
+    new: nn.Module = base.__deepcopy__(self, memo)
+    if injected_in(new) is None:
+        for insertion in known.edit:
+            nn.Module.add_module(new, insertion.name, copy.deepcopy(getattr(self, insertion.name), memo))
+        set_class(new, generate(type(new), known.edit, known.local, known.watched))
+    return new
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

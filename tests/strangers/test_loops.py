@@ -193,3 +193,29 @@ def test_numbered_parts_of_an_entry_flow_are_units() -> None:
     x = second(entry.conv3_residual(x) + entry.conv3_shortcut(x))
     wanted = third(entry.conv4_residual(x) + entry.conv4_shortcut(x))
     torch.testing.assert_close(net.entry(X), wanted)
+
+
+class Exit(nn.Module):
+    """A last residual part, two more layers and the pooling in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut, self.residual, self.conv = (
+            nn.Conv2d(16, 16, 1, 2),
+            layers(16, 16, 2),
+            layers(16, 16, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        return self.conv(self.residual(x) + shortcut).mean((2, 3), keepdim=True)
+
+
+def test_a_tail_that_pools_behind_its_residual_part() -> None:
+    """The part is a unit and ends a stage; the head's input is the last map."""
+    base = Xception()
+    base.middle.append(Exit())
+    assert paths(base.eval(), "block_end")[-2:] == ["middle.1", "middle.2::add"]
+    assert paths(base, "block_start")[-2:] == ["middle.1", "middle.2"]
+    assert paths(base, "stage_end") == ["entry::add", "middle.1", "middle.2::add"]
+    assert paths(base, "head_input") == ["middle.2.conv.5"]

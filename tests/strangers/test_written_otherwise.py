@@ -150,6 +150,42 @@ def test_a_layer_that_is_copied_without_its_children_is_named() -> None:
 # --- forwards that go over whatever hangs on a module ----------------------------------------------
 
 
+class Traced(nn.Module):
+    """A part of it is a graph of torch.fx, as feature extractors are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 3), Reading(), nn.Conv2d(8, 8, 1)))
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class Reading(nn.Module):
+    """A residual unit that a trace goes into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x).relu()
+
+
+def test_a_copy_of_a_graph_has_its_blocks() -> None:
+    """Its class copies it in a way of its own, from the graph alone."""
+    net = ai.inject(Traced().eval(), **se(after="body.1.conv"), example_inputs=images())
+    stir(net)
+    twin = copy.deepcopy(net)
+    assert list(ai.injected(twin)) == list(ai.injected(net)) == ["body.se"]
+    assert torch.equal(twin(images()), net(images()))
+    again = copy.deepcopy(twin)
+    assert calls_of(again, images()) == {"body.se": 1}
+    ai.eject(again)
+    assert torch.equal(again(images()), ai.eject(twin)(images()))
+
+
 class Parallel(nn.Sequential):
     """Joins what each child makes of the input, whichever there are."""
 
