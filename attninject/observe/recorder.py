@@ -144,8 +144,6 @@ class Recorder(Mode):
         direct: bool = False,
     ) -> Any:
         """Run one module call and note it, its inputs and its results."""
-        if threading.get_ident() != self.thread:
-            return original(module, *args, **kwargs)
         parent = self.stack[-1] if self.stack else None
         number = 1
         if parent:
@@ -193,14 +191,15 @@ Handler = Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, An
 
 
 @contextlib.contextmanager
-def calls_through(
-    handler: Handler,
-) -> Iterator[None]:
-    """Send every module call of this process through `handler` (torch.fx's tracer works the same way)."""
+def calls_through(handler: Handler) -> Iterator[None]:
+    """Send every module call of this thread through `handler` (torch.fx's tracer works the same way)."""
+    here = threading.get_ident()
     with PATCHING:
         original = nn.Module.__call__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != here:
+                return original(module, *args, **kwargs)
             return handler(original, module, args, kwargs)
 
         with undoing(lambda: setattr(nn.Module, "__call__", original)):
@@ -230,7 +229,8 @@ def _seen(forward: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]
 
     @functools.wraps(forward)
     def seen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not recorder.stack or recorder.stack[-1].module is self:
+        here = recorder.stack and threading.get_ident() == recorder.thread
+        if not here or recorder.stack[-1].module is self:
             return forward(self, *args, **kwargs)
         return recorder.call(forward, self, args, kwargs, direct=True)
 

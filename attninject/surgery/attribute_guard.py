@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -26,9 +26,16 @@ _CHECKPOINTS = (
     "_checkpoint_without_reentrant_generator_impl",
 )
 _FACTORIES = ("rand", "randn", "zeros", "ones", "empty", "full", "arange")
-GRAD_MODE = "its forward depends on the grad mode"
+GRAD, AUTOCAST = "the grad mode", "autocast"  # of the process, which a forward may ask for
+_QUESTIONS = {"is_grad_enabled": GRAD, "is_autocast_enabled": AUTOCAST, "is_autocast_cpu_enabled": AUTOCAST}
+_AUTOCAST_DTYPES = ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype")
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _ITERATION = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+
+
+def depends_on(state: str) -> str:
+    """Why there is no graph of a forward that asks for a state of the process and acts by it."""
+    return f"its forward depends on {state}"
 
 
 def _frozen(value: Any) -> Any:
@@ -49,12 +56,12 @@ def _frozen(value: Any) -> Any:
 class AttributeReads:
     """Collects the attributes that modules are asked for; filled slots read as None.
 
-    Who asks whether gradients are enabled gets `grad`, and `asks_grad` says that somebody did.
+    Who asks whether gradients, or autocast, are enabled gets what `answers` has, and `asked` says which somebody did.
     """
 
-    def __init__(self, owner: nn.Module, hidden: frozenset[str], grad: bool) -> None:
+    def __init__(self, owner: nn.Module, hidden: frozenset[str], answers: Mapping[str, bool]) -> None:
         self.owner, self.hidden, self.thread = owner, hidden, threading.get_ident()
-        self.grad, self.asks_grad = grad, False
+        self.answers, self.asked = answers, set[str]()
         self.parts: dict[str, Callable[..., Any]] = {}  # methods of the owner that are one step of its graph
         self.checkpoints = False  # whether it ran a checkpoint, where `guarded` lets it
         self.on = False
@@ -100,12 +107,16 @@ class AttributeReads:
             self.note(module, name, value)
         return value
 
-    def is_grad_enabled(self) -> bool:
-        """In place of torch's own."""
-        if threading.get_ident() != self.thread:
-            return torch._C.is_grad_enabled()
-        self.asks_grad = True
-        return self.grad
+    def answer(self, state: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """In place of torch's own function that says whether something is enabled."""
+
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self.thread:
+                return original(*args, **kwargs)
+            self.asked.add(state)
+            return self.answers[state]
+
+        return answered
 
     def note(self, module: nn.Module, name: str, value: Any) -> None:
         """Keep the first value that was read."""
@@ -214,7 +225,7 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
 
     `sized`: a tensor made of a size that is part of the graph is part of it too, and so is what a checkpoint runs,
     which `reads` notes.
-    Other threads may go on making modules; calling one, torch.fx's own patch would be in their way.
+    Other threads may go on making and calling modules.
     """
 
     def refuse(why: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -226,8 +237,9 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
         return refused
 
     refusals: list[tuple[Any, str, str]] = [
-        (torch._C, "_set_grad_enabled", GRAD_MODE),
-        (torch.amp.autocast_mode.autocast, "__enter__", "its forward sets autocast"),
+        (torch._C, "_set_grad_enabled", depends_on(GRAD)),
+        *((torch.autocast, step, "its forward sets autocast") for step in ("__init__", "__enter__")),
+        *((torch, name, depends_on(AUTOCAST)) for name in _AUTOCAST_DTYPES),
     ]
     checkpoints = [name for name in _CHECKPOINTS if hasattr(torch.utils.checkpoint, name)]
     if not sized:
@@ -235,7 +247,9 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     patches = [(place, name, refuse(why, getattr(place, name))) for place, name, why in refusals]
     if sized:
         patches += [(torch.utils.checkpoint, name, _run_through(name, reads)) for name in checkpoints]
-    patches.append((torch, "is_grad_enabled", reads.is_grad_enabled))
+    patches += [
+        (torch, name, reads.answer(state, getattr(torch, name))) for name, state in _QUESTIONS.items()
+    ]
     patches += [(torch, name, _traceable(getattr(torch, name))) for name in _FACTORIES if sized]
     saved = [(place, name, getattr(place, name)) for place, name, _ in patches]
 

@@ -282,25 +282,31 @@ def test_threads_that_plan_at_once_wait_for_each_other() -> None:
 
 
 def test_a_trace_leaves_other_threads_alone() -> None:
-    """A net that is made in another thread meanwhile is neither refused nor taken for the traced one."""
-    stop, errors = threading.Event(), []
+    """A net that is made and run in another thread meanwhile is neither refused nor taken for the traced one."""
+    stop, errors, layer = threading.Event(), [], nn.Linear(8, 8)
 
     def busy() -> None:
         while not stop.is_set():
             try:
-                nn.ReLU().mark = torch.is_grad_enabled()
+                net = nn.Sequential(layer, nn.ReLU())
+                net.mark = torch.is_grad_enabled()
+                assert net(torch.ones(1, 8)).shape == (1, 8)
             except Exception as error:
                 errors.append(error)
                 return
 
-    def residual(self, x):
-        stop.wait(0.05)  # time for the other thread
-        return x + self.b(torch.relu(self.a(x)))
+    class Parted(Through):
+        def forward_first(self, x):
+            stop.wait(0.05)  # time for the other thread
+            return torch.relu(self.a(x))
+
+        def forward(self, x):
+            return x + self.b(self.forward_first(x))
 
     thread = threading.Thread(target=busy)
     thread.start()
     try:
-        plan = ai.plan(Around(Through(residual)), block="se", after="inner.a", args={"reduction": 4})
+        plan = ai.plan(Around(Parted(None)), block="se", after="inner::add", args={"reduction": 4})
     finally:
         stop.set()
         thread.join()

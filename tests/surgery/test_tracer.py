@@ -73,6 +73,17 @@ def without_grad(self, x):
         return self.b(self.a(x))
 
 
+def asks_autocast(self, x):
+    """Does more where autocast is on, with or without gradients."""
+    more = torch.is_grad_enabled() and torch.is_autocast_enabled()
+    return self.b(self.a(x)) * 2 if more else self.b(self.a(x))
+
+
+def asks_dtype(self, x):
+    """Takes the dtype that autocast would."""
+    return self.b(self.a(x).to(torch.get_autocast_dtype("cpu")).float())
+
+
 def branches(self, x):
     """Decides by the values of a tensor."""
     y = self.a(x)
@@ -106,6 +117,8 @@ def keeps_tensors(self, x):
         (checkpoints, "grad mode|checkpoints its children"),
         (autocasts, "sets autocast"),
         (without_grad, "depends on the grad mode"),
+        (asks_autocast, "depends on autocast"),
+        (asks_dtype, "depends on autocast"),
         (caches, "cache of its own"),
         (ordered, "returns a OrderedDict"),
         (keeps_tensors, "container of tensors"),
@@ -129,6 +142,16 @@ def test_what_a_graph_would_freeze_or_lose_goes_by_module(body: Callable, reason
     )
     assert all(torch.equal(a, b) for a, b in pairs)
     assert calls_of(model, x) == {"inner.b.se": 1}
+
+
+def test_a_question_about_autocast_without_consequence_is_allowed() -> None:
+    """A forward that asks and then does the same has a graph."""
+
+    def looks(self, x):
+        torch.is_autocast_enabled()
+        return self.b(self.a(x))
+
+    assert planned(Through(looks)).mechanism == "graph"
 
 
 def test_branching_on_values_goes_by_module() -> None:
