@@ -171,12 +171,12 @@ class Recorder(Mode):
 class _Husk:
     """Keeps a real tensor's identity unique without its memory: forgets the id once the tensor dies."""
 
-    def __init__(self, key: int, raw: int, recorder: Recorder) -> None:
-        self.key, self.raw, self.recorder = key, raw, recorder
+    def __init__(self, key: int, recorder: Recorder) -> None:
+        self.key, self.recorder = key, recorder
 
     @staticmethod
     def of(tensor: Tensor, recorder: Recorder) -> Any:
-        husk = _Husk(id(tensor), storage_of(tensor), recorder)
+        husk = _Husk(id(tensor), recorder)
         storage_ref = cast(Any, torch.multiprocessing.reductions).StorageWeakRef(tensor.untyped_storage())
         # the weak storage reference keeps the address from being used again
         return weakref.finalize(tensor, husk.forget), storage_ref

@@ -30,6 +30,7 @@ GRAD, AUTOCAST = "the grad mode", "autocast"  # of the process, which a forward 
 _QUESTIONS = {"is_grad_enabled": GRAD, "is_autocast_enabled": AUTOCAST, "is_autocast_cpu_enabled": AUTOCAST}
 _AUTOCAST_DTYPES = ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype")
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_TENSORS = frozenset({"parameters", "named_parameters", "buffers", "named_buffers", "state_dict"})
 _ITERATION = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 
 
@@ -90,6 +91,8 @@ class AttributeReads:
             if name in self.parts:
                 return self.parts[name]
             self.iterates |= name in _ITERATION
+        elif name in _TENSORS:  # as in `next(self.conv.parameters()).dtype`, which a graph would freeze
+            raise TraceRefused("it looks at the tensors of its children")
         try:
             value = object.__getattribute__(module, name)
         except AttributeError:
