@@ -22,8 +22,6 @@ from .recorder import Recorder, calls_through, direct_forwards, iterations
 from .snapshot import rng_kept, stand_ins, undoing
 from .walking import modules_in, named_modules_in
 
-# --- running -----------------------------------------------------------------------------------
-
 
 def run(
     model: nn.Module, inputs: Inputs, mode: ProbeMode, training: bool = False, hooks: bool = False

@@ -19,8 +19,6 @@ from .meta_kernels import execute, meta_like
 from .record import Call, Op, Record, Ref, Value, map_tensors, name_of, tensors_in, written_tensors
 from .snapshot import PATCHING, undoing
 
-# --- recording ---------------------------------------------------------------------------------
-
 
 def _exotic(tree: Any) -> str:
     """Name of the first class in a nested result that a graph would not rebuild as it was."""

@@ -39,6 +39,20 @@ def depends_on(state: str) -> str:
     return f"its forward depends on {state}"
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_HEAP_TYPE, _IMMUTABLE = (
+    1 << 9,
+    1 << 8,
+)  # flags of a class: made by Python code; its methods cannot be exchanged
+
+
+def _is_settings(value: Any) -> bool:
+    """Whether a value is an object of somebody's class that holds attributes, as a config does."""
+    cls = type(value)
+    is_open = cls.__flags__ & (_HEAP_TYPE | _IMMUTABLE) == _HEAP_TYPE
+    return is_open and hasattr(value, "__dict__") and not callable(value)
+
+
 def _frozen(value: Any) -> Any:
     """A copy of nested plain containers, so that a later change in place shows; what they hold stays the same.
 
@@ -67,6 +81,8 @@ class AttributeReads:
         self.checkpoints = False  # whether it ran a checkpoint, where `guarded` lets it
         self.on = False
         self.found: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
+        self.settings: dict[int, tuple[nn.Module, str]] = {}  # id of an object -> whose attribute it is
+        self.watched: dict[type, Any] = {}  # class of such objects -> its own `__getattribute__`, if any
         self.iterates = False
 
     @contextlib.contextmanager
@@ -106,7 +122,7 @@ class AttributeReads:
             elif isinstance(registered[name], nn.Module):
                 self.note(module, name, PRESENT)
             raise
-        if name in module.__dict__ or isinstance(value, (bool, int, float, str, tuple, type(None))):
+        if name in module.__dict__ or isinstance(value, _PLAIN):
             self.note(module, name, value)
         return value
 
@@ -126,6 +142,33 @@ class AttributeReads:
         if isinstance(value, (Tensor, nn.Module)):
             return
         self.found.setdefault((id(module), name), (module, _frozen(value)))
+        if _is_settings(value) and id(value) not in self.settings:
+            self.settings[id(value)] = module, name
+            self.watch(type(value))
+
+    def watch(self, cls: Any) -> None:
+        """Note what is read of a module's settings, too: `self.config.double` is one more attribute of the module."""
+        if cls in self.watched:
+            return
+        original, self.watched[cls] = cls.__getattribute__, cls.__dict__.get("__getattribute__")
+
+        def seen(thing: Any, name: str) -> Any:
+            value = original(thing, name)
+            here = self.on and threading.get_ident() == self.thread and not name.startswith("__")
+            known = self.settings.get(id(thing)) if here else None
+            if known and (name in original(thing, "__dict__") or isinstance(value, _PLAIN)):
+                self.note(known[0], f"{known[1]}.{name}", value)
+            return value
+
+        cls.__getattribute__ = seen
+
+    def unwatch(self) -> None:
+        """May be cut short and started anew."""
+        for cls, own in self.watched.items():
+            if own is not None:
+                cls.__getattribute__ = own  # type: ignore[method-assign, assignment]
+            elif "__getattribute__" in cls.__dict__:
+                del cls.__getattribute__
 
 
 class NoWrites(Mode):
@@ -259,6 +302,7 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     def put_back() -> None:
         with contextlib.suppress(AttributeError):
             del nn.Module.__getattribute__
+        reads.unwatch()
         for place, name, value in saved:
             setattr(place, name, value)
 

@@ -29,6 +29,7 @@ from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.observe.example_inputs import Inputs, first_float
 from attninject.observe.probe import autocasting, run
 from attninject.observe.record import Record, map_tensors
+from attninject.observe.snapshot import alone
 
 from . import own_forward, scripting
 from .alignment import name_after
@@ -51,6 +52,7 @@ _compiler: Any = torch.compiler  # partly untyped
 _serial = itertools.count()
 
 
+@alone
 def generate(known: Injected, own: inspect.Signature | None = None) -> type[nn.Module]:
     """The subclass of `known.base` whose forward runs the blocks of its edit; cached.
 
@@ -170,6 +172,7 @@ def _remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return made._attninject_generated(carrier, *args, **kwargs)
 
 
+@alone
 def _graph_of_call(carrier: nn.Module, known: Injected, args: Any, kwargs: Any) -> LocalGraph:
     """The graph of the carrier's original forward, called so: the one that it has, if that still holds, or a new one.
 
@@ -273,6 +276,7 @@ def _pending(known: Injected) -> type[nn.Module]:
     return cls
 
 
+@alone
 def settled(carrier: nn.Module, known: Injected) -> type[nn.Module]:
     """The class of a carrier that is all there again: with the graph that is known, or with one of such a call.
 

@@ -226,7 +226,7 @@ def _sized(node: Any, tensors: frozenset[str]) -> str:
 
 @dataclass(frozen=True)
 class AttributeRead:
-    """An attribute that a trace read: of the owner (`path` "") or of a module below it.
+    """An attribute that a trace read: of the owner (`path` "") or of a module below it, or of settings that it holds.
 
     `set_by_run`: whoever calls the owner sets it first, so a model at rest may have another.
     """
@@ -242,7 +242,10 @@ class AttributeRead:
             module = owner.get_submodule(self.path)
         except AttributeError:
             return False
-        now = getattr(module, self.name, MISSING)
+        try:
+            now = operator.attrgetter(self.name)(module)
+        except AttributeError:
+            now = MISSING
         if self.value is PRESENT:
             return isinstance(now, nn.Module)
         if self.value is MISSING or now is MISSING:

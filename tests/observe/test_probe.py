@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 
 import numpy
@@ -279,6 +280,29 @@ def test_threads_that_plan_at_once_wait_for_each_other() -> None:
     thread.join()
     assert entered.is_set()
     assert nn.Module.__call__ is original
+
+
+def test_blocks_go_in_once_another_thread_has_its_record() -> None:
+    """While a run is recorded, the forwards of classes are others; no generated class holds on to those."""
+    entered, slow = threading.Event(), []
+
+    class Shared(Through):
+        def forward(self, x):
+            if slow:
+                entered.set()
+                time.sleep(0.2)
+            return self.b(self.a(x))
+
+    forward, model = Shared.forward, Around(Shared(None))
+    rule = {"block": "se", "after": "inner.a", "args": {"reduction": 4}}
+    plan = ai.plan(model, **rule)
+    slow.append(True)
+    thread = threading.Thread(target=ai.plan, args=(Around(Shared(None)),), kwargs=rule)
+    thread.start()
+    assert entered.wait(10)
+    ai.inject(model, plan)
+    thread.join()
+    assert type(model.inner).forward.__globals__["_base"] is forward
 
 
 def test_a_trace_leaves_other_threads_alone() -> None:

@@ -130,6 +130,48 @@ def test_a_graph_is_made_anew_under_autocast() -> None:
         assert torch.equal(model(x), base(x))
 
 
+class Config:
+    """Settings as an object of their own, one within the other."""
+
+    def __init__(self, **more: object) -> None:
+        self.double = False
+        self.__dict__.update(more)
+
+
+def double(m: nn.Module) -> None:
+    """A setting."""
+    m.inner.config.double = True
+
+
+def double_deeper(m: nn.Module) -> None:
+    """A setting of settings."""
+    m.inner.config.deeper.double = True
+
+
+def exchange(m: nn.Module) -> None:
+    """The whole object."""
+    m.inner.config = Config(deeper=Config(double=True))
+
+
+@pytest.mark.parametrize("change", [double, double_deeper, exchange])
+def test_a_change_of_settings_acts_as_on_the_base(change: Callable) -> None:
+    """The graph read what a config says; the config's class is as it was."""
+
+    def configured(self, x):
+        x = x * 2 if self.config.double else x
+        return self.b(self.a(x)) * (3 if self.config.deeper.double else 1)
+
+    model, x = Around(Through(configured)).eval(), images()
+    model.inner.config = Config(deeper=Config())
+    base = copy.deepcopy(model)
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    assert "__getattribute__" not in vars(Config)
+    for m in (base, model):
+        change(m)
+    assert torch.equal(model(x), base(x))
+    assert calls_of(model, x) == {"inner.se": 1}
+
+
 def test_a_second_injection_leaves_the_first_where_it_is() -> None:
     """Switched on, the forward has another first sum: the block behind the residual one stays there."""
     model, x = Around(Switched()).eval(), images()
