@@ -1,4 +1,4 @@
-"""The verbs: plan, inject, eject, sites, injected, disabled, create_block."""
+"""The verbs: plan, inject, eject, injected, disabled, create_block, and the lists."""
 
 from __future__ import annotations
 

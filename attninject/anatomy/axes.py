@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from attninject.layout import Layout
 
-# --- measuring ---------------------------------------------------------------------------------
-
 Shape = tuple[int, ...]
 
 

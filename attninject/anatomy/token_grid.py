@@ -128,7 +128,11 @@ class Positions:
 
         def numbers(_: Any) -> Tensor:
             mark, shape = next(marks), next(shapes)
-            return torch.tensor(NONE, dtype=torch.int32).expand(shape) if mark is None else mark.numbers
+            return (
+                torch.tensor(NONE, dtype=torch.int32, device="cpu").expand(shape)
+                if mark is None
+                else mark.numbers
+            )
 
         try:
             args, kwargs = map_values(op.given, numbers)
@@ -145,7 +149,7 @@ class Positions:
 def _fresh(shape: tuple[int, ...], op: Op | None) -> Marks:
     extents = shape[2:]
     return Marks(
-        torch.arange(math.prod(extents), dtype=torch.int32).reshape(extents).expand(shape),
+        torch.arange(math.prod(extents), dtype=torch.int32, device="cpu").reshape(extents).expand(shape),
         Source(op, extents),
     )
 
@@ -168,7 +172,7 @@ def _thinned(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The numbers of a map of windows at another resolution: each position's is that of one it came from."""
     numbers = numbers[:, :1]
     for axis in range(2, len(shape)):
-        there = torch.arange(shape[axis]) * numbers.shape[axis] // shape[axis]
+        there = torch.arange(shape[axis], device="cpu") * numbers.shape[axis] // shape[axis]
         numbers = numbers.index_select(axis, there)
     return numbers.expand(shape)
 

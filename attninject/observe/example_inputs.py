@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# --- inputs ------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Inputs:

@@ -22,8 +22,6 @@ from .recorder import Recorder, calls_through, direct_forwards, iterations
 from .snapshot import rng_kept, stand_ins, undoing
 from .walking import modules_in, named_modules_in
 
-# --- running -----------------------------------------------------------------------------------
-
 
 def run(
     model: nn.Module, inputs: Inputs, mode: ProbeMode, training: bool = False, hooks: bool = False
@@ -43,7 +41,13 @@ def run(
     record = Record(model, mode)
     record.hooks = hooks
     make, context = _maker(mode)
-    with rng_kept(), torch.no_grad(), context, stand_ins(model, make, hooks, record.numbers) as memo:
+    with (
+        rng_kept(),
+        torch.no_grad(),
+        without_autocast(),
+        context,
+        stand_ins(model, make, hooks, record.numbers) as memo,
+    ):
         for module in modules_in(model):
             module.__dict__["training"] = training
         record.stand_ins = memo
@@ -61,6 +65,20 @@ def run(
         record.complete = True
         record.input_values = _image_first(record)
     return record
+
+
+def autocasting() -> list[str]:
+    """The kinds of devices for which autocast is on."""
+    return [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Operations as the forward asks for them: autocast would add casts, and on meta tensors it does not."""
+    with contextlib.ExitStack() as stack:
+        for kind in autocasting():
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _image_first(record: Record) -> tuple[int, ...]:

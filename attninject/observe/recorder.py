@@ -19,8 +19,6 @@ from .meta_kernels import execute, meta_like
 from .record import Call, Op, Record, Ref, Value, map_tensors, name_of, tensors_in, written_tensors
 from .snapshot import PATCHING, undoing
 
-# --- recording ---------------------------------------------------------------------------------
-
 
 def _exotic(tree: Any) -> str:
     """Name of the first class in a nested result that a graph would not rebuild as it was."""
@@ -144,8 +142,6 @@ class Recorder(Mode):
         direct: bool = False,
     ) -> Any:
         """Run one module call and note it, its inputs and its results."""
-        if threading.get_ident() != self.thread:
-            return original(module, *args, **kwargs)
         parent = self.stack[-1] if self.stack else None
         number = 1
         if parent:
@@ -173,12 +169,12 @@ class Recorder(Mode):
 class _Husk:
     """Keeps a real tensor's identity unique without its memory: forgets the id once the tensor dies."""
 
-    def __init__(self, key: int, raw: int, recorder: Recorder) -> None:
-        self.key, self.raw, self.recorder = key, raw, recorder
+    def __init__(self, key: int, recorder: Recorder) -> None:
+        self.key, self.recorder = key, recorder
 
     @staticmethod
     def of(tensor: Tensor, recorder: Recorder) -> Any:
-        husk = _Husk(id(tensor), storage_of(tensor), recorder)
+        husk = _Husk(id(tensor), recorder)
         storage_ref = cast(Any, torch.multiprocessing.reductions).StorageWeakRef(tensor.untyped_storage())
         # the weak storage reference keeps the address from being used again
         return weakref.finalize(tensor, husk.forget), storage_ref
@@ -193,14 +189,15 @@ Handler = Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, An
 
 
 @contextlib.contextmanager
-def calls_through(
-    handler: Handler,
-) -> Iterator[None]:
-    """Send every module call of this process through `handler` (torch.fx's tracer works the same way)."""
+def calls_through(handler: Handler) -> Iterator[None]:
+    """Send every module call of this thread through `handler` (torch.fx's tracer works the same way)."""
+    here = threading.get_ident()
     with PATCHING:
         original = nn.Module.__call__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != here:
+                return original(module, *args, **kwargs)
             return handler(original, module, args, kwargs)
 
         with undoing(lambda: setattr(nn.Module, "__call__", original)):
@@ -230,7 +227,8 @@ def _seen(forward: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]
 
     @functools.wraps(forward)
     def seen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not recorder.stack or recorder.stack[-1].module is self:
+        here = recorder.stack and threading.get_ident() == recorder.thread
+        if not here or recorder.stack[-1].module is self:
             return forward(self, *args, **kwargs)
         return recorder.call(forward, self, args, kwargs, direct=True)
 

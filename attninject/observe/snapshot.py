@@ -13,7 +13,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ from .walking import modules_in
 
 # Held while code of the whole process is patched: else two threads that plan put back each other's patches.
 PATCHING = threading.RLock()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def alone(function: _Function) -> _Function:
+    """Let a function wait until no other thread has code of the whole process patched: it looks at classes' forwards."""
+
+    @functools.wraps(function)
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        with PATCHING:
+            return function(*args, **kwargs)
+
+    return cast(_Function, waits)
 
 
 @contextlib.contextmanager

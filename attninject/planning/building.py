@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attninject.blocks import registry
@@ -27,16 +28,20 @@ def build(plan: Plan, model: nn.Module) -> list[tuple[Location, nn.Module]]:
         model: its first floating parameter says where blocks go whose carrier has none.
     """
     fallback = first_float(model)
+    devices = {p.device for p in model.parameters()}
     made: dict[str, nn.Module] = {}
     with rng_kept():
         for site, location in zip(plan.sites, plan.locations, strict=True):
-            made[site.name] = made[site.shares] if site.shares else _build(site, location, fallback)
+            made[site.name] = made[site.shares] if site.shares else _build(site, location, fallback, devices)
             keep_site(made[site.name], replace(site, block=registry.reference(site.block)))
     return [(at, made[site.name]) for site, at in zip(plan.sites, plan.locations, strict=True)]
 
 
-def _build(site: Site, location: Location, fallback: Tensor) -> nn.Module:
-    """The block of a site, on the device and in the dtype and mode of where it goes."""
+def _build(site: Site, location: Location, fallback: Tensor, devices: set[torch.device]) -> nn.Module:
+    """The block of a site, on the device and in the dtype and mode of where it goes.
+
+    Of several `devices` that the model is on, the tensor's; it may have moved from the one where it was planned.
+    """
     given: Any = {"init": site.init, "dims": site.layout.dims, **site.args}
     if site.second is not None:
         given["other_channels"] = site.second.channels
@@ -45,8 +50,9 @@ def _build(site: Site, location: Location, fallback: Tensor) -> nn.Module:
     else:
         forward = base_class(location.old).forward
         block = registry.create_replacement(site.block, location.old, site.channels, forward=forward, **given)
-    like = first_float(location.old or location.carrier, first_float(location.carrier, fallback))
-    device = like.device if location.device.type == "meta" else location.device
-    if any(t.device != device or t.dtype != like.dtype for t in (*block.parameters(), *block.buffers())):
-        block.to(device=device, dtype=like.dtype)
+    like = location.like(fallback)
+    dtype = location.dtype or like.dtype
+    device = location.device if location.device in devices else like.device
+    if any(t.device != device or t.dtype != dtype for t in (*block.parameters(), *block.buffers())):
+        block.to(device=device, dtype=dtype)
     return block.train(location.carrier.training)

@@ -177,12 +177,13 @@ def _block_cost(rule: Rule, dims: int, given: Given) -> tuple[int, int]:
 @functools.lru_cache(maxsize=1024)
 def _check_foreign(block: BlockLike, args: FrozenDict, dims: int, given: Given) -> None:
     channels, other = given.shape[1], given.other and (2, *given.other[1:])
-    with rng_kept():
+    with rng_kept(), torch.device("cpu"):
         built = registry.create_block(
             block, channels, init="identity", dims=dims, other_channels=given.other_channels, **args
         )
     try:
-        kept = registry.is_identity(built, channels, dims, other=other)
+        with torch.device("cpu"):
+            kept = registry.is_identity(built, channels, dims, other=other)
     except Exception as error:
         raise IdentityError(
             f"{name_of(block)} fails on a random map of {channels} channels: {type(error).__name__}: {error}"

@@ -310,7 +310,7 @@ def _bears_none(module: nn.Module) -> bool:
 
 def _sheds_children(module: nn.Module) -> bool:
     """Whether a copy, or a pickle, is made from a state of its class's own that has no children (einops' layers)."""
-    if type(module).__getstate__ is object.__getstate__:
+    if type(module).__getstate__ in (object.__getstate__, nn.Module.__getstate__):
         return False
     try:
         state: Any = module.__getstate__()

@@ -97,5 +97,6 @@ class Plan:
 
 
 def signature(model: nn.Module) -> Any:
-    """What a plan depends on: names, classes and identities of all modules."""
-    return tuple((name, id(m), type(m)) for name, m in model.named_modules(remove_duplicate=False))
+    """What a plan depends on: names, classes and identities of all modules, and of forwards assigned to them."""
+    modules = model.named_modules(remove_duplicate=False)
+    return tuple((name, id(m), type(m), id(m.__dict__.get("forward"))) for name, m in modules)

@@ -17,7 +17,7 @@ from attninject.blocks import registry
 from attninject.blocks.registry import reads_conv
 from attninject.errors import CannotRewriteError, NoTensorError, PlanError, ProbeError
 from attninject.layout import Layout
-from attninject.observe.example_inputs import Inputs
+from attninject.observe.example_inputs import Inputs, first_float
 from attninject.observe.probe import hooked, probe, run
 from attninject.observe.record import Record, map_tensors
 from attninject.observe.snapshot import PATCHING, undoing
@@ -270,8 +270,10 @@ class _Planner:
             at, name=name, layout=layout, slot=slot, copy_result=copied, alone=cost.alone and not at.copy_given,
             splits=parted(self.scene, seen, location.carrier),
         )  # fmt: skip
+        value, like = self.record.values[spot.value], location.like(first_float(self.model))
         return replace(
-            location, insertion=insertion, device=self.record.values[spot.value].device, time=spot.time,
+            location, insertion=insertion, device=value.device, time=spot.time,
+            dtype=None if location.old or value.dtype == like.dtype else value.dtype,
             source=token_source(self.scene, spot, layout),
         )  # fmt: skip
 

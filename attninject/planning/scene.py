@@ -20,6 +20,7 @@ from attninject.errors import CannotRewriteError, NotCalledError, TraceRefused
 from attninject.layout import Layout
 from attninject.observe.record import Call, Op, Record, map_refs, refs
 from attninject.observe.snapshot import undoing
+from attninject.surgery.alignment import name_after
 from attninject.surgery.faithfulness import check
 from attninject.surgery.injected_state import OWN, base_class, injected_blocks, injected_in
 from attninject.surgery.local_graph import Arguments, LocalGraph, Target, find, targets
@@ -174,14 +175,18 @@ class Scene:
             arguments = Arguments.of(forward, args, kwargs)
         except (TypeError, ValueError) as error:
             raise TraceRefused(f"its forward's arguments cannot be told ({error})") from error
-        slots = known.slots if known else frozenset()
-        templates = (t for t in self.templates if decide or not t.arguments.decisions)
-        known_one = next((t for t in templates if t.fits(owner, forward, arguments)), None)
-        if known_one is not None and not slots:
+        slots, named = (known.slots, known.local) if known else (frozenset(), None)
+        templates = self.templates if named is None else [named]
+        fitting = (t for t in templates if decide or not t.arguments.decisions)
+        template = next((t for t in fitting if t.fits(owner, forward, arguments)), None)
+        if template is not None and not slots:
             with contextlib.suppress(TraceRefused):  # its forward may look at more than they are alike in
-                return self._checked(known_one, owner, call)
+                return self._checked(template, owner, call)
         local = trace(owner, forward, arguments, slots, decide)
-        self.templates.append(local)
+        if named is None:
+            self.templates.append(local)
+        else:  # whose names the blocks in it go by
+            name_after(local, named)
         return self._checked(local, owner, call)
 
     def _checked(self, local: LocalGraph, owner: nn.Module, call: Call) -> LocalGraph:

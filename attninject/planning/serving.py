@@ -44,6 +44,7 @@ def _group(rule: Rule, scene: Scene, spot: Spot) -> int:
 
 def _form(site: Site, location: Location, fallback: Tensor) -> tuple[Hashable, ...]:
     """What two sites of a rule have in common if one block can serve both."""
-    like = first_float(location.carrier, fallback)
+    like = location.like(fallback)
+    dtype = str(location.dtype or like.dtype)
     second = site.second.channels if site.second else 0
-    return site.channels, site.layout.dims, second, str(like.device), str(like.dtype), id(location.source)
+    return site.channels, site.layout.dims, second, str(like.device), dtype, id(location.source)

@@ -20,8 +20,6 @@ from attninject.wording import aligned, nearest_hint
 from . import support
 from .scene import Scene
 
-# --- sites -------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class SiteInfo:

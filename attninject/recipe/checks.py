@@ -11,8 +11,6 @@ from attninject.wording import did_you_mean, quoted
 from .frozen import FrozenDict
 from .report import BAD, Node, Report
 
-# --- the checks of a field: node in, value or BAD out ----------------------------------------
-
 Checker = Callable[[Node, Report], Any]
 """A node to its value; what is wrong goes to the report, and `BAD` comes back."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# --- what comes out ---------------------------------------------------------------------------
-
 
 class FrozenDict(Mapping[str, Any]):
     """An immutable, hashable mapping; nested lists are held as tuples, nested dicts as FrozenDicts."""

@@ -16,8 +16,6 @@ from .report import BAD, Report
 from .rules import Recipe, RecipeFields, Rule, RuleFields, explains_fields, tree_of, written
 from .yaml_text import read_file, read_yaml
 
-# --- the way in -------------------------------------------------------------------------------
-
 RecipeLike = Recipe | Rule | str | os.PathLike[str] | RecipeFields | RuleFields | Mapping[str, Any]
 """What stands for a recipe: itself, one rule, a shipped name, a path, or a dict (of a recipe or of one rule)."""
 

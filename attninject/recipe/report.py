@@ -8,8 +8,6 @@ from typing import Any
 from attninject.errors import Fault, RecipeError
 from attninject.wording import clipped, quoted
 
-# --- faults -----------------------------------------------------------------------------------
-
 BAD: Any = object()
 """The value of what has been reported already."""
 

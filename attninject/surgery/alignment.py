@@ -12,7 +12,15 @@ from difflib import SequenceMatcher
 
 from torch import fx
 
-from .local_graph import SIZES, operation_name, rename, targets
+from .local_graph import SIZES, LocalGraph, operation_name, rename, targets
+
+
+def name_after(local: LocalGraph, named: LocalGraph) -> None:
+    """Name the nodes of a forward's graphs as an earlier trace of it does."""
+    align(local.eval, named.eval)
+    if local.train is not local.eval:
+        align(local.train, local.eval)
+    local.named_by = named.names_from
 
 
 def align(graph: fx.Graph, named: fx.Graph) -> None:

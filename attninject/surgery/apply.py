@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from attninject.errors import CannotRewriteError
+from attninject.errors import CannotRewriteError, TraceRefused
 from attninject.observe.snapshot import undoing
 from attninject.observe.walking import named_modules_in
 
 from .generated_class import generate, set_class, settled
 from .injected_state import OWN, Contents, Injected, Insertion, base_class, injected_in, insertions
 from .layout_adapters import EXTENT, Extent
-from .local_graph import Arguments
 from .location import Location
 from .own_forward import own_signature, refuse_wrapped
 
@@ -64,14 +63,17 @@ def _prepared(groups: list[list[Placed]]) -> list[tuple[nn.Module, type]]:
     prepared: list[tuple[nn.Module, type]] = []
     for group in groups:
         carrier = group[0][0].carrier
-        known = injected_in(carrier) or Injected(base_class(carrier), (), None)
-        edit = known.edit + tuple(location.insertion for location, _ in group)
-        local = next((at.local for at, _ in group if at.local), known.local)
-        watched = sources.pop(id(carrier), None) is not None or known.watched
-        prepared.append((carrier, generate(known.base, edit, local, watched, own_signature(carrier))))
+        known = injected_in(carrier) or Injected(base_class(carrier))
+        grown = replace(
+            known,
+            edit=known.edit + tuple(location.insertion for location, _ in group),
+            local=next((at.local for at, _ in group if at.local), known.local),
+            watched=sources.pop(id(carrier), None) is not None or known.watched,
+        )
+        prepared.append((carrier, generate(grown, own_signature(carrier))))
     for source in sources.values():
-        known = injected_in(source) or Injected(type(source), (), None)
-        prepared.append((source, generate(known.base, known.edit, known.local, True, own_signature(source))))
+        known = injected_in(source) or Injected(type(source))
+        prepared.append((source, generate(replace(known, watched=True), own_signature(source))))
     return prepared
 
 
@@ -94,8 +96,8 @@ def revert(model: nn.Module, names: Sequence[str]) -> None:
         watched = known.watched and id(module.__dict__.get(EXTENT)) in in_use
         if len(left) < len(known.edit) or watched is not known.watched:
             refuse_wrapped(module)
-            local, own = known.local if any(i.target for i in left) else None, own_signature(module)
-            cls = generate(known.base, left, local, watched, own) if left or watched else known.base
+            rest = replace(known, edit=left, watched=watched)
+            cls = generate(rest, own_signature(module)) if left or watched else known.base
             prepared.append((module, gone.get(id(module), []), cls, watched))
     with _all_or_nothing([module for module, *_ in prepared]):
         for module, blocks, cls, watched in prepared:
@@ -116,21 +118,19 @@ class Removed:
         known: its original class, and how its forward called the blocks.
         blocks: name among the module's children → block.
         extent: what the module wrote the size of its result into.
-        arguments: how the graph is traced anew, where `known` came without it.
     """
 
     known: Injected
     blocks: dict[str, nn.Module]
     extent: Extent | None
-    arguments: Arguments | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Removed:
         blocks, extent = copy.deepcopy((self.blocks, self.extent), memo)
         return replace(self, blocks=blocks, extent=extent)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = self.known.local.names_from if self.known.local else self.arguments
-        return Removed, (replace(self.known, local=None), self.blocks, self.extent, arguments)
+        known = replace(self.known, local=None, arguments=self.known.names_from)
+        return Removed, (known, self.blocks, self.extent)
 
 
 def take_out(model: nn.Module) -> dict[str, Removed]:
@@ -154,7 +154,7 @@ def put_back(model: nn.Module, removed: Mapping[str, Removed]) -> None:
         CannotRewriteError: a module has another class since, or no place for its block; the model is as it was.
     """
     prepared = [(_module_for(model, path, was), was) for path, was in removed.items()]
-    classes = [settled(module, was.known, was.arguments) for module, was in prepared]
+    classes = [_class_again(module, was.known) for module, was in prepared]
     with _all_or_nothing([module for module, _ in prepared]):
         for (module, was), cls in zip(prepared, classes, strict=True):
             for insertion in was.known.edit:
@@ -162,6 +162,14 @@ def put_back(model: nn.Module, removed: Mapping[str, Removed]) -> None:
             if was.extent is not None:
                 module.__dict__[EXTENT] = was.extent
             set_class(module, cls)
+
+
+def _class_again(module: nn.Module, known: Injected) -> type[nn.Module]:
+    """The class that a module had; it traces its graph when it is called where that cannot be done at rest."""
+    try:
+        return settled(module, known)
+    except TraceRefused:
+        return generate(known, own_signature(module))
 
 
 def _module_for(model: nn.Module, path: str, was: Removed) -> nn.Module:

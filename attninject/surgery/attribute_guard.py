@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -26,9 +26,31 @@ _CHECKPOINTS = (
     "_checkpoint_without_reentrant_generator_impl",
 )
 _FACTORIES = ("rand", "randn", "zeros", "ones", "empty", "full", "arange")
-GRAD_MODE = "its forward depends on the grad mode"
+GRAD, AUTOCAST = "the grad mode", "autocast"  # of the process, which a forward may ask for
+_QUESTIONS = {"is_grad_enabled": GRAD, "is_autocast_enabled": AUTOCAST, "is_autocast_cpu_enabled": AUTOCAST}
+_AUTOCAST_DTYPES = ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocast_cpu_dtype")
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_TENSORS = frozenset({"parameters", "named_parameters", "buffers", "named_buffers", "state_dict"})
 _ITERATION = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+
+
+def depends_on(state: str) -> str:
+    """Why there is no graph of a forward that asks for a state of the process and acts by it."""
+    return f"its forward depends on {state}"
+
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_HEAP_TYPE, _IMMUTABLE = (
+    1 << 9,
+    1 << 8,
+)  # flags of a class: made by Python code; its methods cannot be exchanged
+
+
+def _is_settings(value: Any) -> bool:
+    """Whether a value is an object of somebody's class that holds attributes, as a config does."""
+    cls = type(value)
+    is_open = cls.__flags__ & (_HEAP_TYPE | _IMMUTABLE) == _HEAP_TYPE
+    return is_open and hasattr(value, "__dict__") and not callable(value)
 
 
 def _frozen(value: Any) -> Any:
@@ -49,16 +71,18 @@ def _frozen(value: Any) -> Any:
 class AttributeReads:
     """Collects the attributes that modules are asked for; filled slots read as None.
 
-    Who asks whether gradients are enabled gets `grad`, and `asks_grad` says that somebody did.
+    Who asks whether gradients, or autocast, are enabled gets what `answers` has, and `asked` says which somebody did.
     """
 
-    def __init__(self, owner: nn.Module, hidden: frozenset[str], grad: bool) -> None:
+    def __init__(self, owner: nn.Module, hidden: frozenset[str], answers: Mapping[str, bool]) -> None:
         self.owner, self.hidden, self.thread = owner, hidden, threading.get_ident()
-        self.grad, self.asks_grad = grad, False
+        self.answers, self.asked = answers, set[str]()
         self.parts: dict[str, Callable[..., Any]] = {}  # methods of the owner that are one step of its graph
         self.checkpoints = False  # whether it ran a checkpoint, where `guarded` lets it
         self.on = False
         self.found: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
+        self.settings: dict[int, tuple[nn.Module, str]] = {}  # id of an object -> whose attribute it is
+        self.watched: dict[type, Any] = {}  # class of such objects -> its own `__getattribute__`, if any
         self.iterates = False
 
     @contextlib.contextmanager
@@ -83,6 +107,8 @@ class AttributeReads:
             if name in self.parts:
                 return self.parts[name]
             self.iterates |= name in _ITERATION
+        elif name in _TENSORS:  # as in `next(self.conv.parameters()).dtype`, which a graph would freeze
+            raise TraceRefused("it looks at the tensors of its children")
         try:
             value = object.__getattribute__(module, name)
         except AttributeError:
@@ -96,22 +122,53 @@ class AttributeReads:
             elif isinstance(registered[name], nn.Module):
                 self.note(module, name, PRESENT)
             raise
-        if name in module.__dict__ or isinstance(value, (bool, int, float, str, tuple, type(None))):
+        if name in module.__dict__ or isinstance(value, _PLAIN):
             self.note(module, name, value)
         return value
 
-    def is_grad_enabled(self) -> bool:
-        """In place of torch's own."""
-        if threading.get_ident() != self.thread:
-            return torch._C.is_grad_enabled()
-        self.asks_grad = True
-        return self.grad
+    def answer(self, state: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """In place of torch's own function that says whether something is enabled."""
+
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self.thread:
+                return original(*args, **kwargs)
+            self.asked.add(state)
+            return self.answers[state]
+
+        return answered
 
     def note(self, module: nn.Module, name: str, value: Any) -> None:
         """Keep the first value that was read."""
         if isinstance(value, (Tensor, nn.Module)):
             return
         self.found.setdefault((id(module), name), (module, _frozen(value)))
+        if _is_settings(value) and id(value) not in self.settings:
+            self.settings[id(value)] = module, name
+            self.watch(type(value))
+
+    def watch(self, cls: Any) -> None:
+        """Note what is read of a module's settings, too: `self.config.double` is one more attribute of the module."""
+        if cls in self.watched:
+            return
+        original, self.watched[cls] = cls.__getattribute__, cls.__dict__.get("__getattribute__")
+
+        def seen(thing: Any, name: str) -> Any:
+            value = original(thing, name)
+            here = self.on and threading.get_ident() == self.thread and not name.startswith("__")
+            known = self.settings.get(id(thing)) if here else None
+            if known and (name in original(thing, "__dict__") or isinstance(value, _PLAIN)):
+                self.note(known[0], f"{known[1]}.{name}", value)
+            return value
+
+        cls.__getattribute__ = seen
+
+    def unwatch(self) -> None:
+        """May be cut short and started anew."""
+        for cls, own in self.watched.items():
+            if own is not None:
+                cls.__getattribute__ = own  # type: ignore[method-assign, assignment]
+            elif "__getattribute__" in cls.__dict__:
+                del cls.__getattribute__
 
 
 class NoWrites(Mode):
@@ -214,7 +271,7 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
 
     `sized`: a tensor made of a size that is part of the graph is part of it too, and so is what a checkpoint runs,
     which `reads` notes.
-    Other threads may go on making modules; calling one, torch.fx's own patch would be in their way.
+    Other threads may go on making and calling modules.
     """
 
     def refuse(why: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -226,8 +283,9 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
         return refused
 
     refusals: list[tuple[Any, str, str]] = [
-        (torch._C, "_set_grad_enabled", GRAD_MODE),
-        (torch.amp.autocast_mode.autocast, "__enter__", "its forward sets autocast"),
+        (torch._C, "_set_grad_enabled", depends_on(GRAD)),
+        *((torch.autocast, step, "its forward sets autocast") for step in ("__init__", "__enter__")),
+        *((torch, name, depends_on(AUTOCAST)) for name in _AUTOCAST_DTYPES),
     ]
     checkpoints = [name for name in _CHECKPOINTS if hasattr(torch.utils.checkpoint, name)]
     if not sized:
@@ -235,13 +293,16 @@ def guarded(reads: AttributeReads, sized: bool) -> Iterator[None]:
     patches = [(place, name, refuse(why, getattr(place, name))) for place, name, why in refusals]
     if sized:
         patches += [(torch.utils.checkpoint, name, _run_through(name, reads)) for name in checkpoints]
-    patches.append((torch, "is_grad_enabled", reads.is_grad_enabled))
+    patches += [
+        (torch, name, reads.answer(state, getattr(torch, name))) for name, state in _QUESTIONS.items()
+    ]
     patches += [(torch, name, _traceable(getattr(torch, name))) for name in _FACTORIES if sized]
     saved = [(place, name, getattr(place, name)) for place, name, _ in patches]
 
     def put_back() -> None:
         with contextlib.suppress(AttributeError):
             del nn.Module.__getattribute__
+        reads.unwatch()
         for place, name, value in saved:
             setattr(place, name, value)
 

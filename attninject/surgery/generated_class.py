@@ -19,18 +19,20 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from attninject.errors import CannotRewriteError, TraceRefused
-from attninject.observe.example_inputs import Inputs
-from attninject.observe.probe import run
-from attninject.observe.record import Record
+from attninject.observe.example_inputs import Inputs, first_float
+from attninject.observe.probe import autocasting, run
+from attninject.observe.record import Record, map_tensors
+from attninject.observe.snapshot import alone
 
 from . import own_forward, scripting
-from .alignment import align
+from .alignment import name_after
 from .codegen import ForwardWriter
 from .faithfulness import check
 from .injected_state import CONTAINERS, OWN, Injected, Insertion, as_original, extended_since, injected_in
@@ -50,26 +52,21 @@ _compiler: Any = torch.compiler  # partly untyped
 _serial = itertools.count()
 
 
-def generate(
-    base: type[nn.Module],
-    edit: tuple[Insertion, ...],
-    local: LocalGraph | None,
-    watched: bool = False,
-    own: inspect.Signature | None = None,
-) -> type[nn.Module]:
-    """The subclass of `base` whose forward runs the blocks of `edit`; cached.
+@alone
+def generate(known: Injected, own: inspect.Signature | None = None) -> type[nn.Module]:
+    """The subclass of `known.base` whose forward runs the blocks of its edit; cached.
 
     Args:
-        base: the carrier's original class.
-        edit: all its insertions, in the order in which they apply.
-        local: the graph of base's own forward; needed when an insertion has a target.
-        watched: whether it writes the size of its result down, for blocks on tokens.
+        known: what the class is to do.
         own: of the forward that was assigned to the carrier, see `own_forward`; None where there is none.
 
     Raises:
         CannotRewriteError: a target is not in the graph.
     """
-    local = local if any(i.target for i in edit) else None
+    base, edit, watched = known.base, known.edit, known.watched
+    local = known.local if known.in_graph else None
+    if known.in_graph and local is None:
+        return _pending(known)
     key = (base, edit, None if local is None else _local_key(local), watched, own and _own_key(own))
     if key in _classes:
         return _classes[key]
@@ -80,13 +77,13 @@ def generate(
     flags = __future__.annotations.compiler_flag  # types are for TorchScript, which reads them in the source
     exec(compile(source, filename, "exec", flags=flags), names)  # the text is ours, made from the graph
     attributes = {
-        "_attninject": Injected(base, edit, writer.local, watched),
+        "_attninject": Injected(base, edit, local, watched),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "forward": names["forward"],
         "_attninject_generated": names["forward"],
-        scripting.ENTRY: scripting.Scripted(base, edit, writer.local, own is not None),
+        scripting.ENTRY: scripting.Scripted(base, edit, local, own is not None),
         scripting.ORIGINAL: scripting.original(base),
         "__reduce_ex__": _reduce,
         "__copy__": lambda self: _copy(self, lambda state: state),
@@ -139,8 +136,7 @@ def _regenerate(carrier: nn.Module) -> None:
     """Swap a carrier's class for the one that suits the forward that it has now."""
     known = injected_in(carrier)
     assert known is not None
-    own = own_forward.own_signature(carrier)
-    set_class(carrier, generate(known.base, known.edit, known.local, known.watched, own))
+    set_class(carrier, generate(known, own_forward.own_signature(carrier)))
 
 
 def remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -171,11 +167,12 @@ def _remake(carrier: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"{known.base.__qualname__} changed since blocks were injected into its forward, and {refused}; "
             "eject the blocks, make the change, and inject again"
         ) from refused
-    made: Any = generate(known.base, known.edit, local, known.watched)
+    made: Any = generate(replace(known, local=local))
     set_class(carrier, made)
     return made._attninject_generated(carrier, *args, **kwargs)
 
 
+@alone
 def _graph_of_call(carrier: nn.Module, known: Injected, args: Any, kwargs: Any) -> LocalGraph:
     """The graph of the carrier's original forward, called so: the one that it has, if that still holds, or a new one.
 
@@ -188,10 +185,9 @@ def _graph_of_call(carrier: nn.Module, known: Injected, args: Any, kwargs: Any) 
         return known.local
     local = trace(carrier, forward, arguments, known.slots)
     if known.local is not None:  # the insertions' names are those of the graph that they were planned in
-        align(local.eval, known.local.eval)
-        if local.train is not local.eval:
-            align(local.train, local.eval)
-        local.named_by = known.local.names_from
+        name_after(local, known.local)
+    elif known.arguments is not None:
+        name_after(local, trace(carrier, forward, known.arguments, known.slots))
     with as_original(carrier):
         record = _run_of_call(carrier, Inputs(args, kwargs))
         check(local, carrier, record.calls[0], record, carrier.training)
@@ -199,7 +195,16 @@ def _graph_of_call(carrier: nn.Module, known: Injected, args: Any, kwargs: Any) 
 
 
 def _run_of_call(carrier: nn.Module, inputs: Inputs) -> Record:
-    """One recorded run; for real where what the forward makes on a device of its own does not go with meta tensors."""
+    """One recorded run; for real where what the forward makes on a device of its own does not go with meta tensors.
+
+    What autocast has made narrower by then is given in the carrier's own dtype, since the run is without autocast.
+    """
+    if autocasting():
+        dtype = first_float(carrier, torch.empty(0)).dtype
+        given = map_tensors(
+            (inputs.args, inputs.kwargs), lambda t: t.to(dtype) if t.is_floating_point() else t
+        )
+        inputs = Inputs(*given)
     try:
         return run(carrier, inputs, "meta", carrier.training)
     except RuntimeError:
@@ -239,12 +244,11 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Pickle as the original class plus the edit: generated code is never written to a file."""
     known = injected_in(self)
     assert known is not None
-    reduced: Any = known.base.__reduce_ex__(self, protocol)
+    reduced: Any = known.base.__reduce_ex__(self, max(protocol, 2))  # the older ones have no `__newobj__`
     if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         raise TypeError(f"{known.base.__qualname__} has its own __reduce__; eject the blocks to pickle it")
-    arguments = known.local.names_from if known.local else None
     own = (True,) if OWN in self.__dict__ else ()
-    return (_rebuild, (known.base, known.edit, arguments, known.watched, *own), *reduced[2:])
+    return (_rebuild, (known.base, known.edit, known.names_from, known.watched, *own), *reduced[2:])
 
 
 def _rebuild(
@@ -254,20 +258,17 @@ def _rebuild(
     watched: bool,
     own: bool = False,
 ) -> nn.Module:
-    pending = arguments is not None or own
-    cls = _pending(base, edit, arguments, watched) if pending else generate(base, edit, None, watched)
+    known = Injected(base, edit, None, watched, arguments)
+    cls = _pending(known) if own else generate(known)
     return cls.__new__(cls)
 
 
-def _pending(
-    base: type[nn.Module], edit: tuple[Insertion, ...], arguments: Arguments | None, watched: bool
-) -> type[nn.Module]:
-    """A class for the moment between a carrier's making and its state: settles once the children are there."""
+def _pending(known: Injected) -> type[nn.Module]:
+    """A class without its graph: settles once the children are there, as in unpickling, or at the first call."""
+    base, edit, watched, arguments = known.base, known.edit, known.watched, known.arguments
     key = (base, edit, arguments, watched, "pending")
     if key in _classes:
         return _classes[key]
-
-    known = Injected(base, edit, None, watched)
 
     def setstate(self: nn.Module, state: Any) -> None:
         original: Any = base
@@ -275,7 +276,7 @@ def _pending(
         with contextlib.suppress(
             TraceRefused
         ):  # it reads what only a run sets, and is made anew at its first call
-            set_class(self, settled(self, known, arguments))
+            set_class(self, settled(self, known))
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         state: Any = base.__reduce_ex__(self, protocol)
@@ -292,12 +293,16 @@ def _pending(
     return cls
 
 
-def settled(carrier: nn.Module, known: Injected, arguments: Arguments | None) -> type[nn.Module]:
-    """The class of a carrier that is all there again: with the graph that is known, or with one of a call so."""
-    local = known.local
-    if local is None and arguments is not None:
-        local = trace(carrier, known.base.forward, arguments, known.slots)
-    return generate(known.base, known.edit, local, known.watched, own_forward.own_signature(carrier))
+@alone
+def settled(carrier: nn.Module, known: Injected) -> type[nn.Module]:
+    """The class of a carrier that is all there again: with the graph that is known, or with one of such a call.
+
+    Raises:
+        TraceRefused: there is no graph of such a call while the model is at rest.
+    """
+    if known.in_graph and known.local is None and known.arguments is not None:
+        known = replace(known, local=trace(carrier, known.base.forward, known.arguments, known.slots))
+    return generate(known, own_forward.own_signature(carrier))
 
 
 def _hiding(base: type[nn.Module], hidden: frozenset[str]) -> dict[str, Any]:

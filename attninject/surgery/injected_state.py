@@ -15,7 +15,7 @@ from attninject.observe.snapshot import undoing
 from attninject.observe.walking import modules_in, named_modules_in
 from attninject.terms import Position, Slot
 
-from .local_graph import LocalGraph, Target
+from .local_graph import Arguments, LocalGraph, Target
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 OWN = "_attninject_forward"  # attribute of a carrier: the forward that was assigned to it since injection
@@ -80,12 +80,26 @@ class Insertion:
 
 @dataclass(frozen=True)
 class Injected:
-    """What a generated class remembers. `watched`: it writes the size of its result into an `Extent`."""
+    """What a generated class remembers.
+
+    Attributes:
+        base: the carrier's original class.
+        edit: all its insertions, in the order in which they apply.
+        local: the graph of the original forward; None where nothing stands in it, or where it has yet to be traced.
+        watched: it writes the size of its result into an `Extent`.
+        arguments: how the forward was called, where its graph has yet to be traced.
+    """
 
     base: type[nn.Module]
-    edit: tuple[Insertion, ...]
-    local: LocalGraph | None
+    edit: tuple[Insertion, ...] = ()
+    local: LocalGraph | None = None
     watched: bool = False
+    arguments: Arguments | None = None
+
+    @property
+    def names_from(self) -> Arguments | None:
+        """The arguments whose trace names the nodes that the insertions stand at."""
+        return self.local.names_from if self.local else self.arguments
 
     @property
     def in_graph(self) -> tuple[Insertion, ...]:

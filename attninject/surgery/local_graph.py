@@ -67,7 +67,7 @@ class Arguments:
         asked = tuple(dict.fromkeys(decisions))
         kinds = []
         for a in self.inputs:
-            if any(re.search(rf"\b{a.name}\b", d.expression) for d in asked):
+            if any(re.search(rf"(?<![\w.]){a.name}\b", d.expression) for d in asked):
                 kind = next(k for k in _KINDS if isinstance(a.example, _KINDS[k]))
                 kinds.append(Decision(f"isinstance({a.name}, {kind})", True))
         return Arguments(self.items, tuple(dict.fromkeys((*kinds, *asked))))
@@ -84,7 +84,7 @@ class Arguments:
         try:
             names = {a.name: a.example for a in self.inputs if a.example is not MISSING}
             return bool(
-                eval(expression, {"_operator": operator}, names)
+                eval(expression, dict(DECISION_NAMES), names)
             )  # the text is ours, made from the graph
         except Exception as error:
             raise TraceRefused(f"it decides by its arguments ({expression})") from error
@@ -226,7 +226,7 @@ def _sized(node: Any, tensors: frozenset[str]) -> str:
 
 @dataclass(frozen=True)
 class AttributeRead:
-    """An attribute that a trace read: of the owner (`path` "") or of a module below it.
+    """An attribute that a trace read: of the owner (`path` "") or of a module below it, or of settings that it holds.
 
     `set_by_run`: whoever calls the owner sets it first, so a model at rest may have another.
     """
@@ -242,7 +242,10 @@ class AttributeRead:
             module = owner.get_submodule(self.path)
         except AttributeError:
             return False
-        now = getattr(module, self.name, MISSING)
+        try:
+            now = operator.attrgetter(self.name)(module)
+        except AttributeError:
+            now = MISSING
         if self.value is PRESENT:
             return isinstance(now, nn.Module)
         if self.value is MISSING or now is MISSING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from attninject.observe.example_inputs import first_float
 from attninject.terms import Mechanism
 
 from .injected_state import Insertion
@@ -24,6 +25,7 @@ class Location:
         reason: why not `graph`; empty for `graph`.
         written: something later writes into what the block gives, which matters to a block that keeps it.
         device: of the tensor there; meta where the probe did not look.
+        dtype: of the tensor there, where it is another than that of the module's own weights.
         time: orders the blocks of one carrier as the dataflow does.
         source: the layer that makes the map whose positions the tokens at the site are; None: not known.
         old: the module whose place the block takes; None where it takes none.
@@ -35,9 +37,14 @@ class Location:
     reason: str = ""
     written: bool = False
     device: torch.device = torch.device("meta")  # noqa: RUF009 (immutable)
+    dtype: torch.dtype | None = None
     time: int = 0
     source: nn.Module | None = None
     old: nn.Module | None = None
+
+    def like(self, otherwise: Tensor) -> Tensor:
+        """The tensor whose device and dtype the block follows: of its module, or the given one where that has none."""
+        return first_float(self.old or self.carrier, first_float(self.carrier, otherwise))
 
     @property
     def mechanism(self) -> Mechanism:

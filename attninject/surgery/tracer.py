@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from attninject.errors import TraceRefused
 from attninject.observe.snapshot import PATCHING, Snapshot, generators, rng_kept, undoing
 
 from .alignment import align
-from .attribute_guard import GRAD_MODE, AttributeReads, NoWrites, guarded
+from .attribute_guard import AUTOCAST, GRAD, AttributeReads, NoWrites, depends_on, guarded
 from .injected_state import base_class
 from .local_graph import (
     IN_PLACE,
@@ -94,6 +95,12 @@ class _Tracer(fx.Tracer):
             reads.parts = {name: functools.partial(self.part, name) for name in called}
         self.known = {id(t) for t in (*reads.owner.parameters(), *reads.owner.buffers())}
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Calls of other threads, which torch.fx sends here too, run as they are."""
+        if threading.get_ident() != self.reads.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -163,6 +170,8 @@ class _Tracer(fx.Tracer):
             return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.reads.thread:
+            return attr_val
         with self.reads.paused():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -219,20 +228,23 @@ def _trace_in_mode(
     hidden: frozenset[str],
     decide: bool,
 ) -> _Traced:
-    """One graph for the mode that the owner is in, whether gradients are enabled or not.
+    """One graph for the mode that the owner is in, with and without gradients and autocast.
 
     A forward may ask, as a checkpointing wrapper does, and then do the same; where it does not, there is no graph.
     """
-    reads = AttributeReads(owner, hidden, torch.is_grad_enabled())
-    graph, found, decisions, checkpoints = _trace_once(owner, forward, arguments, reads, decide)
-    if reads.asks_grad:
-        other = AttributeReads(owner, hidden, not reads.grad)
-        twin, more, others, too = _trace_once(owner, forward, arguments, other, decide)
-        if _text(twin) != _text(graph):
-            raise TraceRefused(GRAD_MODE)
-        found, decisions = tuple(dict.fromkeys((*found, *more))), (*decisions, *others)
-        checkpoints |= too
-    return graph, found, decisions, checkpoints
+    answers = {GRAD: torch.is_grad_enabled(), AUTOCAST: False}
+    tried, traced = [answers], list[_Traced]()
+    for answers in tried:
+        reads = AttributeReads(owner, hidden, answers)
+        traced.append(_trace_once(owner, forward, arguments, reads, decide))
+        if _text(traced[-1][0]) != _text(traced[0][0]):
+            changed = next(state for state in answers if answers[state] != tried[0][state])
+            raise TraceRefused(depends_on(changed))
+        flipped = ({**answers, state: not answers[state]} for state in sorted(reads.asked))
+        tried += [other for other in flipped if other not in tried]
+    graphs, found, decisions, checkpoints = zip(*traced, strict=True)
+    reads_of_all = tuple(dict.fromkeys(read for each in found for read in each))
+    return graphs[0], reads_of_all, tuple(d for each in decisions for d in each), any(checkpoints)
 
 
 def _trace_once(

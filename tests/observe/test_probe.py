@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 
 import numpy
@@ -281,26 +282,55 @@ def test_threads_that_plan_at_once_wait_for_each_other() -> None:
     assert nn.Module.__call__ is original
 
 
+def test_blocks_go_in_once_another_thread_has_its_record() -> None:
+    """While a run is recorded, the forwards of classes are others; no generated class holds on to those."""
+    entered, slow = threading.Event(), []
+
+    class Shared(Through):
+        def forward(self, x):
+            if slow:
+                entered.set()
+                time.sleep(0.2)
+            return self.b(self.a(x))
+
+    forward, model = Shared.forward, Around(Shared(None))
+    rule = {"block": "se", "after": "inner.a", "args": {"reduction": 4}}
+    plan = ai.plan(model, **rule)
+    slow.append(True)
+    thread = threading.Thread(target=ai.plan, args=(Around(Shared(None)),), kwargs=rule)
+    thread.start()
+    assert entered.wait(10)
+    ai.inject(model, plan)
+    thread.join()
+    assert type(model.inner).forward.__globals__["_base"] is forward
+
+
 def test_a_trace_leaves_other_threads_alone() -> None:
-    """A net that is made in another thread meanwhile is neither refused nor taken for the traced one."""
-    stop, errors = threading.Event(), []
+    """A net that is made and run in another thread meanwhile is neither refused nor taken for the traced one."""
+    stop, errors, layer = threading.Event(), [], nn.Linear(8, 8)
 
     def busy() -> None:
         while not stop.is_set():
             try:
-                nn.ReLU().mark = torch.is_grad_enabled()
+                net = nn.Sequential(layer, nn.ReLU())
+                net.mark = torch.is_grad_enabled()
+                assert net(torch.ones(1, 8)).shape == (1, 8)
             except Exception as error:
                 errors.append(error)
                 return
 
-    def residual(self, x):
-        stop.wait(0.05)  # time for the other thread
-        return x + self.b(torch.relu(self.a(x)))
+    class Parted(Through):
+        def forward_first(self, x):
+            stop.wait(0.05)  # time for the other thread
+            return torch.relu(self.a(x))
+
+        def forward(self, x):
+            return x + self.b(self.forward_first(x))
 
     thread = threading.Thread(target=busy)
     thread.start()
     try:
-        plan = ai.plan(Around(Through(residual)), block="se", after="inner.a", args={"reduction": 4})
+        plan = ai.plan(Around(Parted(None)), block="se", after="inner::add", args={"reduction": 4})
     finally:
         stop.set()
         thread.join()

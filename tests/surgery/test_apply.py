@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import attninject as ai
 from attninject import errors
+from attninject.surgery import apply
 
 
 class Rated(Through):
@@ -105,6 +106,91 @@ def test_a_change_that_removes_the_site_says_so() -> None:
     assert model(x).shape == (2, 8, 16, 16)
 
 
+class Switched(nn.Module):
+    """A weight of its own, used as autocast would cast it, and one more sum when it is switched on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.more = nn.Conv2d(8, 8, 3, padding=1), False
+        self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+
+    def forward(self, x):
+        if self.more:
+            x = x + 1
+        return x + F.conv2d(self.a(x), self.weight)
+
+
+def test_a_graph_is_made_anew_under_autocast() -> None:
+    """What autocast made of the inputs is no reason to find the forward changed."""
+    model, x = Around(Switched()).eval(), images()
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    base = ai.eject(copy.deepcopy(model))
+    model.inner.more = base.inner.more = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(x), base(x))
+
+
+class Config:
+    """Settings as an object of their own, one within the other."""
+
+    def __init__(self, **more: object) -> None:
+        self.double = False
+        self.__dict__.update(more)
+
+
+def double(m: nn.Module) -> None:
+    """A setting."""
+    m.inner.config.double = True
+
+
+def double_deeper(m: nn.Module) -> None:
+    """A setting of settings."""
+    m.inner.config.deeper.double = True
+
+
+def exchange(m: nn.Module) -> None:
+    """The whole object."""
+    m.inner.config = Config(deeper=Config(double=True))
+
+
+@pytest.mark.parametrize("change", [double, double_deeper, exchange])
+def test_a_change_of_settings_acts_as_on_the_base(change: Callable) -> None:
+    """The graph read what a config says; the config's class is as it was."""
+
+    def configured(self, x):
+        x = x * 2 if self.config.double else x
+        return self.b(self.a(x)) * (3 if self.config.deeper.double else 1)
+
+    model, x = Around(Through(configured)).eval(), images()
+    model.inner.config = Config(deeper=Config())
+    base = copy.deepcopy(model)
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    assert "__getattribute__" not in vars(Config)
+    for m in (base, model):
+        change(m)
+    assert torch.equal(model(x), base(x))
+    assert calls_of(model, x) == {"inner.se": 1}
+
+
+def test_a_second_injection_leaves_the_first_where_it_is() -> None:
+    """Switched on, the forward has another first sum: the block behind the residual one stays there."""
+    model, x = Around(Switched()).eval(), images()
+    ai.inject(model, **se(after="inner::add", init="paper"), example_inputs=x)
+    model.inner.more = True
+    before = model(x)
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    assert torch.equal(model(x), before)
+
+
+def test_a_forward_assigned_since_the_plan_makes_it_stale() -> None:
+    """It would win over the one with the block in it."""
+    model = Around(Through(body))
+    plan = ai.plan(model, **se(after="inner.a"), example_inputs=images())
+    model.inner.forward = model.inner.b.forward
+    with pytest.raises(errors.StalePlanError):
+        ai.inject(model, plan)
+
+
 # --- copies and files --------------------------------------------------------------------------
 
 
@@ -165,6 +251,70 @@ def test_a_shallow_copy_shares_what_a_shallow_copy_shares() -> None:
     y = model.stem(x)
     assert torch.equal(twin(y), model.inner(y))
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.inner.parameters()]
+
+
+class Sized(nn.Module):
+    """Tokens as a map, whose size the caller sets before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.size = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), None
+
+    def forward(self, x):
+        y = x.transpose(1, 2).reshape(x.shape[0], 8, self.size[0], self.size[1])
+        return x + self.norm(self.a(y)).flatten(2).transpose(1, 2)
+
+
+class Sizing(nn.Module):
+    """The caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 8, 1), Sized()
+
+    def forward(self, x):
+        y = self.stem(x)
+        self.inner.size = tuple(y.shape[2:])
+        return self.inner(y.flatten(2).transpose(1, 2))
+
+
+def part_ejected(model: nn.Module) -> None:
+    """One of two blocks goes."""
+    ai.eject(model, "inner.two")
+
+
+def more_injected(model: nn.Module) -> None:
+    """One more block, around the same module."""
+    ai.inject(model, block="eca", after="inner", name="three")
+
+
+def out_and_in(model: nn.Module) -> None:
+    """As switching between deltas does."""
+    apply.put_back(model, through_pickle(apply.take_out(model)))
+
+
+@pytest.mark.parametrize("change", [part_ejected, more_injected, out_and_in])
+def test_a_model_read_from_a_file_keeps_blocks_whose_graph_waits_for_a_call(change: Callable) -> None:
+    """What the forward reads is set by a run alone, and the model is changed before there was one."""
+    model, x = Sizing().eval(), images()
+    rules = [{**se(after="inner.norm", init="paper"), "name": name} for name in ("one", "two")]
+    ai.inject(model, {"rules": rules}, example_inputs=x)
+    twin = through_pickle(model)
+    for m in (model, twin):
+        change(m)
+    assert twin.load_state_dict(model.state_dict()).missing_keys == []
+    assert torch.equal(twin(x), model(x))
+    assert set(calls_of(twin, x).values()) == {1}
+    assert ai.eject(twin)(x).shape == (2, 256, 8)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_of_pickle_does(protocol: int) -> None:
+    """The oldest ones know no way to make an object without its constructor."""
+    model, x = rated(), images()
+    ai.inject(model, **se(after="inner.a"), example_inputs=x)
+    twin = pickle.loads(pickle.dumps(model, protocol))
+    assert torch.equal(seeded(twin, x), seeded(model, x))
 
 
 def body(self, x):

@@ -73,6 +73,22 @@ def without_grad(self, x):
         return self.b(self.a(x))
 
 
+def asks_autocast(self, x):
+    """Does more where autocast is on, with or without gradients."""
+    more = torch.is_grad_enabled() and torch.is_autocast_enabled()
+    return self.b(self.a(x)) * 2 if more else self.b(self.a(x))
+
+
+def asks_dtype(self, x):
+    """Takes the dtype that autocast would."""
+    return self.b(self.a(x).to(torch.get_autocast_dtype("cpu")).float())
+
+
+def asks_child(self, x):
+    """Takes the dtype of the first tensor of a child."""
+    return self.b(self.a(x.to(next(self.a.parameters()).dtype)))
+
+
 def branches(self, x):
     """Decides by the values of a tensor."""
     y = self.a(x)
@@ -106,6 +122,9 @@ def keeps_tensors(self, x):
         (checkpoints, "grad mode|checkpoints its children"),
         (autocasts, "sets autocast"),
         (without_grad, "depends on the grad mode"),
+        (asks_autocast, "depends on autocast"),
+        (asks_dtype, "depends on autocast"),
+        (asks_child, "looks at the tensors of its children"),
         (caches, "cache of its own"),
         (ordered, "returns a OrderedDict"),
         (keeps_tensors, "container of tensors"),
@@ -129,6 +148,16 @@ def test_what_a_graph_would_freeze_or_lose_goes_by_module(body: Callable, reason
     )
     assert all(torch.equal(a, b) for a, b in pairs)
     assert calls_of(model, x) == {"inner.b.se": 1}
+
+
+def test_a_question_about_autocast_without_consequence_is_allowed() -> None:
+    """A forward that asks and then does the same has a graph."""
+
+    def looks(self, x):
+        torch.is_autocast_enabled()
+        return self.b(self.a(x))
+
+    assert planned(Through(looks)).mechanism == "graph"
 
 
 def test_branching_on_values_goes_by_module() -> None:
@@ -318,3 +347,17 @@ def test_reading_a_plain_container_that_changes_in_place_is_noticed() -> None:
         m.inner.factors[0][0] = 3
     with ai.disabled(model):
         assert torch.equal(model(x), base(x))
+
+
+def test_a_graph_that_decides_by_sizes_serves_calls_of_like_sizes() -> None:
+    """It is known again, so that equal owners share it; an input named as a tensor's attribute is no question."""
+
+    def forward(self, x, shape):
+        """Two inputs, one a list."""
+
+    def called(size: int) -> local_graph.Arguments:
+        return local_graph.Arguments.of(forward, (torch.zeros(2, 3, size, size), [1]), {})
+
+    even = called(4).decided([local_graph.Decision("_operator.mod(x.shape[2], 2)", False)])
+    assert called(6).fits(even)
+    assert not called(5).fits(even)
