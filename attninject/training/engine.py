@@ -18,8 +18,7 @@ from . import runs
 from .building import build
 from .callbacks import Callback, printed, spoken, with_say
 from .cost import DryRun, estimate
-from .data.datasets import Images, classes_of
-from .data.opening import open_images
+from .data.opening import open_images, paired
 from .data.preprocessing import preprocessing_of
 from .experiment import Experiment, read_experiment, settings
 from .job import Job, Result
@@ -83,8 +82,7 @@ def _job(
     if workers is not None:
         data_settings = replace(data_settings, workers=workers)
     if pair:
-        many = bool(getattr(pair[0], "multilabel", False))
-        opened = Images(pair[0], pair[1], classes_of(pair[0]), many)
+        opened = paired(pair[0], pair[1], many=bool(getattr(pair[0], "multilabel", False)))
     else:
         opened = open_images(data_settings)
     preprocessing = None if pair else preprocessing_of(model, data_settings)
