@@ -31,7 +31,7 @@ from .multilabel_metrics import LabelMetrics
 from .nets import placed
 
 FILES = {"best": runs.BEST, "last": runs.LAST}
-"""Which of a run's two files: that of the epoch with the best top-1, or that of the last epoch."""
+"""Which of a run's two files: that of the epoch which its monitor found best, or that of the last epoch."""
 
 
 @dataclass(frozen=True)

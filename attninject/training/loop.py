@@ -165,7 +165,7 @@ class Run:
                 state.loss_sum, state.skipped = state.loss_sum + loss, state.skipped + skipped
                 state.batch, state.step = state.batch + 1, state.step + 1
                 self.learner.advance(state.epoch, state.batch)
-                done = (state.batch - first) * train.batch_size * train.accumulate
+                done = (state.batch - first) * self.loaders.order.batch_size * train.accumulate
                 speed = done * self.accelerator.num_processes / (time.perf_counter() - began)
                 bar(state.batch, state.step, loss, speed)
                 self.maybe_save()

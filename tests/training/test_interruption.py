@@ -306,6 +306,17 @@ def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock"} == before
     with pytest.raises(errors.RunError, match="nothing to resume"):
         finetune(net(), DATA, **QUICK, out=tmp_path / "b", resume=True)
+    for name in (runs.CHECKPOINT, runs.PREVIOUS):
+        (run / name).unlink()
+    with pytest.raises(errors.RunError, match=rf"holds a run already \({runs.LAST}\): take another `out`"):
+        finetune(net(), DATA, **QUICK, out=run)
+
+
+def test_what_a_killed_run_left_half_written_goes(run: Path) -> None:
+    """Going on clears away temporary files, each as large as a checkpoint."""
+    (run / f".{runs.CHECKPOINT}.99.tmp").touch()
+    resume(run)
+    assert not list(run.glob(".*.tmp"))
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -321,13 +332,19 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 def test_loader_processes_of_a_killed_run_hold_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loader process closes its copy of the lock and leaves the run's; with the run's gone the folder is free."""
+    """A loader process closes its copy of the lock and leaves the run's; with the run's gone the folder is free.
+
+    Ctrl-C, which a terminal sends to it too, is not its to hear.
+    """
+    heard: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", heard.__setitem__)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     first, second = runs.Folder(tmp_path), runs.Folder(tmp_path)
     first.begin(resume=False)
     assert first._lock is not None
     of_the_run = os.dup(first._lock.fileno())  # as after a fork, two hold one lock
     loaders._quiet_worker(0)
+    assert heard == {signal.SIGINT: signal.SIG_IGN}
     with pytest.raises(errors.RunError, match="another run is at work"):
         second.begin(resume=False)
     os.close(of_the_run)
