@@ -81,7 +81,8 @@ def _keys(model: nn.Module, part: str | int) -> set[str]:
 
 def _names(model: nn.Module) -> dict[str, str]:
     """Every name of a module or parameter → the one by which `named_modules` knows it, where it has several."""
-    found, first = {}, {}
+    found: dict[str, str] = {}
+    first: dict[nn.Module, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = found[path] = first.setdefault(module, path)
         found |= {joined(path, n): joined(own, n) for n, p in module._parameters.items() if p is not None}
