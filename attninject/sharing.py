@@ -185,7 +185,7 @@ def _settings(experiment: Experiment) -> list[str]:
     recipe: Any = experiment.recipe
     said = "none: plain fine-tuning" if recipe is None else f"`{recipe}`"
     train = experiment.train
-    rates = f"lr {train.lr:g}, attn_lr {train.attn_lr or train.lr:g}, freeze {train.freeze or 'nothing'}"
+    rates = f"lr {train.lr:g}, attn_lr {train.rate_of_blocks:g}, freeze {train.freeze or 'nothing'}"
     return [
         "## How it was made",
         f"Recipe: {said}. {train.epochs} epochs of batches of {train.batch_size}, {train.optimizer}, {rates}, seed "

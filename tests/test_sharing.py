@@ -127,7 +127,7 @@ def test_a_run_is_pushed_and_comes_back_whole(tmp_path: Path, capsys) -> None:
     assert f"is at {tmp_path / 'b'}" in capsys.readouterr().out
     card = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
     for text in ("license: mit", "- timm", "Digits.", "timm/test_resnet", "| epoch | val_loss | top1 | top5 |", "| 0 |",
-                 f'ai.training.trained("{there}")', "freeze backbone, seed 0"):  # fmt: skip
+                 f'ai.training.trained("{there}")', "attn_lr 0.001, freeze backbone, seed 0"):  # fmt: skip
         assert text in card, text
     ours, theirs = ai.training.trained(run), ai.training.trained(there)
     x = torch.randn(2, 3, 16, 16)

@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     )
     what.add_argument(
         "--file", type=word(("best", "last"), "file"), default="best", metavar="FILE",
-        help="best (top-1; the default) or last: which epoch's model",
+        help="the best epoch's model, by the run's monitor (the default), or the last",
     )  # fmt: skip
     what.add_argument(
         "--without-blocks",

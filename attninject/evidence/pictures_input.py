@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from attninject.errors import PictureError
 from attninject.observe.example_inputs import first_float
 from attninject.training.data.preprocessing import Preprocessing, preprocessing_of
+from attninject.training.data.reading import eight_bits
 from attninject.training.experiment import Data
 
 ImageLike = str | os.PathLike[str] | Image.Image | Tensor
@@ -178,24 +178,11 @@ def _placed(
 def _opened(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """Upright, 8 bits per channel, without a palette."""
     if isinstance(source, Image.Image):
-        return _eight_bits(ImageOps.exif_transpose(source))
+        return eight_bits(ImageOps.exif_transpose(source))
     try:
         with Image.open(source) as file:
-            return _eight_bits(ImageOps.exif_transpose(file))
+            return eight_bits(ImageOps.exif_transpose(file))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, by format
         what = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         said = "it is none that Pillow knows" if isinstance(error, UnidentifiedImageError) else what
         raise PictureError(f"{os.fspath(source)} cannot be read as an image: {said}") from error
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Integers of 16 bits and floats are scaled, where Pillow's own conversion would cut them off at 255."""
-    if image.mode == "P":  # its transparency may be bytes, which only RGBA takes
-        return image.convert("RGBA")
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values: Any = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    tops = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
-    most = values.max()  # modes without a range of their own: the narrowest usual one that holds them
-    full = next((top for top in tops if most <= top), most)
-    return Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8))

@@ -16,7 +16,7 @@ From the ground up, each importing only what stands before it:
 - machine and nets: devices · sharding · nets
 - one step: losses · factories · metrics · multilabel_metrics · measuring · gate_movement · learner
 - one run: job · optimizer_state · log_columns · run_state · resuming · run_files · callbacks · tracking · reporting ·
-  loop · trial
+  loop · trial · cost · rate_test
 - from outside: building · engine · evaluation · predicting · exporting
 
 Nothing of the settings needs torch: the command line describes its flags from `experiment`.

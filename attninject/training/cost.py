@@ -77,11 +77,12 @@ def estimate(job: Job) -> DryRun:
     Raises:
         As `loop.carry_out`.
     """
+    elsewhere = _forget_peak()
     with on_a_copy(job) as run:
         on_gpu = run.accelerator.device.type == "cuda"
         held = 0 if on_gpu else _saved_for_backward(run)
         step = _median_of_steps(run)
-        memory = _memory(run, held)
+        memory = {"peak": torch.cuda.max_memory_allocated() - elsewhere} if on_gpu else _memory(run, held)
         val = _seconds_of_validation(run)
         epochs, steps = run.train.epochs, run.loaders.steps
         learning, images = trainable(run.learner.nets.model), run.job.images
@@ -137,9 +138,15 @@ def _saved_for_backward(run: Run) -> int:
     return sum(kept.values()) + x.nbytes
 
 
+def _forget_peak() -> int:
+    """What was done on a GPU before is not the trial's; bytes that are held there now."""
+    if not torch.cuda.is_initialized():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 def _memory(run: Run, activations: int) -> dict[str, int]:
-    if run.accelerator.device.type == "cuda":
-        return {"peak": torch.cuda.max_memory_allocated()}
     nets = run.learner.nets
     state = [v for s in run.learner.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
     averaged = 0 if nets.average is None else _weights(nets.average)

@@ -33,6 +33,8 @@ def open_accelerator(train: Training) -> Any:
         accelerator = Accelerator(
             cpu=train.device == "cpu", mixed_precision=train.precision, gradient_accumulation_plugin=own
         )
+        # a loop of the caller's that ended within its window would leave every step of the optimizer out
+        accelerator.gradient_state._set_sync_gradients(True)
     except (ValueError, RuntimeError) as error:
         raise ExperimentError(
             [Fault(f"train, precision: {train.precision or 'as configured'} is not to be had here: {error}")]

@@ -18,8 +18,7 @@ from . import runs
 from .building import build
 from .callbacks import Callback, printed, spoken, with_say
 from .cost import DryRun, estimate
-from .data.datasets import Images, classes_of
-from .data.opening import open_images
+from .data.opening import open_images, paired
 from .data.preprocessing import preprocessing_of
 from .experiment import Experiment, read_experiment, settings
 from .job import Job, Result
@@ -83,8 +82,7 @@ def _job(
     if workers is not None:
         data_settings = replace(data_settings, workers=workers)
     if pair:
-        many = bool(getattr(pair[0], "multilabel", False))
-        opened = Images(pair[0], pair[1], classes_of(pair[0]), many)
+        opened = paired(pair[0], pair[1], many=bool(getattr(pair[0], "multilabel", False)))
     else:
         opened = open_images(data_settings)
     preprocessing = None if pair else preprocessing_of(model, data_settings)
@@ -143,14 +141,23 @@ def dry_run_of(experiment: Experiment) -> DryRun:
 def _job_of(experiment: Experiment) -> Job:
     """The model built, its recipe injected, the images opened."""
     opened = open_images(experiment.data)
-    torch.manual_seed(experiment.train.seed)
-    model = build(experiment.model, experiment.weights, len(opened.classes))
-    if experiment.recipe is not None:
-        api.inject(model, experiment.recipe)
+    model = _begun(experiment, len(opened.classes))
     return Job(
         model, opened, experiment.data, experiment.train, preprocessing_of(model, experiment.data),
         Path(experiment.out), experiment.model, experiment,
     )  # fmt: skip
+
+
+def _base(experiment: Experiment, classes: int) -> nn.Module:
+    """The network that blocks go into: same weights, or the same seed, in every process and whenever it is built."""
+    torch.manual_seed(experiment.train.seed)
+    return build(experiment.model, experiment.weights, classes)
+
+
+def _begun(experiment: Experiment, classes: int) -> nn.Module:
+    """The model before its first step, blocks and all."""
+    model = _base(experiment, classes)
+    return model if experiment.recipe is None else api.inject(model, experiment.recipe)
 
 
 def trained(folder: Any, file: str = runs.BEST) -> nn.Module:
@@ -166,13 +173,12 @@ def trained(folder: Any, file: str = runs.BEST) -> nn.Module:
     if not (where / runs.SETTINGS).is_file() or not (where / file).is_file():
         raise RunError(f"{where} holds no run of attninject finetune ({runs.SETTINGS} and {file})")
     experiment = read_experiment(where / runs.SETTINGS)
-    classes = runs.classes_in(where)
+    classes = len(runs.classes_in(where))
     if experiment.recipe is None:
-        return models.build(experiment.model, str(where / file), num_classes=len(classes)).eval()
+        return models.build(experiment.model, str(where / file), num_classes=classes).eval()
     with rng_kept():
-        torch.manual_seed(experiment.train.seed)
-        model = build(experiment.model, experiment.weights, len(classes))
-    return delta.load(model, where / file).eval()
+        base = _base(experiment, classes)
+    return delta.load(base, where / file).eval()
 
 
 def started(folder: Any) -> nn.Module:
@@ -184,11 +190,5 @@ def started(folder: Any) -> nn.Module:
     where = hub.folder_of(folder)
     if not (where / runs.SETTINGS).is_file():
         raise RunError(f"{where} holds no run of attninject finetune ({runs.SETTINGS})")
-    experiment = read_experiment(where / runs.SETTINGS)
-    classes = runs.classes_in(where)
     with rng_kept():
-        torch.manual_seed(experiment.train.seed)
-        model = build(experiment.model, experiment.weights, len(classes))
-        if experiment.recipe is not None:
-            api.inject(model, experiment.recipe)
-    return model.eval()
+        return _begun(read_experiment(where / runs.SETTINGS), len(runs.classes_in(where))).eval()

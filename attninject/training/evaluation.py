@@ -31,7 +31,7 @@ from .multilabel_metrics import LabelMetrics
 from .nets import placed
 
 FILES = {"best": runs.BEST, "last": runs.LAST}
-"""Which of a run's two files: that of the epoch with the best top-1, or that of the last epoch."""
+"""Which of a run's two files: that of the epoch which its monitor found best, or that of the last epoch."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,9 @@ def evaluate_run(
     classes = runs.classes_in(where)
     read = experiment.data
     images = _images(read, classes, where) if data is None else _other(read, data, classes)
-    many = read.kind == "multilabel"
-    if data is not None and not many:  # read from files, whatever the run's images came from, at its size
+    if data is not None and read.kind != "multilabel":  # from files, at the size of the run's images
         read = replace(read, kind="imagefolder", root=str(data), size=preprocessing_of(model, read).size)
-    measure = _Measure(model, replace(experiment, data=read), images, classes, batch_size, many)
+    measure = _Measure(model, replace(experiment, data=read), images, classes, batch_size)
     found = measure(confusion)
     without = measure(False, blocks=False) if without_blocks else None
     said = "its validation images" if data is None else str(data)
@@ -139,9 +138,7 @@ class _Measure:
         images: Any,
         classes: Sequence[str],
         batch_size: int | None,
-        many: bool,
     ) -> None:
-        self.many = many
         self.model, self.train, self.data = model, experiment.train, experiment.data
         self.images, self.classes = images, classes
         self.batch_size = batch_size or experiment.train.batch_size
@@ -165,7 +162,8 @@ class _Measure:
     def _loader(self, pin: bool) -> Any:
         _, plain = transforms(self.data, preprocessing_of(self.model, self.data))
         skip = self.data.unreadable == "skip"
-        held = Padded(self.images, plain, self.train.seed, skip, len(self.classes), self.many)
+        many = self.data.kind == "multilabel"
+        held = Padded(self.images, plain, self.train.seed, skip, len(self.classes), many)
         return loader(held, Schedule(len(held), self.batch_size, train=False), self.data.workers, pin)
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from attninject.errors import AttnInjectError, ExportError, MissingPackageError
 from attninject.planning import support
 from attninject.surgery import injected_state
 
-TARGETS = ("onnx", "pt2", "state_dict")
 CLOSE = 1e-3  # the largest difference, relative to the largest output, that still is the same function
 
 
@@ -52,7 +52,7 @@ def export(
     """Write the model to `path` and measure the parity of the copy, at two batch sizes and resolutions.
 
     Args:
-        model: injected or not; it is put into eval mode.
+        model: injected or not; it is put into eval mode, on the CPU.
         path: the file to write.
         to: `onnx`, `pt2` (torch.export) or `state_dict` (safetensors).
         size: side of the images; the second resolution is a little larger, where model and exporter take it.
@@ -66,14 +66,14 @@ def export(
     model = support.unwrapped(model).eval().cpu()
     inputs = _inputs(model, size)
     makers: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
-        "onnx": _onnx, "pt2": _pt2, "state_dict": _state_dict if like is None else _like_timm,
+        "onnx": _onnx, "pt2": _pt2, "state_dict": _state_dict if like is None else partial(_like_timm, name=name),
     }  # fmt: skip
     if like is not None and (like != "timm" or to != "state_dict"):
         raise ExportError(f"like {like!r} to {to!r}: what there is, is `like timm` to a state_dict")
     with suppress(_OneResolution):
-        return _compared(model, makers[to](model, path, inputs, name), inputs, path)
+        return _compared(model, makers[to](model, path, inputs), inputs, path)
     inputs = [inputs[0], torch.cat([inputs[0], inputs[0][:1]])]
-    return _compared(model, makers[to](model, path, inputs, name), inputs, path)
+    return _compared(model, makers[to](model, path, inputs), inputs, path)
 
 
 class _OneResolution(ExportError):
@@ -143,7 +143,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _pt2(model: nn.Module, path: Path, inputs: list[Tensor], name: str | None) -> Callable[[Tensor], Tensor]:
+def _pt2(model: nn.Module, path: Path, inputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
     with _quiet():
         try:
             program = torch.export.export(model, (inputs[0],), dynamic_shapes=(_dynamic(inputs),))
@@ -154,7 +154,7 @@ def _pt2(model: nn.Module, path: Path, inputs: list[Tensor], name: str | None) -
             raise kind(f"torch.export refuses {type(model).__name__}: {_first_line(error)}") from error
 
 
-def _onnx(model: nn.Module, path: Path, inputs: list[Tensor], name: str | None) -> Callable[[Tensor], Tensor]:
+def _onnx(model: nn.Module, path: Path, inputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it
@@ -183,9 +183,7 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
     save_tensors(detached(state), path, {"format": "pt"})
 
 
-def _state_dict(
-    model: nn.Module, path: Path, inputs: list[Tensor], name: str | None
-) -> Callable[[Tensor], Tensor]:
+def _state_dict(model: nn.Module, path: Path, inputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
     import copy
 
     from safetensors.torch import load_file

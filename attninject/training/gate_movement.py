@@ -73,15 +73,15 @@ def movement(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
             moved = _moved(blocks[name], maps)
             if moved is not None:
                 found.setdefault(PREFIX + name, []).extend([moved] * len(x))
-            seen.setdefault(name, []).extend(_sums(gate.double()) for gate in _gates(maps))
+            seen.setdefault(name, []).extend(_sums(gate.cpu().double()) for gate in _gates(maps))
     spread = {f"gates.{n}.{k}": v for n, sums in seen.items() if sums for k, v in _spread(sums).items()}
     return {column: sum(values) / len(values) for column, values in found.items()} | spread
 
 
 def _sums(gate: Tensor) -> Tensor:
     """Count, sum, sum of squares, least and greatest."""
-    count = torch.full((), gate.numel(), dtype=gate.dtype, device=gate.device)
-    return torch.stack([count, gate.sum(), (gate * gate).sum(), gate.min(), gate.max()]).cpu()
+    count = torch.full((), gate.numel(), dtype=gate.dtype)
+    return torch.stack([count, gate.sum(), (gate * gate).sum(), gate.min(), gate.max()])
 
 
 def _spread(sums: Sequence[Tensor]) -> dict[str, float]:

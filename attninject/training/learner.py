@@ -56,19 +56,17 @@ class Learner:
         self.names = {id(p): n for n, p in self.nets.net.named_parameters()}
         self.optimizer = factories.make_optimizer(self.nets.net, train)
         self.prepared: Any = accelerator.prepare_optimizer(self.optimizer)  # scales gradients of fp16
-        self.scheduler = self._schedule(0)
+        self._schedule(0)
         self.criterion, self.mixup = factories.make_loss(train, images)
         self.criterion.to(accelerator.device)
         self.watch = Watch()
 
-    def _schedule(self, step: int) -> Any:
-        """The schedule over all groups that the optimizer has by now, as it stands after a step."""
-        made = factories.make_scheduler(self.optimizer, self.train, self.steps)
-        if made is not None:
-            made.step_update(step)
-        return made
+    def _schedule(self, epoch: int) -> None:
+        """The schedule over all groups that the optimizer has by now, as it stands when an epoch begins."""
+        self.scheduler = factories.make_scheduler(self.optimizer, self.train, self.steps)
+        self.advance(epoch, 0)
 
-    def thaw(self, epoch: int, step: int) -> list[str] | None:
+    def thaw(self, epoch: int) -> list[str] | None:
         """Unfreeze what is due; its parameters join the optimizer.
 
         Returns:
@@ -78,7 +76,7 @@ class Learner:
             return None
         self.nets.thawed()
         added = extend_optimizer(self.optimizer, self.nets.net, **factories.rates(self.train))
-        self.scheduler = self._schedule(step)
+        self._schedule(epoch)
         return added
 
     def backward(self, batches: Sequence[Sequence[Tensor]]) -> tuple[float, int]:
@@ -113,10 +111,13 @@ class Learner:
         self.prepared.zero_grad()
         self.nets.update_average()
 
-    def advance(self, step: int) -> None:
-        """Rates for what comes after a step."""
+    def advance(self, epoch: int, steps: int) -> None:
+        """Rates for what comes after so many steps of an epoch.
+
+        They follow the place in the run, not the count of all steps: a resumed run may have more or fewer to an epoch.
+        """
         if self.scheduler is not None:
-            self.scheduler.step_update(step)
+            self.scheduler.step_update(epoch * self.steps + steps)
 
     def placed(self, x: Tensor) -> Tensor:
         """A batch where and as the net wants it."""

@@ -84,7 +84,7 @@ class Run:
         """Go back to the checkpoint: everything is compared before anything is loaded."""
         assert self.files.folder is not None
         saved = self.files.load()
-        resuming.check(saved, self.job, self.accelerator.num_processes)
+        resuming.check(saved, self.job, self.accelerator)
         for epoch in range(saved["epoch"] + bool(saved["batch"])):  # groups join in the same order
             self.thaw(epoch)
         self.state.load_state_dict(saved, self.files.folder.path)
@@ -143,7 +143,7 @@ class Run:
 
     def thaw(self, epoch: int) -> None:
         """Unfreeze what is due at an epoch (from 0), and say so."""
-        added = self.learner.thaw(epoch, self.state.step)
+        added = self.learner.thaw(epoch)
         if added is not None:
             new = f" (new: {', '.join(added)})" if added else ""
             self.tell.say(
@@ -164,8 +164,8 @@ class Run:
                 loss, skipped = self.one_step([next(coming) for _ in range(train.accumulate)])
                 state.loss_sum, state.skipped = state.loss_sum + loss, state.skipped + skipped
                 state.batch, state.step = state.batch + 1, state.step + 1
-                self.learner.advance(state.step)
-                done = (state.batch - first) * train.batch_size * train.accumulate
+                self.learner.advance(state.epoch, state.batch)
+                done = (state.batch - first) * self.loaders.order.batch_size * train.accumulate
                 speed = done * self.accelerator.num_processes / (time.perf_counter() - began)
                 bar(state.batch, state.step, loss, speed)
                 self.maybe_save()
@@ -266,6 +266,5 @@ class Run:
         bad = [name for name, tensor in floating.items() if not bool(tensor.isfinite().all())]
         if bad:
             raise NonFiniteError(f"{bad[0]} is no longer finite at step {step}; {self.files.kept()}")
-        terms = resuming.terms(self.job, self.accelerator.num_processes)
-        self.files.save(self.state.state_dict(), terms)
+        self.files.save(self.state.state_dict(), resuming.terms(self.job, self.accelerator))
         self.accelerator.wait_for_everyone()

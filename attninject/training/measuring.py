@@ -27,7 +27,8 @@ def evaluate(
 ) -> Measured:
     """Metrics of a model in eval mode on batches (x, y, passed over), of all processes.
 
-    Every process sums over images of its own in float64, with label -1 for padding; the sums are added.
+    Every process sums over images of its own, with label -1 for padding, in float64 on the CPU: not every device has
+    that. The sums are added.
 
     Args:
         classes: their names; labels y are (B,), or (B, classes) of images with several each.
@@ -42,8 +43,8 @@ def evaluate(
             logits = _outputs(runner, placed(x))
         check_classes(logits, len(classes))
         if tally is None:
-            tally = (LabelTally if y.ndim == 2 else Tally)(len(classes), accelerator.device, confusion)
-        tally.add(logits.float(), y.to(logits.device), skipped)
+            tally = LabelTally(confusion) if y.ndim == 2 else Tally(len(classes), confusion)
+        tally.add(logits.float().cpu(), y, skipped)
     if tally is None or not tally.reduced(accelerator).images:
         raise DataError("not one validation image can be read")
     return tally.metrics(classes)

@@ -20,12 +20,10 @@ BINS = 15
 class Tally:
     """Sums over images: losses, right answers, counts per class, and confidence in bins."""
 
-    def __init__(self, classes: int, device: torch.device | str = "cpu", confusion: bool = False) -> None:
-        self.sums = torch.zeros(
-            5, dtype=torch.float64, device=device
-        )  # loss, top-1, top-5, images, unreadable
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, confidence, right
-        self.counts = torch.zeros(3, classes, dtype=torch.float64, device=device)  # images, predicted, both
+    def __init__(self, classes: int, confusion: bool = False) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64)  # loss, top-1, top-5, images, unreadable
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, confidence, right
+        self.counts = torch.zeros(3, classes, dtype=torch.float64)  # images, predicted, both
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64) if confusion else None
 
     def add(self, logits: Tensor, labels: Tensor, skipped: Tensor) -> None:
@@ -34,7 +32,7 @@ class Tally:
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
         losses = nn.functional.cross_entropy(logits, target, reduction="none").double()
         rows = (losses, top[:, 0].double(), top.any(1).double(), torch.ones_like(losses))
-        self.sums += torch.stack([*(r[counts].sum() for r in rows), skipped.to(logits.device).sum().double()])
+        self.sums += torch.stack([*(r[counts].sum() for r in rows), skipped.sum().double()])
         self._count(logits[counts], target[counts])
 
     def _count(self, logits: Tensor, target: Tensor) -> None:
@@ -51,12 +49,14 @@ class Tally:
             row.index_add_(0, which, value)
         if self.confusion is not None:
             size = len(self.confusion)
-            pairs = torch.bincount(target.cpu() * size + predicted.cpu(), minlength=size * size)
+            pairs = torch.bincount(target * size + predicted, minlength=size * size)
             self.confusion += pairs.view(size, size)
 
     def reduced(self, accelerator: Any) -> Tally:
         """The sums of all processes, in place; the confusion matrix stays this process's own."""
-        self.sums, self.bins, self.counts = accelerator.reduce([self.sums, self.bins, self.counts], "sum")
+        if accelerator.num_processes > 1:
+            own = [t.to(accelerator.device) for t in (self.sums, self.bins, self.counts)]
+            self.sums, self.bins, self.counts = accelerator.reduce(own, "sum")
         return self
 
     def metrics(self, names: Sequence[str]) -> Metrics:

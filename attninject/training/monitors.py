@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,9 @@ class Monitor:
     share: bool = True
 
     def worth(self, row: Row) -> float:
-        """The figure of a row of the log, so that more is better."""
-        return float(row[self.key]) * (-1 if self.falls else 1)
+        """The figure of a row of the log, so that more is better; one that is no number is worth nothing."""
+        found = float(row[self.key]) * (-1 if self.falls else 1)
+        return -math.inf if math.isnan(found) else found
 
     def waited(self, history: Sequence[Row], by: float = 0.0) -> int:
         """Epochs since the last one that was better, by more than `by`, than the last such before it."""

@@ -18,19 +18,20 @@ from .metrics import ClassCounts, macro_f1
 class LabelTally:
     """Logits and labels of all images that count: an average precision needs them in order, sums do not do."""
 
-    def __init__(self, classes: int, device: torch.device | str = "cpu", confusion: bool = False) -> None:
+    def __init__(self, confusion: bool = False) -> None:
         if confusion:
             raise DataError(
                 "a confusion matrix is of one class per image; these images have several labels each"
             )
-        self.classes, self.unreadable = classes, 0
-        self.logits, self.labels = torch.empty(0, classes), torch.empty(0, classes)
+        self.logits: list[Tensor] = []  # of each batch
+        self.labels: list[Tensor] = []
+        self.unreadable = 0
 
     def add(self, logits: Tensor, labels: Tensor, skipped: Tensor) -> None:
         """A batch: logits and labels (B, classes), labels in rows of -1 for what does not count; skipped (B,)."""
         counts = labels[:, 0] >= 0
-        self.logits = torch.cat([self.logits, logits[counts].cpu()])
-        self.labels = torch.cat([self.labels, labels[counts].cpu()])
+        self.logits.append(logits[counts])
+        self.labels.append(labels[counts])
         self.unreadable += int(skipped.sum())
 
     def reduced(self, accelerator: Any) -> LabelTally:
@@ -38,21 +39,22 @@ class LabelTally:
         if accelerator.num_processes > 1:
             found: list[Any] = [None] * accelerator.num_processes
             torch.distributed.all_gather_object(found, (self.logits, self.labels, self.unreadable))
-            self.logits, self.labels = (torch.cat([part[i] for part in found]) for i in (0, 1))
+            self.logits, self.labels = ([batch for part in found for batch in part[i]] for i in (0, 1))
             self.unreadable = sum(part[2] for part in found)
         return self
 
     @property
     def images(self) -> int:
         """Images that count."""
-        return len(self.labels)
+        return sum(map(len, self.labels))
 
     def metrics(self, names: Sequence[str]) -> LabelMetrics:
         """What follows; a class counts as predicted where its probability is above a half."""
-        loss = nn.functional.binary_cross_entropy_with_logits(self.logits.double(), self.labels.double())
-        said, true = self.logits > 0, self.labels > 0
+        logits, labels = torch.cat(self.logits), torch.cat(self.labels)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())
+        said, true = logits > 0, labels > 0
         counts = [t.sum(0).tolist() for t in (true, said, said & true)]
-        precisions = [average_precision(s, t) for s, t in zip(self.logits.T, true.T, strict=True)]
+        precisions = [average_precision(s, t) for s, t in zip(logits.T, true.T, strict=True)]
         per_class = [LabelCounts(*one) for one in zip(names, *counts, precisions, strict=True)]
         return LabelMetrics(self.images, self.unreadable, float(loss), tuple(per_class))
 

@@ -39,15 +39,15 @@ class Nets:
             if train.channels_last:
                 model.to(memory_format=torch.channels_last)
         self.net = self.twin.net if self.twin else model
-        self.average: nn.Module | None = None
-        self._average_twin: Twin | None = None
-        self._ema: Any = None
-        if train.ema is not None:
-            self._make_average(train.ema)
         self._gathered: int | None = None
         self.ddp: Any = None
         self.runner: Any = self.net
         self.wrap()
+        self.average: nn.Module | None = None
+        self._average_twin: Twin | None = None
+        self._ema: Any = None
+        if train.ema is not None:  # after DDP, which gives all processes the weights of the first
+            self._make_average(train.ema)
 
     def _make_average(self, decay: float) -> None:
         from timm.utils import ModelEmaV3

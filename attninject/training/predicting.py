@@ -21,6 +21,7 @@ from attninject.wording import aligned, listed
 
 from . import runs
 from .data.preprocessing import preprocessing_of, transforms
+from .data.reading import read_rgb
 from .data.samples import UNREADABLE
 from .engine import trained
 from .experiment import Data, read_experiment
@@ -80,7 +81,7 @@ def predict(
     Of a run on images with several labels each, every class has a probability of its own.
 
     Files are read and transformed as the run's validation images were: grey, transparent and CMYK images become RGB,
-    of any size; a rotation that only EXIF tells is not applied, as it is not in training.
+    of sixteen bits and floats are scaled; a rotation that only EXIF tells is not applied, as it is not in training.
 
     Args:
         run: a folder, `hf-hub:user/name` or `local-dir:FOLDER`.
@@ -148,11 +149,9 @@ class Files(Dataset[tuple[str, Tensor | None, str]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[str, Tensor | None, str]:
-        from torchvision.datasets.folder import default_loader
-
         file = str(self.files[index])
         try:
-            return file, self.transform(default_loader(file)), ""
+            return file, self.transform(read_rgb(file)), ""
         except UNREADABLE as error:
             return file, None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 

@@ -1,4 +1,4 @@
-"""What must be the same when a run goes on: its classes, its settings, within an epoch its processes."""
+"""What must be the same when a run goes on: classes, settings, precision; within an epoch images and processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ MAY_CHANGE = (  # on resume
 )  # fmt: skip
 
 
-def terms(job: Job, processes: int) -> dict[str, Any]:
+def terms(job: Job, accelerator: Any) -> dict[str, Any]:
     """What a checkpoint says of the run that it is of, in plain JSON: all settings but where it writes."""
     made = job.experiment.to_dict() if job.experiment else {}
     made.pop("out", None)
     settings = {**made, "data": asdict(job.data), "train": job.train.to_dict()}
     held = {
         "classes": list(job.images.classes),
-        "processes": processes,
+        "images": len(job.images.train),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
         "rate_of_blocks": job.train.rate_of_blocks,
     }
     found: dict[str, Any] = json.loads(json.dumps({**held, "settings": settings}))
@@ -45,35 +47,47 @@ def as_begun(job: Job) -> Job:
         then = runs.read_meta(job.out / runs.CHECKPOINT)
     except CheckpointError:
         return job
-    rate = _with_rate(then)["train"]["attn_lr"]
+    rate = _resolved(then)["train"]["attn_lr"]
     same = rate is None or rate == job.train.rate_of_blocks
     return job if same else replace(job, train=replace(job.train, attn_lr=rate))
 
 
-def check(then: Mapping[str, Any], job: Job, processes: int) -> None:
+def check(then: Mapping[str, Any], job: Job, accelerator: Any) -> None:
     """Refuse to go on with a checkpoint of other terms.
 
     Raises:
-        DataError: the classes are others.
+        DataError: the classes are others, or within an epoch the number of images.
         RunError: a setting is another, or within an epoch the number of processes.
     """
-    now = terms(job, processes)
+    now = terms(job, accelerator)
     _check_classes(then["classes"], now["classes"])
-    _check_settings(_with_rate(then), _with_rate(now), job)
-    if then["batch"] and then["processes"] != processes:
+    _check_settings(_resolved(then), _resolved(now), job)
+    if not then["batch"]:
+        return
+    if then["processes"] != now["processes"]:
         raise RunError(
             f"the checkpoint is from within an epoch on {then['processes']} processes; there are "
-            f"{processes} now, which would see other images: start as many as then"
+            f"{now['processes']} now, which would see other images: start as many as then"
+        )
+    images = then.get("images", now["images"])  # a checkpoint of an earlier attninject does not tell
+    if images != now["images"]:
+        raise DataError(
+            f"the checkpoint is from within an epoch of {images} training images; there are {now['images']} now, in "
+            f"another order: bring those of then back, or begin a run of its own in another `out`"
         )
 
 
-def _with_rate(terms: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with the blocks' rate as a number: checkpoints without it are of when its default was `lr`."""
+def _resolved(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, and what their defaults stood for: the precision, where it is told, and the blocks' rate.
+
+    Checkpoints without that rate are of when its default was `lr`.
+    """
     settings: dict[str, Any] = terms["settings"]
     train = settings["train"]
     given = train.get("attn_lr")
     rate = terms.get("rate_of_blocks", train.get("lr") if given is None else given)
-    return {**settings, "train": {**train, "attn_lr": rate}}
+    told = {"mixed_precision": terms["mixed_precision"]} if "mixed_precision" in terms else {}
+    return {**settings, **told, "train": {**train, "attn_lr": rate}}
 
 
 def _check_settings(then: Mapping[str, Any], now: Mapping[str, Any], job: Job) -> None:
@@ -89,7 +103,7 @@ def _check_settings(then: Mapping[str, Any], now: Mapping[str, Any], job: Job) -
     ]
     changed += [
         f"{key}: {then[key]!r} then, {now[key]!r} now"
-        for key in ("model", "weights", "recipe")
+        for key in ("model", "weights", "recipe", "mixed_precision")
         if key in then and key in now and then[key] != now[key]
     ]
     if changed:

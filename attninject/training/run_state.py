@@ -79,7 +79,7 @@ class RunState:
         load_optimizer_state(self.learner.optimizer, self.learner.held(), tensors, state["optimizer"])
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        self.learner.advance(self.step)
+        self.learner.advance(self.epoch, self.batch)
 
     def _scaler(self) -> Any:
         """The scaler of fp16's gradients, where there is one."""

@@ -70,15 +70,17 @@ class Folder:
                 f"{self.path} cannot be written: {error.strerror}; choose another `out`"
             ) from error
         self._take_lock()
-        there = [name for name in (CHECKPOINT, PREVIOUS) if (self.path / name).exists()]
+        there = [name for name in (CHECKPOINT, PREVIOUS, LAST) if (self.path / name).exists()]
+        checkpoints = [name for name in there if name != LAST]
         if there and not resume:
             self.end()
-            raise RunError(
-                f"{self.path} holds a run already ({there[0]}): go on with it (resume), or take another `out`"
-            )
-        if resume and not any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS)):
+            how = "go on with it (resume), or take" if checkpoints else "take"
+            raise RunError(f"{self.path} holds a run already ({there[0]}): {how} another `out`")
+        if resume and not checkpoints:
             self.end()
             raise RunError(f"there is nothing to resume in {self.path}: it has no {CHECKPOINT}")
+        for litter in self.path.glob(".*.safetensors.*.tmp"):  # of a run that was killed while it wrote
+            litter.unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         """By hand: filelock would lock on Windows too, but its 3.x empties the file, and the holder's number with it."""

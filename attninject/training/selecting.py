@@ -56,7 +56,8 @@ def _keys(model: nn.Module, part: str | int) -> set[str]:
     """Names of modules and parameters that a word, a stage's number or a pattern means."""
     if isinstance(part, bool) or not isinstance(part, str | int):
         raise TypeError(f"what: expected a word, a pattern or a stage's number, found {part!r}")
-    every, blocks = _names(model), list(api.injected(model))
+    names, blocks = _names(model), list(api.injected(model))
+    every = set(names.values())
     inside = {n for n in every if below(n, blocks)}
     if isinstance(part, int):
         return _stage(model, part) - inside
@@ -68,9 +69,9 @@ def _keys(model: nn.Module, part: str | int) -> set[str]:
         head = {n for n in every if below(n, head_of(model))} - inside
         return head if part == "head" else every - head - inside
     pattern = compile_pattern(part)
-    found = {n for n in every if any(pattern.matches(name) for name in (n, *parents(n)))}
+    found = {names[n] for n in names if any(pattern.matches(name) for name in (n, *parents(n)))}
     if not found:
-        hint = nearest_hint(part, [n for n in every if n])
+        hint = nearest_hint(part, [n for n in names if n])
         raise NoMatchError(
             f"no module or parameter matches {part!r}{hint}; it may also be {', '.join(WORDS)}, or a "
             f"stage's number"
@@ -78,9 +79,14 @@ def _keys(model: nn.Module, part: str | int) -> set[str]:
     return (found - inside) or found
 
 
-def _names(model: nn.Module) -> set[str]:
-    modules = {name for name, _ in model.named_modules()}
-    return modules | {name for name, _ in model.named_parameters(remove_duplicate=False)}
+def _names(model: nn.Module) -> dict[str, str]:
+    """Every name of a module or parameter → the one by which `named_modules` knows it, where it has several."""
+    found: dict[str, str] = {}
+    first: dict[nn.Module, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = found[path] = first.setdefault(module, path)
+        found |= {joined(path, n): joined(own, n) for n, p in module._parameters.items() if p is not None}
+    return found
 
 
 def _stage(model: nn.Module, number: int) -> set[str]:
@@ -97,7 +103,7 @@ def _stage(model: nn.Module, number: int) -> set[str]:
     began = {id(call.module): call.start for call in reversed(record.calls)}
     inside = [n for n, m in model.named_modules() if n and net.stage_of(began.get(id(m), -1)) == wanted]
     # below: a module that is never called itself (nn.MultiheadAttention's out_proj) goes with its owner
-    return {n for n in _names(model) if below(n, inside)}
+    return {n for n in _names(model).values() if below(n, inside)}
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -208,6 +208,29 @@ def test_classes_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(errors.DataError, match=r"image \d+ of Four has label 3; there are 3 classes"):
         finetune(net(), (Four(24), Shades(6)), **QUICK)
 
+    class Turned(Shades):
+        classes = ("green", "red", "blue")
+
+    with pytest.raises(errors.DataError, match=r"classes differ between .*: another order"):
+        finetune(net(), (Shades(24), Turned(6)), **QUICK)
+
+
+def test_one_class_alone_is_refused(tmp_path: Path) -> None:
+    """A folder too high or too low: every answer would be right, and nothing learnt."""
+    folder(tmp_path / "photos")
+    with pytest.raises(errors.DataError, match=r"one class only \(photos\)"):
+        open_images(Data("imagefolder", root=str(tmp_path), val_fraction=0.2))
+
+
+def test_images_of_sixteen_bits_keep_their_greys(tmp_path: Path) -> None:
+    """Read as their twin of 8 bits, where Pillow makes all above 255 white."""
+    root = folder(tmp_path, per_class=1)
+    greys = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(greys.astype(np.uint16) * 257).save(root / "train" / "red" / "0.png")
+    for data in (Data("imagefolder", root=str(root)), Data("timm", root=str(root), name="folder")):
+        found = np.asarray(open_images(data).train[2][0])
+        assert np.array_equal(found, np.repeat(greys[:, :, None], 3, 2))
+
 
 def test_digits_are_the_offline_default() -> None:
     """1,797 images, ten classes, three channels at 32×32."""

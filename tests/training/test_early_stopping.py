@@ -20,12 +20,15 @@ EARLY: dict[str, Any] = {**QUICK, "epochs": 9, "patience": 2, "min_delta": 0.3, 
 
 
 def test_patience_is_counted_from_what_was_better_by_enough() -> None:
-    """Worked by hand: small gains do not count but add up, equal is not better, of a loss less is better."""
+    """Worked by hand: small gains add up, equal is not better, of a loss less is better, no number is worst."""
     top1, loss = MONITORS["top1"], MONITORS["val_loss"]
     rows = [{"top1": v, "val_loss": 1 - v} for v in (0.1, 0.5, 0.55, 0.5, 0.65, 0.6)]
     assert [top1.waited(rows[:n]) for n in range(1, 7)] == [0, 0, 0, 1, 0, 1]
     assert [top1.waited(rows[:n], 0.1) for n in range(1, 7)] == [0, 0, 1, 2, 0, 1]
     assert [loss.waited(rows[:n]) for n in range(1, 7)] == [0, 0, 0, 1, 0, 1]
+    broken = [{"val_loss": v} for v in (float("nan"), 0.5, float("nan"), 0.4)]
+    assert [loss.waited(broken[:n]) for n in range(1, 5)] == [0, 0, 1, 0]
+    assert max(broken, key=loss.worth)["val_loss"] == 0.4
     assert monitor_of(None, many=False) is top1
     assert monitor_of(None, many=True) is MONITORS["map"]
 

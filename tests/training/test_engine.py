@@ -229,6 +229,17 @@ def test_accelerates_accumulation_does_not_divide_the_loss_twice(monkeypatch: py
     assert torch.equal(plain.head.weight, configured.head.weight)
 
 
+def test_a_window_that_the_caller_left_open_stops_no_step() -> None:
+    """A loop of one's own under Accelerate ended between two steps of its optimizer: this run takes its own."""
+    from accelerate.state import GradientState
+
+    plain, after = net(), net()
+    finetune(plain, DATA, **QUICK)
+    GradientState()._set_sync_gradients(False)
+    finetune(after, DATA, **QUICK)
+    assert torch.equal(plain.head.weight, after.head.weight)
+
+
 def test_mixup_and_cutmix_mix_images_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The net sees mixed images in training and plain ones in validation; the loss gets soft labels."""
     from attninject.training import factories

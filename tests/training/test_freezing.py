@@ -149,6 +149,17 @@ def test_patterns(what: str | list[str], frozen: set[str]) -> None:
     assert held == {n.removesuffix(".weight") for n in frozen if n.endswith("norm.weight")}
 
 
+def test_any_name_of_a_module_will_do() -> None:
+    """Either name of a module freezes it, and a head that has a second one stays out of the backbone."""
+    model = Net()
+    model.alias, model.last = model.units[0], model.head
+    assert not any(p.requires_grad for p in ai.freeze(model, "alias").units[0].parameters())
+    ai.unfreeze(model, "units.0")
+    assert all(p.requires_grad for p in model.units.parameters())
+    ai.freeze(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
 def test_stages_of_a_real_network() -> None:
     """Stages count from 1, or from -1 at the end; together with the rest they are the whole network."""
     model = net("torchvision/resnet18")

@@ -273,6 +273,31 @@ def test_another_model_other_classes_or_settings_are_refused(run: Path) -> None:
     assert (run / runs.CHECKPOINT).read_bytes() == before
 
 
+def test_rates_follow_the_epoch_whatever_its_steps(tmp_path: Path) -> None:
+    """Resumed with half the images, as on twice the processes: the schedule still ends when the run does."""
+    longer = {**QUICK, "epochs": 3}
+    finetune(net(), DATA, **{**QUICK, "epochs": 1}, out=tmp_path / "a")
+    found = finetune(net(), (Shades(24), DATA[1]), **longer, out=tmp_path / "a", resume=True)
+    rates = [[row["lr.blocks"] for row in r.history[2:]] for r in (found, finetune(net(), DATA, **longer))]
+    assert rates[0] == rates[1] == [pytest.approx(0.025), 0.0]
+
+
+def test_within_an_epoch_the_images_must_be_those_of_then(tmp_path: Path) -> None:
+    """Of other images nobody knows which are left: refused, with both counts."""
+    often = {**QUICK, "save_every": 1, "out": tmp_path / "a"}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net(), (Stops(48, 60), DATA[1]), **often)
+    with pytest.raises(errors.DataError, match="an epoch of 48 training images; there are 24 now"):
+        finetune(net(), (Shades(24), DATA[1]), **often, resume=True)
+
+
+def test_accelerates_precision_must_be_that_of_then(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun without `accelerate launch` and gone on with under its config: refused, as with the setting."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(errors.RunError, match="mixed_precision: 'no' then, 'bf16' now"):
+        resume(run)
+
+
 def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     """A folder with a run in it is only gone on with; a folder without one cannot be."""
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock"}
@@ -281,6 +306,17 @@ def test_a_run_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in run.iterdir() if p.name != ".lock"} == before
     with pytest.raises(errors.RunError, match="nothing to resume"):
         finetune(net(), DATA, **QUICK, out=tmp_path / "b", resume=True)
+    for name in (runs.CHECKPOINT, runs.PREVIOUS):
+        (run / name).unlink()
+    with pytest.raises(errors.RunError, match=rf"holds a run already \({runs.LAST}\): take another `out`"):
+        finetune(net(), DATA, **QUICK, out=run)
+
+
+def test_what_a_killed_run_left_half_written_goes(run: Path) -> None:
+    """Going on clears away temporary files, each as large as a checkpoint."""
+    (run / f".{runs.CHECKPOINT}.99.tmp").touch()
+    resume(run)
+    assert not list(run.glob(".*.tmp"))
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -296,13 +332,19 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 def test_loader_processes_of_a_killed_run_hold_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loader process closes its copy of the lock and leaves the run's; with the run's gone the folder is free."""
+    """A loader process closes its copy of the lock and leaves the run's; with the run's gone the folder is free.
+
+    Ctrl-C, which a terminal sends to it too, is not its to hear.
+    """
+    heard: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", heard.__setitem__)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     first, second = runs.Folder(tmp_path), runs.Folder(tmp_path)
     first.begin(resume=False)
     assert first._lock is not None
     of_the_run = os.dup(first._lock.fileno())  # as after a fork, two hold one lock
     loaders._quiet_worker(0)
+    assert heard == {signal.SIGINT: signal.SIG_IGN}
     with pytest.raises(errors.RunError, match="another run is at work"):
         second.begin(resume=False)
     os.close(of_the_run)
@@ -407,13 +449,14 @@ def test_a_checkpoint_of_the_first_version_is_taken_over_whole(old_run: Path) ->
     try:
         run = Run(job, accelerator, RunFiles(job, True), Reporter(main=False))
         run.resume()
-        state = run.state.state_dict() | resuming.terms(job, 1)
+        state = run.state.state_dict() | resuming.terms(job, accelerator)
     finally:
         devices.forget_accelerator()
     tensors, meta = runs.read(old_run / runs.CHECKPOINT)
     assert len(tensors) == 87
     assert all(torch.equal(state[key], tensor) for key, tensor in tensors.items())
-    plain = json.loads(json.dumps({key: value for key, value in state.items() if key not in tensors}))
+    younger = {*tensors, "images", "mixed_precision"}
+    plain = json.loads(json.dumps({key: value for key, value in state.items() if key not in younger}))
     assert plain.pop("rate_of_blocks") == plain["settings"]["train"].pop("attn_lr") == OF_0_1_0["lr"]
     assert meta["settings"]["train"].pop("attn_lr") is None
     meta |= {"best": renamed(meta["best"]), "history": [renamed(row) for row in meta["history"]]}

@@ -126,7 +126,7 @@ def test_average_precision_is_scikit_learns() -> None:
         expected = average_precision_score(true[:, column], scores[:, column])
         assert average_precision(scores[:, column], true[:, column]) == pytest.approx(expected)
     assert average_precision(scores[:, 3], true[:, 3]) is None
-    tally = LabelTally(4)
+    tally = LabelTally()
     for part in (slice(0, 15), slice(15, 40)):
         padded = torch.cat([true[part].float(), torch.full((2, 4), -1.0)])
         tally.add(torch.cat([scores[part], torch.zeros(2, 4)]), padded, torch.zeros(len(padded)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ COMMON: dict[str, Any] = {"epochs": 2, "lr": 0.05, "optimizer": "sgd", "device":
 THAWING = {"freeze": "backbone", "unfreeze": [{"epoch": 2, "what": "stages.1"}]}
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "ddp_frozen_norms": {"net": "norms", "freeze": "backbone", "ema": 0.5},
+    "ddp_frozen_norms": {"net": "apart", "freeze": "backbone", "ema": 0.5},
     "ddp_norms": {"net": "norms"},
     "ddp_forms": {"net": "forms", "epochs": 1},
     "fsdp2_forms": {"sharding": "fsdp2", "net": "forms", "epochs": 1},
@@ -71,9 +72,9 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def model(kind: str) -> nn.Module:
-    """The net of a run, with SE blocks, or with its convolutions in two other forms."""
-    if kind == "norms":
-        return net(drop=0.0)
+    """The net of a run, with SE blocks, or with its convolutions in two other forms; `apart`: each process its own."""
+    if kind in ("norms", "apart"):
+        return net(drop=0.0, seed=int(os.environ.get("RANK", "0")) if kind == "apart" else 0)
     torch.manual_seed(0)
     found, x = Layered(), torch.zeros(2, 3, 8, 8)
     if kind == "forms":

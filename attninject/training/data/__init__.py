@@ -5,5 +5,6 @@ with these three. So a run can stop and go on anywhere, and the number of loader
 nothing.
 
 For: from the settings `data` to batches. Not for: models, of which only the preprocessing is asked, nor for
-downloading. From the ground up: seeds · datasets · opening · preprocessing · samples · loaders.
+downloading. From the ground up: seeds · reading · datasets · multilabel · opening · preprocessing ·
+samples · loaders.
 """

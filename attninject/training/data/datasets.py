@@ -12,18 +12,27 @@ from torch.utils.data import Dataset
 
 from attninject.errors import DataError
 
+from .reading import read_rgb
+
 
 @dataclass(frozen=True)
 class Images:
     """Training and validation images, as data sets of (image, label), and the names of the classes.
 
     A label is a class's number; of images with `many` labels each it is a row of zeros and ones, one to a class.
+
+    Raises:
+        DataError: all images are of one class.
     """
 
     train: Any
     val: Any
     classes: tuple[str, ...]
     many: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2 and not self.many:
+            raise DataError(f"there is one class only ({self.classes[0]}), and nothing to tell it from")
 
 
 class InMemory(Dataset[tuple[Tensor, int]]):
@@ -49,13 +58,11 @@ class TimmImages(Dataset[tuple[Any, int]]):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
         file, label = self.reader[index][:2]
-        with closing(file), Image.open(file) as image:
+        with closing(file):
             if label is None:
                 raise DataError("it has no label")
-            return image.convert("RGB"), label
+            return read_rgb(file), label
 
     def path(self, index: int) -> str:
         """The file of an image, for messages."""

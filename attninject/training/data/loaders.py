@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,6 +82,9 @@ def _plainly(iterator: Iterator[Any]) -> Iterator[Any]:
 
 
 def _quiet_worker(_: int) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the run's to hear, which still wants this step's images
     runs.let_go_in_child()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)

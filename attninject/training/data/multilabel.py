@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from attninject.errors import DataError
 from attninject.wording import listed
 
+from .reading import read_rgb
+
 Table = Mapping[str, Sequence[str]]
 """File of an image, as the labels name it → its labels."""
 
@@ -34,9 +36,7 @@ class Labelled(Dataset[tuple[Any, Tensor]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, Tensor]:
-        from torchvision.datasets.folder import default_loader
-
-        return default_loader(self.path(index)), self.targets[index]
+        return read_rgb(self.path(index)), self.targets[index]
 
     def path(self, index: int) -> str:
         """The file of an image."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from attninject.wording import nearest
 from ..experiment import HELD_OUT, Data
 from .datasets import Images, InMemory, Part, TimmImages, class_names, classes_of
 from .multilabel import open_labelled
+from .reading import read_rgb
 
 DIGITS_TEST = 0.3  # held out for validation, unless `val_fraction` says otherwise
 RANDOM_SIZE = 32  # pixels of the noise, before it is enlarged to the model's size
@@ -80,10 +81,7 @@ def _folders(data: Data) -> Images:
                 f"there is no folder {root / split} ({root} has {there}); name the splits with `train_split` "
                 f"and `val_split`, or hold out a part of all images with `val_fraction: 0.2` (--data-val-fraction 0.2)"
             )
-    train_set, val_set = open_folder(root / data.train_split), open_folder(root / data.val_split)
-    if train_set.classes != val_set.classes:
-        _refuse_classes(str(root), train_set.classes, val_set.classes)
-    return Images(train_set, val_set, tuple(train_set.classes))
+    return paired(open_folder(root / data.train_split), open_folder(root / data.val_split), f" under {root}")
 
 
 def _multilabel(data: Data) -> Images:
@@ -111,7 +109,7 @@ def open_folder(path: Path) -> Any:
     from torchvision.datasets import ImageFolder
 
     try:
-        return ImageFolder(str(path))
+        return ImageFolder(str(path), loader=read_rgb)
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is no image folder: {str(error).splitlines()[0]}; each class is a folder of images"
@@ -165,11 +163,7 @@ def _opened(make: Callable[[str], Any], data: Data) -> Images:
     train = _by_number(make(data.train_split), data)
     if data.val_fraction is not None:
         return _divided(train, data.val_fraction)
-    val = _by_number(make(data.val_split), data)
-    ours, theirs = class_names(train), class_names(val)
-    if ours and theirs and ours != theirs:
-        _refuse_classes(str(data.name), ours, theirs)
-    return Images(train, val, classes_of(train))
+    return paired(train, _by_number(make(data.val_split), data), f" under {data.name}")
 
 
 def _by_number(part: Any, data: Data) -> Any:
@@ -179,11 +173,17 @@ def _by_number(part: Any, data: Data) -> Any:
     raise DataError(f"{data.name} can only be streamed; fine-tuning needs images that are found by number")
 
 
-def _refuse_classes(where: str, ours: Sequence[str], theirs: Sequence[str]) -> None:
-    differ = sorted(set(ours) ^ set(theirs)) or ["another order"]
-    raise DataError(
-        f"the classes under {where} differ between training and validation: {', '.join(differ[:6])}"
-    )
+def paired(train: Any, val: Any, where: str = "", many: bool = False) -> Images:
+    """Two data sets whose labels mean the same.
+
+    Raises:
+        DataError: both tell their classes, and those differ; or the first tells none.
+    """
+    ours, theirs = class_names(train), class_names(val)
+    if ours and theirs and ours != theirs:
+        differ = sorted(set(ours) ^ set(theirs)) or ["another order"]
+        raise DataError(f"the classes{where} differ between training and validation: {', '.join(differ[:6])}")
+    return Images(train, val, classes_of(train), many)
 
 
 def _divided(whole: Any, fraction: float) -> Images:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experiment import Data
+from .reading import rgb
 
 DIGITS_SIZE = 32
 
@@ -91,5 +92,5 @@ class _rgb:
 
     def __call__(self, image: Any) -> Tensor:
         """image: of Pillow, or whatever the transform takes."""
-        made: Tensor = self.then(image.convert("RGB") if hasattr(image, "convert") else image)
+        made: Tensor = self.then(rgb(image) if hasattr(image, "convert") else image)
         return made
