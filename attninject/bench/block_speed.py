@@ -154,18 +154,7 @@ def measured(
     modules, skipped = contenders(case, compiled)
     if forms:
         take_forms(modules, skipped, x)
-    ours = results(modules[OURS], x, gradient)
-    difference = {}
-    for name in [name for name in modules if name != OURS]:
-        try:
-            difference[name] = distance(ours, results(modules[name], x, gradient))
-        except Exception as error:  # a peer that cannot run on this map: it is said, not hidden
-            skipped[name] = f"{type(error).__name__}: {first_line(error)}"
-            del modules[name]
-            continue
-        if not difference[name] <= AGREEMENT[x.dtype]:
-            skipped[name] = f"computes something else, off by {difference[name]:.2g}"
-            del modules[name]
+    difference = differences(modules, skipped, x, gradient)
     works = {name: step(module, x, gradient) for name, module in modules.items()}
     times = measure.interleaved(works, rounds, case.device, enough=enough)
     return {
@@ -187,6 +176,25 @@ def measured(
         "difference": difference,
         "skipped": skipped,
     }
+
+
+def differences(
+    modules: dict[str, nn.Module], skipped: dict[str, str], x: Tensor, gradient: Tensor
+) -> dict[str, float]:
+    """How far each is from ours; who cannot run on this map or computes something else goes, and `skipped` says why."""
+    ours = results(modules[OURS], x, gradient)
+    found = {}
+    for name in [name for name in modules if name != OURS]:
+        try:
+            found[name] = distance(ours, results(modules[name], x, gradient))
+        except Exception as error:
+            skipped[name] = f"{type(error).__name__}: {first_line(error)}"
+            del modules[name]
+            continue
+        if not found[name] <= AGREEMENT[x.dtype]:
+            skipped[name] = f"computes something else, off by {found[name]:.2g}"
+            del modules[name]
+    return found
 
 
 def contenders(case: Case, compiled: bool = False) -> tuple[dict[str, nn.Module], dict[str, str]]:
