@@ -90,13 +90,13 @@ def rank_sites(
 def rankings(
     model: nn.Module, recipe: Any = None, data: Any = None, *, methods: Sequence[str] = tuple(METHODS),
     images: int = 512, batch_size: int = 32, head: str = "auto", seed: int = 0, example_inputs: Any = None,
-    **rule: Any,
+    args: Mapping[str, Any] | None = None, **rule: Any,
 ) -> dict[str, Ranking]:  # fmt: skip
     """Method → what `rank_sites` returns for it, all from one measurement; arguments as there."""
     for method in methods:
         _check_words(method, head, "eval", images, batch_size, 2)
     job = _Job(tuple(methods), head, 2, 1.0, "eval", seed, batch_size)
-    return _ranked(model, recipe, data, "loss", images, job, "", example_inputs, True, None, rule)
+    return _ranked(model, recipe, data, "loss", images, job, "", example_inputs, True, args, rule)
 
 
 @dataclass(frozen=True)
