@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from torch.utils.data import Dataset
 from attninject import api, models
 from attninject.training import devices
 from attninject.training.data.datasets import Images
+from attninject.training.data.opening import open_images
+from attninject.training.data.preprocessing import preprocessing_of
 from attninject.training.experiment import settings
 from attninject.training.freezing import trainable
 from attninject.training.job import Job
@@ -120,29 +123,31 @@ def finetune(task: Task, rounds: int = 5) -> dict[str, Any]:
 class Step:
     """One step of the engine, ready to be taken again and again."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, folder: Path | None = None, workers: int = 0) -> None:
+        """`folder`: of images, read by so many loader processes; None: as many random ones as a batch takes."""
+        self.task = task
         names = ("batch_size", "precision", "channels_last", "compile", "device", "freeze")
-        _, train = settings("digits", epochs=1, **{name: getattr(task, name) for name in names})
+        kind = "digits" if folder is None else {"kind": str(folder), "size": task.size, "workers": workers}
+        data, train = settings(kind, epochs=1, **{name: getattr(task, name) for name in names})
         noise = Noise(task.batch_size, task.size)
+        images = Images(noise, noise, noise.classes) if folder is None else open_images(data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = models.build(task.model, num_classes=CLASSES)
+            model = models.build(task.model, num_classes=len(images.classes))
             if task.recipe is not None:
                 api.inject(model, task.recipe)
-        data, _ = settings("digits")
-        images = Images(noise, noise, noise.classes)
-        job = Job(model, images, data, train)
+        job = Job(model, images, data, train, None if folder is None else preprocessing_of(model, data))
         self.run = Run(job, devices.open_accelerator(train), RunFiles(job, True), Reporter(main=False))
         self.run.learner.nets.net.train()
-        self.batch = next(iter(self.run.loaders.train))
+        self.batch = next(iter(self.run.loaders.train)) if folder is None else None
         self.on_gpu = self.run.accelerator.device.type == "cuda"
         self.blocks, self.learning = len(api.injected(model)), trainable(model)
         self.parameters = sum(p.numel() for p in model.parameters())
 
-    def take(self, count: int = 1) -> None:
-        """So many steps, done when this returns."""
+    def take(self, count: int = 1, batch: Any = None) -> None:
+        """So many steps on a batch, by default the step's own; done when this returns."""
         for _ in range(count):
-            self.run.one_step([self.batch])
+            self.run.one_step([self.batch if batch is None else batch])
         if self.on_gpu:
             torch.cuda.synchronize()
 

@@ -70,11 +70,13 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one figure per round; who goes first alternates.
 
-    A first call of each warms up and is not counted. A figure is the mean of as many calls as take `sample`
-    seconds. After `enough` seconds no new round begins, but `least` rounds are made.
+    Two calls of each are not counted: one warms up, another tells how many calls take `sample` seconds (the first
+    would not: it compiles and loads), and a figure is the mean of so many. After `enough` seconds no new round begins,
+    but `least` rounds are made.
     """
     times = {}
     for name, work in contenders.items():
+        work()
         times[name] = max(1, round(sample / max(seconds(work, device), 1e-6)))
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.perf_counter()

@@ -167,10 +167,6 @@ def _finetune(args: argparse.Namespace) -> Measured:
 
 def _gpu(args: argparse.Namespace) -> Measured:
     """The sheet's lines, and the table made of them."""
-    if args.rehearse:
-        from attninject.blocks import gpu
-
-        gpu.interpret()  # before anything loads Triton for a card
     from attninject.bench.gpu import course, crossovers, sheet, table
 
     folder = args.table or args.out
@@ -189,8 +185,7 @@ def _gpu(args: argparse.Namespace) -> Measured:
             parts = [known(name) for name in args.only or ()]
         except argparse.ArgumentTypeError as error:
             args.parser.error(f"argument --only: {error}")
-        setting = course.setting_of(device, args.rehearse, folder)
-        course.run(setting, args.minutes, parts, say=_progress)
+        course.run(device, args.rehearse, folder, args.minutes, parts, say=_progress)
     crossovers.write(folder)
     return {"figures": sheet.read(folder)}, lambda found: table.to_markdown(folder)
 

@@ -69,7 +69,7 @@ def measured(cell: Cell, ratio: float, seed: int) -> dict[str, float]:
     last = result.history[-1]
     moved = [value for key, value in last.items() if key.startswith("moved.")]
     with api.disabled(model):
-        without = _accuracy(model, test)
+        without = source_net.accuracy(model, test)
     return {"top1": last["top1"], "without": without, "moved": statistics.mean(moved) if moved else 0.0}
 
 
@@ -152,12 +152,6 @@ def _data_set(samples: Samples) -> TensorDataset:
     made = TensorDataset(samples.images, samples.labels)
     made.classes = CLASSES  # type: ignore[attr-defined]
     return made
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, samples: Samples) -> float:
-    logits = torch.cat([model.eval()(x) for x in samples.images.split(100)])
-    return float((logits.argmax(1) == samples.labels).double().mean())
 
 
 # --- the table ---------------------------------------------------------------------------------

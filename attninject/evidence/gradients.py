@@ -7,7 +7,7 @@ The gradient of its weight for image i is Σ_p δ_ip h_ipᵀ over the positions 
 
 and for one position (SE, and every gate from a pooled descriptor) K = (δδᵀ) ∘ (hhᵀ): the gradients, as large as the
 layer times the number of images, are never formed. Where there are many positions they are summed per image, and
-where that is too wide for memory, projected at random (a count sketch, which keeps inner products in the mean).
+where that is too wide for memory, projected at random (a sketch that keeps inner products in the mean).
 Blocks whose zero parameters are no such layer get their gradients from their own input and output gradient, image
 by image under `torch.func.vmap`. On the first batch both are compared with autograd's gradients of the last image
 alone and of all; a block that fails is taken the other way, and one that mixes images has the whole model run
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -263,14 +264,17 @@ def _joined(deltas: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, Tensor]
 
 
 def sketch(rows: Tensor, width: int) -> Tensor:
-    """A count sketch of rows (B, p) → (B, width): inner products kept in the mean, with variance about 2/width.
+    """A sketch of rows (B, p) → (B, width): inner products kept in the mean, with variance of at most about 2/width.
 
-    Every coordinate is added, with a random sign, to one of `width` sums; the same ones at every call.
+    Every coordinate is added, with a random sign, to one of `width` sums, as many to each as go; the same ones at
+    every call. A count sketch (Charikar, Chen & Farach-Colton 2002) but for that, and but for the order of adding, which
+    on a card would be another each time.
     """
     generator = torch.Generator().manual_seed(rows.shape[1])
-    bucket = torch.randint(width, (rows.shape[1],), generator=generator).to(rows.device)
+    order = torch.randperm(rows.shape[1], generator=generator).to(rows.device)
     signs = (torch.randint(2, (rows.shape[1],), generator=generator) * 2 - 1).to(rows)
-    return rows.new_zeros(len(rows), width).index_add_(1, bucket, rows * signs)
+    mixed = F.pad((rows * signs)[:, order], (0, -rows.shape[1] % width))
+    return mixed.view(len(rows), -1, width).sum(1)
 
 
 def _by_vmap(

@@ -77,7 +77,8 @@ def gradient_norm(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
 def squared_gradients(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
     """Σ_b ‖ḡ_b‖² over batches b, per batch: squared gradients as sensitivity (SPT, arXiv:2303.08566).
 
-    SPT sums over the most sensitive parameters of a whole net; here over all of the site's.
+    SPT adds them up for each parameter (its code: over 8 batches) and counts how many of a matrix's are among the
+    largest of the whole net, which on its own weights are not zero; here they are summed over the site's new ones.
     """
     n, b = len(site.kernel), setting.batch_size
     batch = torch.arange(n, device=weights.device) // b
@@ -86,9 +87,10 @@ def squared_gradients(site: Candidate, setting: Setting, weights: Tensor) -> Ten
 
 
 def natural_gradient(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
-    """ḡᵀ (F + λ)⁻¹ ḡ = 1ᵀ K(K + λ)⁻¹ 1 / n, F = Gᵀ G / n: the natural expansion score (SENN, arXiv:2307.04526).
+    """ḡᵀ (F + λ)⁻¹ ḡ = 1ᵀ K(K + λ)⁻¹ 1 / n, F = Gᵀ G / n: the natural expansion score (SENN, arXiv:2307.04526, eq. 3).
 
-    With the exact empirical Fisher matrix in its image-kernel form in place of SENN's K-FAC.
+    With the empirical Fisher matrix, of the gradients themselves, in place of SENN's, of the outputs' Jacobians, which it
+    approximates by K-FAC; and of the new parameters alone, where SENN takes what the score of all rises by.
     """
     return _quadratic(score_test.influence(site.kernel, setting.ridge), weights) / weights.sum(1)
 
@@ -133,7 +135,7 @@ def depth(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
 
 
 def parameters(site: Candidate, setting: Setting, weights: Tensor) -> Tensor:
-    """The new block's number of parameters, which zero-cost proxies have seldom beaten (ZiCo, arXiv:2301.11300)."""
+    """The new block's number of parameters: before ZiCo (arXiv:2301.11300) no zero-cost proxy was always as good."""
     return _constant(site.site.parameters, weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from attninject.errors import DataError, NoMatchError, NonFiniteError, PlanError
 from attninject.observe.snapshot import rng_kept
 from attninject.planning import support
 from attninject.planning.plan import Plan
+from attninject.training.devices import deterministic
 from attninject.wording import nearest_hint
 
 from . import head as heads
@@ -25,6 +27,7 @@ from .gradients import Collector, Losses
 from .methods import METHODS, PAPERS_PLACES, Candidate, Setting
 from .ranking import RankedSite, Ranking, ranks_of
 from .samples import Samples, labelled, size_of, taken, to_device
+from .statistics import holm
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) → the losses of the batch's images (B,), or their mean."""
@@ -87,13 +90,13 @@ def rank_sites(
 def rankings(
     model: nn.Module, recipe: Any = None, data: Any = None, *, methods: Sequence[str] = tuple(METHODS),
     images: int = 512, batch_size: int = 32, head: str = "auto", seed: int = 0, example_inputs: Any = None,
-    **rule: Any,
+    args: Mapping[str, Any] | None = None, **rule: Any,
 ) -> dict[str, Ranking]:  # fmt: skip
     """Method → what `rank_sites` returns for it, all from one measurement; arguments as there."""
     for method in methods:
         _check_words(method, head, "eval", images, batch_size, 2)
     job = _Job(tuple(methods), head, 2, 1.0, "eval", seed, batch_size)
-    return _ranked(model, recipe, data, "loss", images, job, "", example_inputs, True, None, rule)
+    return _ranked(model, recipe, data, "loss", images, job, "", example_inputs, True, args, rule)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _ranked(
             "rank_sites needs data: batches of (images, labels), a data set, a loader or two tensors"
         )
     support.refuse_unsupported(model)
-    with rng_kept():
+    with rng_kept(), _exact():
         torch.manual_seed(job.seed)
         source = _source(model, data, metric, images, job.batch_size)
         torch.manual_seed(job.seed)  # a loader has drawn from the generator, a pair of tensors has not
@@ -137,6 +140,28 @@ def _ranked(
         usual = _usual(twin, plan, root) if "papers_places" in job.methods else frozenset[int]()
         api.inject(twin, plan)
         return _Measurement(twin, plan, source, job, usual).rankings()
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """On a card: the same kernels each time, and products of float32 in float32.
+
+    In tf32, the default of convolutions there, a gradient summed over images may be off from autograd's by more than
+    `gradients.TOLERANCE`, and be taken for that of a block that mixes images.
+    """
+    conv, product = torch.backends.cudnn, torch.backends.cuda.matmul
+    name, value, parts = "allow_tf32", False, (conv, product)
+    if hasattr(conv, "conv"):  # since torch 2.9; one who has set these may not ask for the old one
+        name, value, parts = "fp32_precision", "ieee", (conv.conv, product)
+    before = [getattr(part, name) for part in parts]
+    try:
+        for part in parts:
+            setattr(part, name, value)
+        with deterministic():
+            yield
+    finally:
+        for part, held in zip(parts, before, strict=True):
+            setattr(part, name, held)
 
 
 def _check_words(method: str, head: str, mode: str, images: int, batch_size: int, folds: int) -> None:
@@ -264,7 +289,7 @@ class _Measurement:
             kernels = [of_blocks[s.name] * (groups[:, None] == groups) for s in self.plan.sites]
             removal = torch.eye(len(kernels[0])).to(kernels[0])
             if head.removal is not None:
-                removal = head.removal[order][:, order].to(removal)
+                removal = self._left(head.removal[order][:, order].to(removal))
         self.notes += collector.notes
         return self._scored(kernels, removal)
 
@@ -291,6 +316,16 @@ class _Measurement:
                 "the head's own directions were not projected out: it is not one Linear whose output is the model's"
             )
         return kernels, head, order, groups[order]
+
+    def _left(self, removal: Tensor) -> Tensor:
+        """P; zeros with a note where it leaves nothing but rounding errors, as with more classes than images."""
+        if float(removal.trace()) > 0.5:  # a whole number but for rounding
+            return removal
+        self.notes.append(
+            f"the head could do by itself all that these {len(removal)} images ask for, so that nothing is left to test: "
+            "give more images than it has outputs, and where a new one is fitted, more in every fold"
+        )
+        return torch.zeros_like(removal)
 
     def _cross_entropy(self, batch: Any) -> Tensor:
         return F.cross_entropy(_logits(self.twin(batch[0])), batch[1], reduction="none")
@@ -405,7 +440,7 @@ def _rows(
     ranks = ranks_of(own)
     resampled = ((-again).argsort(dim=0, stable=True).argsort(dim=0, stable=True) + 1).to(again)
     bounds = torch.tensor([0.025, 0.975], dtype=again.dtype, device=again.device)
-    adjusted = score_test.holm(tests)
+    adjusted = holm(tests)
     rows = []
     for i, candidate in enumerate(candidates):
         low, high = again[i].quantile(bounds).tolist()

@@ -13,7 +13,7 @@ from attninject.recipe.rules import Recipe, Rule
 from attninject.wording import aligned, human, listed
 
 from .methods import FORMULAS
-from .score_test import LEVEL
+from .statistics import LEVEL
 
 HEADER = (
     "rank",

@@ -82,7 +82,11 @@ def _curves(of: Figures, styles: dict[str, str]) -> Chart:
 
 
 def _movement(of: Figures, styles: dict[str, str]) -> Chart | None:
-    arms = [arm for arm in _drawn(of) if any(_moved(o, -1) for o in arm.finished().values())]
+    arms = [
+        arm
+        for arm in _drawn(of)
+        if all(_moved(o, e) for o in arm.finished().values() for e in range(len(o.rows)))
+    ]
     if not arms:
         return None
     series = [Line(a.name, _mean_by_epoch(a, lambda o, e: fmean(_moved(o, e))), styles[a.name]) for a in arms]

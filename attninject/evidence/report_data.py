@@ -29,6 +29,7 @@ class Arm:
     parameters: int | None = None
     macs: int | None = None
     sites: tuple[str, ...] = ()
+    settings: str = ""  # recipe, and what of `train` may differ between arms
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def finished(self) -> dict[int, Outcome]:
@@ -99,7 +100,7 @@ def differences(studies: Sequence[Study]) -> list[str]:
 
 def _budget(experiment: Experiment) -> dict[str, Any]:
     """What must be the same for runs to be compared."""
-    data = {f"data {k}": v for k, v in experiment.to_dict()["data"].items() if k not in ("workers", "root")}
+    data = {f"data {k}": v for k, v in experiment.to_dict()["data"].items() if k != "workers"}
     train = experiment.train.to_dict()
     return {"model": experiment.model, "weights": experiment.weights, **data, **{k: train[k] for k in BUDGET}}
 
@@ -123,13 +124,33 @@ def _add_sweep(studies: list[Study], folder: Path) -> None:
     study.versions.update(raw.get("versions", {}))
     for run in every:
         arm = run.arm
-        made = Arm(arm.name, arm.kind, arm.plain, arm.of, arm.parameters, arm.macs, arm.sites)
-        held = study.arms.setdefault(arm.name, made)
-        if (held.kind, held.sites, held.parameters) != (made.kind, made.sites, made.parameters):
-            raise RunError(
-                f"{folder}: its arm {arm.name!r} is not that of {study.folders[0]}; report them apart"
-            )
-        _take(study, held, run.seed, outcome(run.folder, run.experiment), folder)
+        settings = _settings(run.experiment)
+        made = Arm(arm.name, arm.kind, arm.plain, arm.of, arm.parameters, arm.macs, arm.sites, settings)
+        _take(study, _held(study, made, folder), run.seed, outcome(run.folder, run.experiment), folder)
+
+
+def _settings(experiment: Experiment) -> str:
+    """What makes an arm, as text: runs of one name that differ in it are not to be taken for one arm's."""
+    train = {k: v for k, v in experiment.train.to_dict().items() if k not in (*BUDGET, *MACHINE, "seed")}
+    recipe = None if experiment.recipe is None else load_recipe(experiment.recipe).to_dict()
+    return json.dumps(plain_data({"recipe": recipe, **train}), sort_keys=True)
+
+
+def _held(study: Study, made: Arm, folder: Path) -> Arm:
+    """The study's arm of that name.
+
+    Raises:
+        RunError: it is another: other settings, or blocks at other sites.
+    """
+    held = study.arms.setdefault(made.name, made)
+    known = None not in (held.parameters, made.parameters)
+    if held.settings != made.settings or (
+        known and (held.kind, held.sites, held.parameters) != (made.kind, made.sites, made.parameters)
+    ):
+        raise RunError(
+            f"{folder}: its arm {made.name!r} is not that of {study.folders[0]}; report them apart"
+        )
+    return held
 
 
 def _take(study: Study, arm: Arm, seed: int, found: Outcome, folder: Path) -> None:
@@ -160,8 +181,8 @@ def _add_runs(studies: list[Study], folder: Path) -> None:
             study.folders.append(folder)
         name, plain = _names(experiment)
         kind = PLAIN if experiment.recipe is None else ATTENTION
-        arm = study.arms.setdefault(name, Arm(name, kind, None if kind == PLAIN else plain))
-        _take(study, arm, experiment.train.seed, outcome(place, experiment), place)
+        made = Arm(name, kind, None if kind == PLAIN else plain, settings=_settings(experiment))
+        _take(study, _held(study, made, place), experiment.train.seed, outcome(place, experiment), place)
 
 
 def _names(experiment: Experiment) -> tuple[str, str]:

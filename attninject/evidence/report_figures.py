@@ -26,7 +26,7 @@ class Against:
         arm: the one.
         other: the other; the difference is arm − other.
         found: None where they share no finished seed.
-        holm: p over all arms that were compared with plain fine-tuning.
+        holm: p, corrected for all rows of the same table.
         least: difference that so many seeds show with power 0.8, at this spread and Holm's strictest level.
         needed: seeds that would show the difference found; None: more than a thousand, or it is none.
     """

@@ -98,8 +98,8 @@ def against_controls(of: Figures) -> Table:
     """Paired differences from an arm's own controls."""
     note = (
         "The same for each arm against its controls: a 1×1 residual bottleneck with its parameters at its sites, and "
-        "its own block at random sites of the same shapes and depths. Without a difference here, what was gained "
-        "is owed to parameters, or to any place."
+        "its own block at random sites of the same shapes and depths. Where no difference is shown here, what was "
+        "gained may as well be owed to parameters, or to any place."
     )
     header = ("arm", "control", *PAIRED[1:])
     rows = [(row.arm.name, row.other.name, *_paired(row)[1:]) for row in of.against_controls]

@@ -27,8 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LEVEL = 0.05
-"""What the verdict calls significant, after Holm's correction."""
+from .statistics import LEVEL
 
 
 def ridge_of(kernel: Tensor, ridge: float = 1.0) -> float:
@@ -50,8 +49,8 @@ def _inverse(matrix: Tensor) -> Tensor:
 
 
 def stretch(removal: Tensor) -> float:
-    """‖P1‖² / tr P of a projection (n, n): how much longer it leaves the ones than random signs."""
-    return float(removal.sum(1).square().sum() / removal.trace())
+    """‖P1‖² / tr P of a projection (n, n): how much longer it leaves the ones than random signs; 1 where P is zero."""
+    return float(removal.sum(1).square().sum() / removal.trace()) if removal.any() else 1.0
 
 
 def z_scores(a: Tensor, weights: Tensor, stretched: float = 1.0) -> Tensor:
@@ -71,20 +70,6 @@ def p_value(a: Tensor, signs: Tensor, stretched: float = 1.0) -> float:
     """Share of the null, sampled with signs: (r, n), that is at least as large; the observed value counts too."""
     observed = float(z_scores(a, torch.ones_like(signs[:1]), stretched))
     return (1 + int((z_scores(a, signs) >= observed).sum())) / (1 + len(signs))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): valid under any dependence.
-
-    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for step, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - step) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
 
 
 def expected_drop(kernel: Tensor, folds: Tensor, ridge: float = 1.0) -> float:

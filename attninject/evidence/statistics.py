@@ -11,13 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 
 from attninject.errors import MissingPackageError
 
+P = TypeVar("P", float, float | None)
+
 LEVEL = 0.05
-"""Of all tests together, two-sided; intervals hold 95 %."""
+"""Of all tests together; intervals hold 95 %."""
 POWER = 0.8
 DRAWS = 10_000
 QUANTILES = 4_000
@@ -76,14 +79,16 @@ def _bootstrap(d: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p-values (Holm 1979), in the order given; None stays None and counts as no test.
+def holm(ps: Sequence[P]) -> list[P]:
+    """Holm's step-down adjustment (1979), valid under any dependence, in the order given.
+
+    None and nan stay what they are and count as no test.
 
     >>> holm([0.01, 0.04, None, 0.03])
     [0.03, 0.06, None, 0.06]
     """
-    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
-    adjusted: list[float | None] = [None] * len(ps)
+    order = sorted((p, i) for i, p in enumerate(ps) if p is not None and not math.isnan(p))
+    adjusted = list(ps)
     least = 0.0
     for rank, (p, i) in enumerate(order):
         least = max(least, min(1.0, (len(order) - rank) * p))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,9 @@ from .sweep_file import OF_BLOCKS, Sweep
 DESIGN = "sweep.json"
 FORMAT = 1
 PLAIN, ATTENTION, BOTTLENECK, RANDOM = "plain", "attention", "bottleneck", "random sites"
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{kind}{n}" for kind in ("COM", "LPT") for n in range(10))}
+"""What Windows does not let be a file."""
+LONGEST = 200  # bytes
 PACKAGES = ("attninject", "torch", "torchvision", "timm", "numpy")
 
 
@@ -62,8 +66,10 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """The name as a folder."""
-        return re.sub(r"[^\w.=+-]+", "_", self.name)
+        """The name as a folder on any system: a long one cut and numbered, none a device of Windows or a dot."""
+        text = re.sub(r"[^\w.=+-]+", "_", self.name).rstrip(".") or "_"
+        text = f"_{text}" if text.partition(".")[0].upper() in DEVICES else text
+        return text if len(text.encode()) <= LONGEST else f"{text[:60]}_{zlib.crc32(text.encode()):08x}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -238,8 +244,8 @@ def _shown(value: Any) -> str:
 
 
 def _refuse_twins(arms: list[Arm]) -> None:
-    names = [arm.slug for arm in arms]
-    twins = [arm.name for arm in arms if names.count(arm.slug) > 1]
+    names = [arm.slug.casefold() for arm in arms]  # one folder on systems that know no case
+    twins = [arm.name for arm in arms if names.count(arm.slug.casefold()) > 1]
     if twins:
         raise ExperimentError([Fault(f"two arms are called {twins[0]!r}: give their recipes a `name`")])
 

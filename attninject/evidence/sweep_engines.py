@@ -214,9 +214,10 @@ set -euo pipefail
 export OMP_NUM_THREADS={self.threads}
 cd {shlex.quote(os.getcwd())}
 run=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(f"{out}/runs.txt")})
-resume=()
+resume=()  # empty, it is unset to an old bash
 if [ -e "$run/{runs.CHECKPOINT}" ] || [ -e "$run/{runs.PREVIOUS}" ]; then resume=(--resume); fi
-{shlex.quote(sys.executable)} -m attninject finetune "$run/{runs.SETTINGS}" --out "$run" "${{resume[@]}}"{own}
+set -- finetune "$run/{runs.SETTINGS}" --out "$run" ${{resume[@]+"${{resume[@]}}"}}
+{shlex.quote(sys.executable)} -m attninject "$@"{own}
 """
 
 

@@ -25,7 +25,6 @@ from attninject.planning.planned_site import Site
 from attninject.planning.support import refuse_unsupported
 from attninject.zoo import guarantees, subjects
 
-LEVELS = ("plan", "cheap", "full")
 CHEAP = ("eval", "train", "gradient", "deepcopy", "pickle")
 ON_META = ("eval", "deepcopy", "pickle")  # of these, what needs no values: calls, keys, copies
 WITHOUT_GRID = "se"  # works in any layout: for where the block asked for needs a grid of positions

@@ -43,7 +43,6 @@ MEANING = {
     "export": "torch.export gives a program with the same output",
     "compile": "torch.compile, in one graph where the bare model is, gives the same output",
 }
-STRUCTURE = ("untouched", "kept", "eject")  # need no run of the model
 
 
 class Broken(Exception):

@@ -226,14 +226,31 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     works = {name: (lambda name=name: order.append(name)) for name in "ab"}
     taken = measure.interleaved(works, 4, sample=0)
     assert {name: len(t) for name, t in taken.items()} == {"a": 4, "b": 4}
-    assert "".join(order) == "ab" + "ba" + "ab" + "ba" + "ab"
+    assert "".join(order) == "aabb" + "ba" + "ab" + "ba" + "ab"
     assert len(measure.interleaved(works, 9, enough=-1.0, least=3, sample=0)["a"]) == 3
     monkeypatch.setattr(
         measure, "seconds", lambda work, device, times=1: [work() for _ in range(times)] and 0.004
     )
     order.clear()
     measure.interleaved(works, 1, sample=0.02)
-    assert "".join(order) == "ab" + "b" * 5 + "a" * 5  # short calls are repeated within a figure
+    assert "".join(order) == "aabb" + "b" * 5 + "a" * 5  # short calls are repeated within a figure
+
+
+def test_a_slow_first_call_makes_no_figure_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiles at its first call gets as many calls to a figure as another that takes as long later."""
+    calls = {"compiled": 0, "eager": 0}
+
+    def work(name: str) -> float:
+        calls[name] += 1
+        return 1.0 if (name, calls[name]) == ("compiled", 1) else 0.004
+
+    monkeypatch.setattr(
+        measure, "seconds", lambda work, device, times=1: sum(work() for _ in range(times)) / times
+    )
+    works = {name: (lambda name=name: work(name)) for name in calls}
+    taken = measure.interleaved(works, 1, sample=0.02)
+    assert calls == {"compiled": 7, "eager": 7}
+    assert taken["compiled"] == taken["eager"]
 
 
 def test_peak_counts_tensors_alive_at_once() -> None:

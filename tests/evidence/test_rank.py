@@ -503,6 +503,38 @@ def test_dead_blocks_are_said_to_be_dead() -> None:
     assert next(s for s in r.sites if s.number == 0).score == 0
 
 
+def test_where_the_head_has_as_many_outputs_as_images_nothing_is_left_to_test() -> None:
+    """A head that could do all by itself leaves no evidence: said, not made up of rounding errors."""
+    x, _ = images(20)
+    few = {"data": (x, torch.arange(20) % 10), "model": tiny(classes=10), "images": 20, "batch_size": 10}
+    for head in ("fit", "keep"):
+        many = (
+            {**few, "model": tiny(classes=30), "data": (x, torch.arange(20) % 5)} if head == "keep" else few
+        )
+        r = ranked(**many, head=head)
+        assert {(s.score, s.interval, s.p) for s in r.sites} == {(0.0, (0.0, 0.0), 1.0)}
+        assert any("nothing is left to test" in note for note in r.notes)
+        assert r.verdict == "no site can be told from chance on these 20 images"
+
+
+def test_it_computes_in_float32_and_by_the_same_kernels_and_puts_the_settings_back() -> None:
+    """On a card convolutions run in tf32 by default; there and here what was set is as it was, also after an error."""
+    conv: Any = getattr(torch.backends.cudnn, "conv", None) or pytest.skip("torch before 2.9")
+    seen: list[tuple[str, bool]] = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        seen.append((conv.fp32_precision, torch.backends.cudnn.deterministic))
+        if len(seen) > 1:
+            raise KeyError("enough")
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    before = conv.fp32_precision, torch.backends.cudnn.deterministic
+    with pytest.raises(KeyError):
+        ranked(data=[images()], metric=loss)
+    assert set(seen) == {("ieee", True)}
+    assert (conv.fp32_precision, torch.backends.cudnn.deterministic) == before
+
+
 def test_the_null_is_sampled_finely_enough_for_many_sites() -> None:
     """The smallest p-value, corrected for 50 sites, is still below 5 %."""
     assert 50 / (1 + rank.SIGNS) < 0.05

@@ -225,6 +225,32 @@ def test_budgets_are_shown_apart(tmp_path: Path) -> None:
     assert "counts once" in once.markdown()
 
 
+def test_arms_of_one_name_and_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    """Sweeps, or a sweep and runs, whose `plain` learnt at another rate are refused together; other data stand apart."""
+    a = written(tmp_path / "a", NOISY)
+    b = written(tmp_path / "b", NOISY, {**BUDGET, "train": {"epochs": 1, "lr": 0.5}})
+    with pytest.raises(RunError, match=r"its arm 'plain' is not that of .*report them apart"):
+        report([a, b])
+    (b / "sweep.json").unlink()  # of loose runs the name says it
+    assert "plain lr=0.5" in report([a, b]).studies[0].study.arms
+    with pytest.raises(RunError, match="its arm 'plain' is not that of"):
+        report([written(tmp_path / "c", NOISY, {**BUDGET, "train": {"epochs": 1, "lr": 0.5}}), a])
+    folders = [
+        written(tmp_path / name, NOISY, {**BUDGET, "data": {"kind": "imagefolder", "root": name}})
+        for name in "de"
+    ]
+    assert 'data root: "d" / "e"' in report(folders).markdown()
+
+
+def test_runs_without_a_column_of_movement_do_no_harm(tmp_path: Path) -> None:
+    """One run of an earlier version among others: the chart of movement leaves its arm out."""
+    folder = written(tmp_path / "a", NOISY)
+    log = folder / "se" / "seed-1" / "log.csv"
+    rows = [line.rpartition(",")[0] for line in log.read_text(encoding="utf-8").splitlines()]
+    log.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert "Movement of the gates" in report([folder]).html()
+
+
 def test_damaged_and_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> None:
     """A broken log and a run that is not there are listed, and count in no figure."""
     folder = written(tmp_path / "a", {**NOISY, "se": NOISY["se"][:4]})

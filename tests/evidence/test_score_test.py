@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attninject.evidence import head, score_test
+from attninject.evidence.statistics import holm
 
 
 def gram(n: int, p: int, seed: int = 0, common: float = 0.0) -> Tensor:
@@ -71,11 +72,16 @@ def test_drawing_an_image_twice_is_no_evidence() -> None:
 
 @pytest.mark.parametrize(
     ("given", "adjusted"),
-    [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.5, 0.9], [1.0, 1.0]), ([0.02], [0.02])],
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.5, 0.9], [1.0, 1.0]),
+        ([0.02], [0.02]),
+        ([float("nan"), 0.01, 0.02], [float("nan"), 0.02, 0.02]),
+    ],
 )
 def test_holm_by_hand(given: list[float], adjusted: list[float]) -> None:
-    """The smallest times n, the next times n − 1, never falling, never above 1."""
-    assert score_test.holm(given) == pytest.approx(adjusted)
+    """The smallest times n, the next times n − 1, never falling, never above 1; what is no number is no test."""
+    assert holm(given) == pytest.approx(adjusted, nan_ok=True)
 
 
 def test_expected_drop_by_hand() -> None:

@@ -20,7 +20,7 @@ from attninject.cli import main
 from attninject.errors import ExperimentError, RunError
 from attninject.evidence import sweep_engines
 from attninject.evidence.sweep import Swept, carry_out, standing
-from attninject.evidence.sweep_design import Design, design, keep, read
+from attninject.evidence.sweep_design import Arm, Design, _refuse_twins, design, keep, read
 from attninject.evidence.sweep_engines import Event, Local, Slurm
 from attninject.evidence.sweep_file import read_sweep
 from attninject.training import runs
@@ -358,3 +358,22 @@ def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch, swept: Swe
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(RunError, match=r"RAY_ADDRESS=127.0.0.1:1 cannot be reached .*--engine local"):
         sweep_engines.Ray().carry_out(list(swept.design.runs()), lambda event: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("se at stage_end lr=0.01", "se_at_stage_end_lr=0.01"), ("..", "_"), ("a/b: c.", "a_b_c"), ("aux", "_aux"),
+     ("Con.se", "_Con.se"), ("connect", "connect")],
+)  # fmt: skip
+def test_an_arm_has_a_folder_on_every_system(name: str, folder: str) -> None:
+    """Letters, digits and a few signs; no device of Windows, no dots alone, and never too long."""
+    assert Arm(name, "plain", {}).slug == folder
+    long = {Arm(f"{'layer' * 60} {n}", "plain", {}).slug for n in range(2)}
+    assert len(long) == 2
+    assert max(map(len, long)) < 100
+
+
+def test_arms_that_differ_in_case_alone_are_refused() -> None:
+    """They would share a folder where the system knows no case."""
+    with pytest.raises(ExperimentError, match="two arms are called 'SE'"):
+        _refuse_twins([Arm("SE", "attention", {}), Arm("se", "attention", {})])

@@ -23,6 +23,11 @@ LEAN = (
 )[: 3 if REHEARSE else 12]  # fmt: skip
 
 
+def place(name: str) -> str:
+    """Where the blocks go: on residual branches, or behind the stages of a network that has none."""
+    return "stage_end" if any(w in name for w in ("vgg", "densenet", "googlenet")) else "residual_branch"
+
+
 def images(name: str, device: str, batch: int = 4) -> torch.Tensor:
     """Random images of a size that the network takes."""
     size = 256 if "_256" in name else 224 if any(w in name for w in ("vit", "swin")) else 96

@@ -9,7 +9,7 @@ from cases import BLOCKS, images
 
 import attninject as ai
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # inductor's advice, such as to use tf32
 
 
 @pytest.mark.parametrize("block", BLOCKS[:2])
@@ -25,7 +25,6 @@ def test_one_graph(block: str, device: str) -> None:
     compiled(x).square().mean().backward()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_cuda_graphs(device: str) -> None:
     """`mode="reduce-overhead"`: replayed graphs give what eager gives, for new images as well."""
     if device == "cpu":

@@ -8,7 +8,7 @@ from pathlib import Path
 import nets
 import pytest
 import torch
-from cases import BLOCKS, DTYPES, FORMATS, NETS, images
+from cases import BLOCKS, DTYPES, FORMATS, NETS, images, place
 from torch import nn
 
 import attninject as ai
@@ -18,15 +18,17 @@ from attninject.observe.verify import equal
 pytestmark = pytest.mark.gpu
 
 
-def outputs(model: nn.Module, x: torch.Tensor, train: bool) -> list[torch.Tensor]:
+def outputs(
+    model: nn.Module, x: torch.Tensor, memory_format: torch.memory_format, train: bool, keys: list[str]
+) -> list[torch.Tensor]:
     """What the model gives, and what its norms have learnt from it in train mode; always the same random numbers."""
-    model.train(train)
+    model.train(train).to(memory_format=memory_format)
     buffers = {key: value.clone() for key, value in model.named_buffers()}
     torch.manual_seed(0)
     with torch.no_grad():
-        y = model(x)
+        y = model(x.to(memory_format=memory_format))
         y = y[0] if isinstance(y, tuple) else y  # googlenet in train mode
-        found = [y.clone(), *(v.clone() for k, v in model.named_buffers() if k in buffers)]
+        found = [y.clone(), *(v.clone() for k, v in model.named_buffers() if k in keys)]
         for key, value in model.named_buffers():
             value.copy_(buffers[key])
     return found
@@ -36,23 +38,15 @@ def outputs(model: nn.Module, x: torch.Tensor, train: bool) -> list[torch.Tensor
 @pytest.mark.parametrize("name", NETS)
 def test_identity(name: str, block: str, device: str) -> None:
     """Eval and train; float32, bfloat16, float16, both memory formats, and autocast; the model lives on the card."""
+    cases = [(memory_format, train) for memory_format in FORMATS for train in (False, True)]
     for dtype in DTYPES:
-        for memory_format in FORMATS:
-            model = nets.net(name).to(device=device, dtype=dtype, memory_format=memory_format)
-            x = images(name, device).to(dtype=dtype, memory_format=memory_format)
-            before = [outputs(model, x, train) for train in (False, True)]
-            keys = [k for k, _ in model.named_buffers()]
-            ai.inject(
-                model.eval(), block=block, place="residual_branch" if "vgg" not in name else "stage_end"
-            )
-            assert {p.device.type for p in model.parameters()} == {torch.device(device).type}
-            for train, expected in zip((False, True), before, strict=True):
-                found = outputs(model, x, train)
-                found = [
-                    found[0],
-                    *(v for (k, _), v in zip(model.named_buffers(), found[1:], strict=True) if k in keys),
-                ]
-                assert equal(expected, found), (dtype, memory_format, train)
+        model, x = nets.net(name).to(device=device, dtype=dtype), images(name, device).to(dtype)
+        keys = [k for k, _ in model.named_buffers()]
+        before = [outputs(model, x, *case, keys) for case in cases]
+        ai.inject(model.eval(), block=block, place=place(name))
+        assert {p.device.type for p in model.parameters()} == {torch.device(device).type}
+        for case, expected in zip(cases, before, strict=True):
+            assert equal(expected, outputs(model, x, *case, keys)), (dtype, *case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import nets
 import pytest
 import torch
@@ -31,19 +33,24 @@ def gradients(module: torch.nn.Module, x: Tensor, gradient: Tensor) -> list[Tens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LEAN)
 def test_lean_gradients_against_float64(name: str, dtype: torch.dtype, memory_format, device: str) -> None:
-    """The lean form on the card beside the definition in float64 on the CPU, on a map of odd sides."""
+    """The lean form on the card beside the definition in float64 on the CPU, on a map of odd sides.
+
+    In the bounds, or no further off than twice the definition is in the same precision.
+    """
     generator = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(3, 64, 15, 17, generator=generator).to(dtype) for _ in range(2))
     module = block_speed.scrambled(ai.create_block(name, 64, init="paper")).to(dtype)
     expected = gradients(module.double(), x.double(), gradient.double())
     module = module.to(device=device, dtype=dtype, memory_format=memory_format)
     moved = [t.to(device=device, memory_format=memory_format) for t in (x, gradient)]
-    with dispatch.backend("fast"):
-        found = gradients(module, *moved)
+    found, plain = [], []
+    for form, into in (("fast", found), ("plain", plain)):
+        with dispatch.backend(form):
+            into += gradients(copy.deepcopy(module), *moved)
     assert found[0].is_contiguous(memory_format=memory_format)
-    for mine, right in zip(found[:2], expected[:2], strict=True):
-        off = (mine.double().cpu() - right).norm() / right.norm()
-        assert off < BOUNDS[dtype], off
+    for mine, theirs, right in zip(found[:2], plain[:2], expected[:2], strict=True):
+        off, own = ((t.double().cpu() - right).norm() / right.norm() for t in (mine, theirs))
+        assert off < max(BOUNDS[dtype], 2 * own), (off, own)
 
 
 def test_two_runs_are_the_same_bits(device: str) -> None:

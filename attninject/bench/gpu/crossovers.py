@@ -10,6 +10,7 @@ from pathlib import Path
 from attninject.bench import block_speed, measure
 from attninject.bench.block_speed import KERNELS, OURS, PLAIN, Case
 from attninject.blocks.fast import crossover
+from attninject.errors import DataError
 
 from . import sheet
 from .sheet import Figures, Setting, Task
@@ -33,6 +34,7 @@ def tasks(setting: Setting, names: Sequence[str]) -> Iterator[Task]:
 def _crossover(name: str, dtype: str, memory_format: str, setting: Setting, left: float) -> Figures:
     """Seconds of a forward and backward over the size of the map, by form."""
     rows = []
+    skipped: dict[str, str] = {}
     for batch in (1, 2) if setting.rehearse else (8, 32, 128, 512, 2048):
         side = 4 if setting.rehearse else crossover.SIDE
         case = Case(name, (batch, crossover.CHANNELS, side, side), memory_format, dtype, setting.device)
@@ -41,14 +43,16 @@ def _crossover(name: str, dtype: str, memory_format: str, setting: Setting, left
             break
         modules, skipped = block_speed.contenders(case)
         block_speed.take_forms(modules, skipped, x)
-        works = {
-            form: block_speed.step(modules[who], x, gradient) for who, form in NAMES.items() if who in modules
-        }
+        modules = {who: modules[who] for who in NAMES if who in modules}
+        block_speed.differences(modules, skipped, x, gradient)
+        if PLAIN not in modules:
+            raise DataError(f"the definition: {skipped[PLAIN]}")
+        works = {NAMES[who]: block_speed.step(module, x, gradient) for who, module in modules.items()}
         times = measure.interleaved(works, setting.rounds, setting.device, enough=0.3, sample=0.01)
         rows.append(
             {"elements": x.numel(), **{form: statistics.median(taken) for form, taken in times.items()}}
         )
-    return {"block": name, "dtype": dtype, "format": memory_format, "sizes": rows}
+    return {"block": name, "dtype": dtype, "format": memory_format, "sizes": rows, "skipped": skipped}
 
 
 def write(folder: Path) -> Path | None:

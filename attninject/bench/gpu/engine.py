@@ -1,27 +1,29 @@
-"""`attninject finetune` on the card as a user runs it: precisions, killed and resumed, DDP, FSDP2, reading JPEGs."""
+"""`attninject finetune` on the card as a user runs it: precisions, killed and resumed, DDP, FSDP2; its steps on JPEGs."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import signal
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from attninject.bench import finetuning
 from attninject.errors import RunError
+from attninject.training import devices
 
 from .sheet import Figures, Setting, Task
 
 PART = "engine"
-CLASSES, PER_CLASS = 8, 400  # 3,200 JPEGs of 256×256
+CLASSES, PER_CLASS, LINKS = 8, 100, 16  # 800 JPEGs of 256×256, each under 16 names
 
 
 def tasks(setting: Setting) -> Iterator[Task]:
@@ -88,27 +90,28 @@ def _killed(setting: Setting, left: float) -> Figures:
     common = [*_finetune(setting), "--save-every", "3"]
     for name in ("whole", "again"):
         _call([*common, "--out", str(runs / name)], left)
-    out, kills = runs / "killed", 0
-    for attempt in range(3):
-        resume = ["--resume"] if (out / "checkpoint.safetensors").is_file() else []
-        command = [sys.executable, "-m", "attninject", *common, "--out", str(out), *resume]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if attempt < 2:
-            kills += _kill_after_a_checkpoint(process, out / "checkpoint.safetensors")
-        process.communicate()
+    out = runs / "killed"
+    checkpoint, killed = out / "checkpoint.safetensors", [*common, "--out", str(out)]
+    kills = _kill_after_a_checkpoint(killed, checkpoint)
+    kills += _kill_after_a_checkpoint([*killed, "--resume"], checkpoint)
+    _call([*killed, "--resume"], left)
     first, second, third = (_weights(runs / name) for name in ("whole", "again", "killed"))
     return {"deterministic": first == second, "bit_identical": first == third, "kills": kills}
 
 
-def _kill_after_a_checkpoint(process: subprocess.Popen[bytes], file: Path) -> int:
-    """SIGKILL once the checkpoint has been written anew; 1 if that came before the run's own end."""
+def _kill_after_a_checkpoint(arguments: Sequence[str], file: Path) -> int:
+    """A run until its checkpoint has been written anew, then SIGKILL; 1 if that came before the run's own end."""
     before = file.stat().st_mtime_ns if file.is_file() else 0
-    while process.poll() is None:
-        if file.is_file() and file.stat().st_mtime_ns != before:
-            process.send_signal(signal.SIGKILL)
-            return 1
-        time.sleep(0.01)
-    return 0
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-m", "attninject", *arguments], **quiet) as process:
+        try:
+            while process.poll() is None:
+                if file.is_file() and file.stat().st_mtime_ns != before:
+                    return 1
+                time.sleep(0.01)
+            return 0
+        finally:
+            process.kill()
 
 
 def _weights(folder: Path) -> str:
@@ -126,59 +129,42 @@ def _launched(setting: Setting, name: str, flags: Sequence[str], left: float) ->
 
 
 def _waiting(setting: Setting, left: float) -> Figures:
-    """Images per second of an epoch that reads JPEGs, over those of the same steps on one batch in memory."""
+    """Images per second of the engine's steps on what is read from JPEGs, over those of the same on a batch in memory."""
     batch, size, workers = (4, 32, 0) if setting.rehearse else (64, 224, 8)
     model = "timm/test_resnet" if setting.rehearse else "timm/resnet50"
-    folder = _photographs(setting)
-    out = setting.folder / "runs" / "photographs"
-    precision = ["--precision", "bf16"] if setting.bf16 and not setting.rehearse else []
-    device = ["--device", "cpu"] if setting.device == "cpu" else []
-    command = [
-        "finetune",
-        "--model",
-        model,
-        "--recipe",
-        "se",
-        "--data",
-        "imagefolder",
-        "--data-root",
-        str(folder),
-    ]
-    command += [
-        "--data-val-fraction",
-        "0.02",
-        "--data-size",
-        str(size),
-        "--data-workers",
-        str(workers),
-        "--epochs",
-        "2",
-    ]
-    command += ["--batch-size", str(batch), "--channels-last", *precision, *device, "--out", str(out)]
-    _call(command, left)
-    images = CLASSES * _per_class(setting) * 0.98
-    read = images / float(_log(out)[-1]["seconds"])
     task = finetuning.Task(
-        model, "se", batch, size, "bf16" if precision else "no", channels_last=True,
+        model, "se", batch, size, "bf16" if setting.bf16 and not setting.rehearse else "no", channels_last=True,
         device="cpu" if setting.device == "cpu" else "auto",
     )  # fmt: skip
-    in_memory = _in_memory(task)
+    folder = _photographs(setting)
+    try:
+        with devices.deterministic():  # as the engine
+            held, reading = finetuning.Step(task), finetuning.Step(task, folder, workers)
+            held.take(3)
+            in_memory = _rate(held, [held.batch] * 10)
+            from_files = _second_half(reading)
+    finally:
+        devices.forget_accelerator()
     return {
-        "from_files": read,
-        "in_memory": in_memory,
-        "busy": read / in_memory,
-        "workers": workers,
+        "from_files": from_files, "in_memory": in_memory, "busy": from_files / in_memory, "workers": workers,
         "batch": batch,
-    }
+    }  # fmt: skip
 
 
-def _in_memory(task: finetuning.Task) -> float:
-    """Images per second of the engine's steps on one batch."""
-    step = finetuning.Step(task)
-    step.take(3)
+def _second_half(step: finetuning.Step) -> float:
+    """Images per second of the second half of an epoch: what had been read ahead when it began is used up by then."""
+    coming = iter(step.run.loaders.train)
+    for _ in range(step.run.loaders.steps // 2):
+        step.take(batch=next(coming))
+    return _rate(step, coming)
+
+
+def _rate(step: finetuning.Step, batches: Iterable[Any]) -> float:
+    """Images per second of steps on some batches."""
     began = time.perf_counter()
-    step.take(10)
-    return 10 * task.batch_size / (time.perf_counter() - began)
+    for count, batch in enumerate(batches, 1):  # noqa: B007 (read behind the loop)
+        step.take(batch=batch)
+    return count * step.task.batch_size / (time.perf_counter() - began)
 
 
 def _photographs(setting: Setting) -> Path:
@@ -187,20 +173,19 @@ def _photographs(setting: Setting) -> Path:
 
     root = setting.folder / "photographs"
     generator = np.random.default_rng(0)
-    side = 48 if setting.rehearse else 256
+    side, count, links = (48, 4, 1) if setting.rehearse else (256, PER_CLASS, LINKS)
     for label in range(CLASSES):
         folder = root / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
-        for number in range(_per_class(setting)):
+        for number in range(count):
             coarse = torch.from_numpy(generator.random((1, 3, side // 8, side // 8), dtype=np.float32))
             smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)[0]
             pixels = (smooth.permute(1, 2, 0).numpy() * 255).astype("uint8")
-            Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+            file = folder / f"{number}.jpg"
+            Image.fromarray(pixels).save(file, quality=90)
+            for link in range(1, links):
+                os.link(file, folder / f"{number}-{link}.jpg")
     return root
-
-
-def _per_class(setting: Setting) -> int:
-    return 4 if setting.rehearse else PER_CLASS
 
 
 def _call(arguments: Sequence[str], left: float, launcher: Sequence[str] = ("-m", "attninject")) -> None:

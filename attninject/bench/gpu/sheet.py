@@ -24,7 +24,7 @@ class Setting:
         rehearse: tiny sizes, so that every part runs without a card.
         memory: bytes that a task may take; larger maps and batches are halved until they fit.
         bf16: whether the card computes it.
-        folder: for what tasks write.
+        folder: for what tasks write beside their figures.
     """
 
     device: str
@@ -52,9 +52,8 @@ class Task:
         part: which part it belongs to.
         name: unique within the part.
         rank: the lower, the earlier; ties in the order of the parts.
-        seconds: how long it may take on an H100, by estimate; a task that no longer fits is left out.
-        work: gives the figures; told how many seconds are left.
-        wanted: names of the figures, where one task writes several lines; empty: its own name.
+        seconds: how long it takes on an H100, by estimate; a task that no longer fits is left out.
+        work: gives the figures; told how many seconds it may take.
     """
 
     part: str
@@ -62,7 +61,6 @@ class Task:
     rank: int
     seconds: float
     work: Callable[[float], Figures | Iterable[tuple[str, Figures]]]
-    wanted: tuple[str, ...] = ()
 
 
 class Sheet:
@@ -71,17 +69,22 @@ class Sheet:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
+        cut = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
         self._file = self.path.open("a", encoding="utf-8")
+        if cut:  # a process was killed while it wrote
+            self._file.write("\n")
+
+    def __enter__(self) -> Sheet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def write(self, part: str, name: str, figures: Figures) -> None:
         """One line; it is on the disk when this returns."""
         self._file.write(json.dumps({"part": part, "name": name, **figures}, ensure_ascii=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """No more lines."""
-        self._file.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

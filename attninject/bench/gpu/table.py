@@ -34,7 +34,8 @@ def to_markdown(folder: Path) -> str:
     """
     rows = sheet.read(folder)
     about: Row = next((r for r in reversed(rows) if r["part"] == "about"), {})
-    good = [r for r in rows if "error" not in r and "left_out" not in r]
+    newest = {(r["part"], r["name"]): r for r in rows if "error" not in r and "left_out" not in r}
+    good = list(newest.values())
     bandwidth = next(
         (r["bytes_per_second"] for r in good if r["part"] == "ceilings" and r["name"] == "copy"), None
     )

@@ -28,6 +28,8 @@ GROUPS = {
     "test_gpu_compile.py": (5, 90.0),
 }
 """File of tests → rank and seconds."""
+COUNTING = 3.0
+"""Seconds that are left for the count when the tests are stopped."""
 _LINE = re.compile(r"^(?P<test>tests/\S+?(?:\[.*?\])?) (?P<said>PASSED|FAILED|ERROR|SKIPPED|XFAIL)")
 
 
@@ -57,6 +59,8 @@ def _tests(file: str, setting: Setting, left: float) -> Iterable[tuple[str, Figu
         "--tb=line",
         "-p",
         "no:cacheprovider",
+        "-W",
+        "default",  # what another torch warns of is no fault of ours
     ]
     env = {**os.environ, DEVICE: setting.device, **({REHEARSE: "1"} if setting.rehearse else {})}
     env.pop(gpu.VARIABLE, None)
@@ -66,7 +70,7 @@ def _tests(file: str, setting: Setting, left: float) -> Iterable[tuple[str, Figu
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    stopper = threading.Timer(max(left, 1), process.kill)
+    stopper = threading.Timer(max(left - COUNTING, 1), process.kill)
     stopper.start()
     counts: dict[str, int] = {}
     failures: list[str] = []

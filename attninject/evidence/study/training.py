@@ -70,8 +70,6 @@ class Together:
 
     def __init__(self, chain: Chain, runs: Sequence[Run], of: Sequence[Seeded]) -> None:
         """`of`: what each run's seed gives."""
-        import copy
-
         self.chain, self.runs, self.of = chain, runs, of
         self.blocks = [
             {s: copy.deepcopy(o.blocks[s]).train() for s in r.sites} for r, o in zip(runs, of, strict=True)
