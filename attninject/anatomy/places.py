@@ -84,10 +84,11 @@ def _head_input(net: PlaceMap) -> list[Spot]:
         return read
     if net.decoder:
         return net.decoder[-1:]
-    last = net.stages[-1]
-    at = net.resolution(last)
-    for call in net.layers_behind(last):
-        if net.resolution(net.after(call)) != at:
+    end = last = net.stages[-1]
+    for call in net.layers_behind(end):
+        if not net.flow.depends(call.outs[0], end.value):
+            continue  # an encoding of positions, made of no map
+        if net.resolution(net.after(call)) != net.resolution(end):
             break
         last = net.unshared(net.after(call)) if net.can_carry(call) else last
     return [last]

@@ -333,6 +333,32 @@ def test_a_head_is_given_what_the_module_around_a_shared_activation_gives() -> N
     assert sites(Classifier(), "head_input") == ["last"]
 
 
+class Encoding(nn.Module):
+    """A wave for each position of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wave = torch.arange(x.shape[2], dtype=x.dtype).sin()
+        return wave[None, None, :, None].expand(len(x), 8, -1, x.shape[3]).clone()
+
+
+class Detection(nn.Module):
+    """Units, a projection, and positions that are added to its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.units = conv(3, 8, 3, 2), nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8))
+        self.project, self.positions, self.head = nn.Conv2d(8, 8, 1), Encoding(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.project(self.units(self.stem(x)))
+        return self.head((x + self.positions(x)).mean((2, 3)))
+
+
+def test_encoded_positions_are_no_input_of_a_head() -> None:
+    """They are made of no map, and what is made of the last stage goes on beside them."""
+    assert sites(Detection(), "head_input") == ["project"]
+
+
 # --- one module for several parts of an image -------------------------------------------------------
 
 
