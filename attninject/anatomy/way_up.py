@@ -20,8 +20,8 @@ _ONE_STEP = 1.5  # maps whose extents differ by less belong to one step: a borde
 def climb(net: PlaceMap, low: int) -> list[Spot]:
     """After the last call at each resolution above that of a value on which it depends, if a layer reads it later.
 
-    A layer that begins the next step up, in a module that is given this resolution and gives a larger one, is not the
-    last where the step before has an end.
+    A layer that begins the next step up, in a module that takes the last step's end in and gives a larger map, is not
+    the last.
     """
     flow, ends, units = net.flow, {}, {id(u) for u in net.units}
     lowest, start = positions(resolution(net.record, low)), flow.time[flow.number[low]]
@@ -35,7 +35,7 @@ def climb(net: PlaceMap, low: int) -> list[Spot]:
         does = sum(flow.bit(o) for op in call.ops() for o in op.outs if o in flow.number)
         if positions(at) <= lowest or not wanted or not does & (flow.weighted | flow.active):
             continue
-        if id(call) in units or at not in ends or not _begins_a_step(net, call, low):
+        if id(call) in units or at not in ends or not _begins_a_step(net, call, ends[at]):
             ends[at] = spot
     last = [s for s in ends.values() if not any(_one_step(net, s, t) for t in ends.values())]
     return [_around(net, s, last, start, read) for s in last]
@@ -57,13 +57,13 @@ def _read_by_layers(flow: Flow) -> int:
     return past
 
 
-def _begins_a_step(net: PlaceMap, call: Call, low: int) -> bool:
-    """Whether a module around a layer is given a map of this resolution, from the way up, and gives a larger one."""
-    at, frame = net.resolution(net.after(call)), call.parent
+def _begins_a_step(net: PlaceMap, call: Call, end: Spot) -> bool:
+    """Whether a module around a layer is given what an end of its resolution leads to, and gives a larger map."""
+    at, frame = net.resolution(end), call.parent
     while frame is not None and frame is not net.root:
         given = (i for i in frame.ins if resolution(net.record, i) == at)
         up = frame.outs and positions(net.resolution(net.after(frame))) > positions(at)
-        if up and any(net.flow.depends(i, low) for i in given):
+        if up and any(net.flow.depends(i, end.value) for i in given):
             return True
         frame = frame.parent
     return False

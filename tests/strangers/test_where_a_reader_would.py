@@ -144,6 +144,28 @@ def test_a_decoder_ends_with_its_steps(step: type) -> None:
     assert sites(UNet(step), "stage_end") == ENDS
 
 
+class Sides(UNet):
+    """A pyramid whose maps go up side by side: the second is none of what the first goes through."""
+
+    def __init__(self) -> None:
+        super().__init__(Step)
+        double = nn.Upsample(scale_factor=2)
+        self.lateral = nn.Conv2d(8, 8, 1)
+        self.sides = nn.ModuleList(
+            [nn.Sequential(conv(8, 8), double, conv(8, 8), double), nn.Sequential(conv(8, 8), double)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, second, x = self.encoder(x)
+        finer = F.interpolate(x, scale_factor=2) + self.lateral(second)
+        return self.head((self.sides[0](x) + self.sides[1](finer)).relu())
+
+
+def test_what_goes_up_beside_another_way_begins_no_step_of_it() -> None:
+    """The last layer at the resolution is that of the second way."""
+    assert sites(Sides(), "decoder_end")[0] == "sides.1.0"
+
+
 # --- what enters the first unit ---------------------------------------------------------------------
 
 
