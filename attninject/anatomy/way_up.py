@@ -23,7 +23,8 @@ def climb(net: PlaceMap, low: int) -> list[Spot]:
     A layer that begins the next step up, in a module that takes the last step's end in and gives a larger map, is not
     the last.
     """
-    flow, ends, units = net.flow, {}, {id(u) for u in net.units}
+    flow, units = net.flow, {id(u) for u in net.units}
+    ends: dict[tuple[int, ...] | None, Spot] = {}
     lowest, start = positions(resolution(net.record, low)), flow.time[flow.number[low]]
     read = _read_by_layers(flow)
     whole = [u for u in net.units if u.outs]
