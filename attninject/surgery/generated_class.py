@@ -236,7 +236,7 @@ def _copy_by_its_class(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if injected_in(new) is None:
         for insertion in known.edit:
             nn.Module.add_module(new, insertion.name, copy.deepcopy(getattr(self, insertion.name), memo))
-        set_class(new, generate(type(new), known.edit, known.local, known.watched))
+        set_class(new, generate(replace(known, base=type(new))))
     return new
 
 
