@@ -30,7 +30,7 @@ def build(plan: Plan, model: nn.Module) -> list[tuple[Location, nn.Module]]:
     fallback = first_float(model)
     devices = {p.device for p in model.parameters()}
     made: dict[str, nn.Module] = {}
-    with rng_kept():
+    with rng_kept(), torch.inference_mode(False):  # else they could never be trained
         for site, location in zip(plan.sites, plan.locations, strict=True):
             made[site.name] = made[site.shares] if site.shares else _build(site, location, fallback, devices)
             keep_site(made[site.name], replace(site, block=registry.reference(site.block)))

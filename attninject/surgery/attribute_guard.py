@@ -166,7 +166,7 @@ class AttributeReads:
         """May be cut short and started anew."""
         for cls, own in self.watched.items():
             if own is not None:
-                cls.__getattribute__ = own  # type: ignore[method-assign, assignment]
+                cls.__getattribute__ = own  # type: ignore[method-assign]
             elif "__getattribute__" in cls.__dict__:
                 del cls.__getattribute__
 

@@ -59,6 +59,15 @@ def test_a_model_moved_between_plan_and_injection_takes_its_blocks_along() -> No
     assert {p.device.type for p in ai.injected(model)["body.inner.se"].parameters()} == {"meta"}
 
 
+def test_blocks_that_come_in_inference_mode_can_be_trained() -> None:
+    """The model is of before; its blocks are ordinary tensors, too."""
+    model = Around(Through(lambda self, x: self.b(self.a(x))))
+    with torch.inference_mode():
+        ai.inject(model, **se(after="inner.a"), example_inputs=images())
+    model(images()).sum().backward()
+    assert any(p.grad is not None for p in ai.injected(model)["inner.se"].parameters())
+
+
 class Tokens(nn.Module):
     """A map as tokens, and one layer on them."""
 
