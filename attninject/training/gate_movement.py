@@ -42,7 +42,10 @@ class Sample:
         for batch in batches:
             x, y = batch[0], batch[1]
             if len(self.kept) * self.each < IMAGES:
-                self.kept.append(x[y.view(len(y), -1)[:, 0] >= 0][: self.each])  # y: (B,) or (B, classes)
+                counts = (y.view(len(y), -1)[:, 0] >= 0).nonzero()[:, 0]  # y: (B,) or (B, classes)
+                self.kept.append(
+                    x[counts[: self.each]]
+                )  # by number: a slice would keep its whole batch alive
             yield batch
 
     def chunks(self) -> Iterator[Tensor]:
