@@ -43,9 +43,8 @@ class Sample:
             x, y = batch[0], batch[1]
             if len(self.kept) * self.each < IMAGES:
                 counts = (y.view(len(y), -1)[:, 0] >= 0).nonzero()[:, 0]  # y: (B,) or (B, classes)
-                self.kept.append(
-                    x[counts[: self.each]]
-                )  # by number: a slice would keep its whole batch alive
+                some = x[counts[: self.each]]  # by number: a slice would keep its whole batch alive
+                self.kept.append(some)
             yield batch
 
     def chunks(self) -> Iterator[Tensor]:
