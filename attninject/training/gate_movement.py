@@ -42,7 +42,9 @@ class Sample:
         for batch in batches:
             x, y = batch[0], batch[1]
             if len(self.kept) * self.each < IMAGES:
-                self.kept.append(x[y.view(len(y), -1)[:, 0] >= 0][: self.each])  # y: (B,) or (B, classes)
+                counts = (y.view(len(y), -1)[:, 0] >= 0).nonzero()[:, 0]  # y: (B,) or (B, classes)
+                some = x[counts[: self.each]]  # by number: a slice would keep its whole batch alive
+                self.kept.append(some)
             yield batch
 
     def chunks(self) -> Iterator[Tensor]:

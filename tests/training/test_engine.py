@@ -20,7 +20,7 @@ from torch import nn
 
 import attninject as ai
 from attninject import errors, models
-from attninject.training import devices, finetune
+from attninject.training import devices, finetune, gate_movement
 
 
 def said(**kw: Any) -> tuple[Any, list[str]]:
@@ -412,6 +412,18 @@ def test_movement_of_gates_is_in_the_log_and_gates_that_stay_are_warned_of(tmp_p
     assert fast.warnings == []
     assert fast.history[-1]["moved.units.1.se"] > 0.05
     assert not any(key.startswith("moved") for key in finetune(net(None), DATA, **QUICK).history[-1])
+
+
+def test_images_that_gates_are_looked_at_with_keep_no_batch_alive() -> None:
+    """One image of each of the first 32 batches, padding passed over, and no memory but theirs."""
+    x, y = (
+        torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 2, 2).contiguous(),
+        torch.tensor([-1, -1, *range(6)]),
+    )
+    sample = gate_movement.Sample(batches=64)
+    assert sum(1 for _ in sample.of((x, y) for _ in range(64))) == 64
+    assert torch.equal(torch.cat(list(sample.chunks())), x[2:3].expand(32, 3, 2, 2))
+    assert sum(t.untyped_storage().nbytes() for t in sample.kept) == 32 * x[0].nbytes
 
 
 def test_a_bar_in_a_terminal_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
