@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from attninject.observe.record import Call
+from attninject.observe.record import Call, Record
 
 from .dataflow import Flow, Spot
 from .encoder import positions
 from .repeated_units import contains, is_leaf, resolution
 
-if TYPE_CHECKING:
-    from .place_map import PlaceMap
-
 _ONE_STEP = 1.5  # maps whose extents differ by less belong to one step: a border was cut off or put on
 
 
-def climb(net: PlaceMap, low: int) -> list[Spot]:
+class Net(Protocol):
+    """What is asked of a `PlaceMap`."""
+
+    record: Record
+    root: Call
+    flow: Flow
+
+    @property
+    def units(self) -> list[Call]:
+        """The repeated units, in order."""
+        ...
+
+    @property
+    def head(self) -> Call | None:
+        """What reads maps of several resolutions with no layer behind."""
+        ...
+
+    def within(self, call: Call) -> bool:
+        """Whether the call happened within the root, in a module that has a name."""
+        ...
+
+    def after(self, call: Call) -> Spot:
+        """The spot at a call's first result."""
+        ...
+
+    def resolution(self, spot: Spot) -> tuple[int, ...] | None:
+        """Spatial extents at a spot."""
+        ...
+
+
+def climb(net: Net, low: int) -> list[Spot]:
     """After the last call at each resolution above that of a value on which it depends, if a layer reads it later.
 
     A layer that begins the next step up, in a module that takes the last step's end in and gives a larger map, is not
@@ -42,7 +69,7 @@ def climb(net: PlaceMap, low: int) -> list[Spot]:
     return [_around(net, s, last, start, read) for s in last]
 
 
-def layers_outside(net: PlaceMap, units: list[Call]) -> Iterator[Call]:
+def layers_outside(net: Net, units: list[Call]) -> Iterator[Call]:
     """The layers that run outside these units and the head."""
     closed = [*units, *([net.head] if net.head else ())]
     for call in net.record.calls:
@@ -58,7 +85,7 @@ def _read_by_layers(flow: Flow) -> int:
     return past
 
 
-def _begins_a_step(net: PlaceMap, call: Call, end: Spot) -> bool:
+def _begins_a_step(net: Net, call: Call, end: Spot) -> bool:
     """Whether a module around a layer is given what an end of its resolution leads to, and gives a larger map."""
     at, frame = net.resolution(end), call.parent
     while frame is not None and frame is not net.root:
@@ -70,14 +97,14 @@ def _begins_a_step(net: PlaceMap, call: Call, end: Spot) -> bool:
     return False
 
 
-def _one_step(net: PlaceMap, end: Spot, later: Spot) -> bool:
+def _one_step(net: Net, end: Spot, later: Spot) -> bool:
     """Whether the second end is the first with a border cut off or put on."""
     pairs = zip(net.resolution(end) or (), net.resolution(later) or (), strict=False)
     near = all(max(a, b) < _ONE_STEP * min(a, b) for a, b in pairs)
     return later is not end and near and net.flow.depends(later.value, end.value)
 
 
-def _around(net: PlaceMap, end: Spot, others: list[Spot], start: int, read: int) -> Spot:
+def _around(net: Net, end: Spot, others: list[Spot], start: int, read: int) -> Spot:
     """The spot, or the end of a module around it that gives one map of this resolution and holds no other end.
 
     Nor may it have begun before a time, or be the last that a layer reads.
