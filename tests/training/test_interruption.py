@@ -422,6 +422,7 @@ def test_checkpoints_are_plain_data(run: Path) -> None:
     assert set(meta) == {
         "alive", "batch", "best", "checksums", "classes", "epoch", "format", "history", "loss_sum", "optimizer",
         "processes", "scaler", "settings", "skipped", "step", "version", "warnings", "forms", "rate_of_blocks",
+        "images", "mixed_precision",
     }  # fmt: skip
     assert {part: type(value) for part, value in meta["settings"].items()} == {"data": dict, "train": dict}
 
