@@ -139,7 +139,7 @@ class Step:
         job = Job(model, images, data, train, None if folder is None else preprocessing_of(model, data))
         self.run = Run(job, devices.open_accelerator(train), RunFiles(job, True), Reporter(main=False))
         self.run.learner.nets.net.train()
-        self.batch = next(iter(self.run.loaders.train)) if folder is None else None
+        self.batch: Any = next(iter(self.run.loaders.train)) if folder is None else None
         self.on_gpu = self.run.accelerator.device.type == "cuda"
         self.blocks, self.learning = len(api.injected(model)), trainable(model)
         self.parameters = sum(p.numel() for p in model.parameters())

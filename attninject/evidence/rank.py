@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -150,9 +150,10 @@ def _exact() -> Iterator[None]:
     `gradients.TOLERANCE`, and be taken for that of a block that mixes images.
     """
     conv, product = torch.backends.cudnn, torch.backends.cuda.matmul
-    name, value, parts = "allow_tf32", False, (conv, product)
+    name, value = "allow_tf32", cast(Any, False)
+    parts: list[Any] = [conv, product]
     if hasattr(conv, "conv"):  # since torch 2.9; one who has set these may not ask for the old one
-        name, value, parts = "fp32_precision", "ieee", (conv.conv, product)
+        name, value, parts = "fp32_precision", "ieee", [conv.conv, product]
     before = [getattr(part, name) for part in parts]
     try:
         for part in parts:

@@ -75,7 +75,8 @@ def _watched(given: Mapping[str, Any], say: Callable[[str], Any], command: Seque
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(process.stdout, lines), daemon=True).start()
     at: dict[str, Any] = {}
-    why = ""
+    code: int | None = None
+    why = "it did not end in time"
     try:
         while line := lines.get(timeout=at.get("seconds", START) + GRACE):
             at = json.loads(line)
@@ -83,7 +84,7 @@ def _watched(given: Mapping[str, Any], say: Callable[[str], Any], command: Seque
         code = process.wait(GRACE)
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
     except (queue.Empty, subprocess.TimeoutExpired):
-        code, why = None, "it did not end in time"
+        pass
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what its tasks have begun, too

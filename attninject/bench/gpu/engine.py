@@ -102,8 +102,8 @@ def _killed(setting: Setting, left: float) -> Figures:
 def _kill_after_a_checkpoint(arguments: Sequence[str], file: Path) -> int:
     """A run until its checkpoint has been written anew, then SIGKILL; 1 if that came before the run's own end."""
     before = file.stat().st_mtime_ns if file.is_file() else 0
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-m", "attninject", *arguments], **quiet) as process:
+    command, nowhere = [sys.executable, "-m", "attninject", *arguments], subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=nowhere, stderr=nowhere) as process:
         try:
             while process.poll() is None:
                 if file.is_file() and file.stat().st_mtime_ns != before:
