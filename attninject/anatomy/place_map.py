@@ -16,7 +16,7 @@ from attninject.surgery.local_graph import public_forwards
 
 from .dataflow import Flow, Spot, operand_of, output_key
 from .dilation import divided_by_dilation
-from .encoder import going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
+from .encoder import goes_on, going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
 from .loops import LoopRun
 from .repeated_units import Units, contains, is_leaf, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
@@ -212,7 +212,7 @@ class PlaceMap:
                 last, at = None, now
             if bits & self.flow.weighted:
                 heavy = behind = True
-            if acts:
+            if acts and (last is None or self.is_shared(event.outs[0], last.value)):
                 last, behind = self._after_part(event), False
         return [self._summed(self.unshared(s)) for s in ([*ends, last] if last and heavy else ends)]
 
@@ -308,6 +308,18 @@ class PlaceMap:
         for call in self.record.calls:
             if is_leaf(call) and self.within(call) and call.start > spot.time and call.outs:
                 yield call
+
+    def is_shared(self, value: int, earlier: int) -> bool:
+        """Whether all results that depend on an earlier value depend on this one: it is in no head of several."""
+        flow = self.flow
+        return all(flow.depends(o, value) for o in self.root.outs if flow.depends(o, earlier))
+
+    def gives_map(self, call: Call) -> bool:
+        """Whether a call is the last convolution or linear layer before a result of the net that is no vector."""
+        flow, value = self.flow, call.outs[0]
+        maps = (o for o in self.root.outs if len(self.record.shape(o)) > 2)
+        last = flow.bit(value) & flow.weighted and not goes_on(flow, call)
+        return bool(last) and any(flow.depends(o, value) for o in maps)
 
     def ends_a_way(self, end: Spot) -> bool:
         """Whether a stage end is the last of its way down, where there are several to one resolution."""

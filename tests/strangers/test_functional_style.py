@@ -102,3 +102,40 @@ def test_a_forward_that_others_enter_half_way_takes_no_block_of_a_norm() -> None
     """There a caller of the part would miss it, or meet it alone."""
     with pytest.raises(ai.errors.CannotRewriteError, match="name the module in front of it, conv1"):
         ai.plan(Several(), **se(after="bn1"), example_inputs=torch.zeros(1, 3, 16, 16))
+
+
+class Heads(nn.Module):
+    """One trunk, and a head of convolutions for each task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.heads = nn.ModuleDict(
+            {name: nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)) for name in "ab"}
+        )
+
+    def forward(self, x):
+        x = self.trunk(x)
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+class Denoiser(nn.Module):
+    """Keeps the resolution: its last convolution makes the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.tail = (
+            nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()),
+            nn.Conv2d(8, 3, 3, padding=1),
+        )
+
+    def forward(self, x):
+        return x - self.tail(self.body(x))
+
+
+@pytest.mark.parametrize(("net", "site"), [(Heads, "trunk.1"), (Denoiser, "body.1")])
+@pytest.mark.parametrize("place", ["stage_end", "head_input"])
+def test_no_stage_ends_in_a_head(net: type, site: str, place: str) -> None:
+    """It was in the last head of several, or behind the layer that makes the net's result."""
+    plan = ai.plan(net(), **se(place=place), example_inputs=torch.randn(2, 3, 16, 16))
+    assert [s.path for s in plan.sites] == [site]
