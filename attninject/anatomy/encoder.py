@@ -137,12 +137,12 @@ def head(flow: Flow, calls: Iterable[Call], units: list[Call]) -> Call | None:
         if len(sizes) < 2 or any(call is u or contains(call, u) for u in units):
             continue
         one_map = len(call.outs) == 1 and positions(resolution(flow.record, call.outs[0])) in sizes
-        if not one_map and not _goes_on(flow, call):
+        if not one_map and not goes_on(flow, call):
             return call
     return None
 
 
-def _goes_on(flow: Flow, call: Call) -> bool:
+def goes_on(flow: Flow, call: Call) -> bool:
     """Whether a layer outside a call works on its result."""
     behind = (v for v in flow.members(flow.weighted) if flow.time[flow.number[v]] > call.end)
     return any(flow.depends(v, o) for v in behind for o in call.outs)

@@ -16,7 +16,7 @@ from attninject.surgery.local_graph import public_forwards
 
 from .dataflow import Flow, Spot, operand_of, output_key
 from .dilation import divided_by_dilation
-from .encoder import going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
+from .encoder import goes_on, going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
 from .loops import LoopRun
 from .repeated_units import Units, contains, is_leaf, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
@@ -191,21 +191,48 @@ class PlaceMap:
         return not wanted.isdisjoint(frame.ins)
 
     def _activations(self) -> list[Spot]:
-        """Nets without units: the last activation before each drop of the resolution."""
-        groups: list[tuple[tuple[int, ...], list[Spot], bool]] = []
-        for call in self.record.calls:
-            leaf = is_leaf(call)
-            at = resolution(self.record, call.outs[0], call.module) if call.outs else None
-            if not leaf or not self.within(call) or not at or max(at) == 1:
+        """Nets without units: the last activation before each drop of the resolution, a module's or a function's.
+
+        A layer that works before it counts; one whose map is pooled before it is bent works for the next.
+        """
+        ends, last, at = list[Spot](), None, None
+        heavy = behind = False  # a layer worked since the last end; behind the last activation
+        for event in self._parts(self.root):
+            module = event.module if isinstance(event, Call) else None
+            now = resolution(self.record, event.outs[0], module) if event.outs else None
+            if not now or max(now) == 1:
                 continue
-            if not groups or groups[-1][0] != at:
-                groups.append((at, [], False))
-            bits = sum(self.flow.bit(o) for op in call.ops() for o in op.outs if o in self.flow.number)
-            same = bool(call.ins) and self.record.shape(call.ins[0]) == self.record.shape(call.outs[0])
-            if same and bits & self.flow.active and not bits & self.flow.layered:
-                groups[-1][1].append(after_call(call, call.outs[0]))
-            groups[-1] = (at, groups[-1][1], groups[-1][2] or bool(bits & self.flow.weighted))
-        return [self._summed(self.unshared(spots[-1])) for _, spots, heavy in groups if spots and heavy]
+            bits = sum(self.flow.bit(o) for op in ops_of(event) for o in op.outs if o in self.flow.number)
+            same = bool(event.ins) and self.record.shape(event.ins[0]) == self.record.shape(event.outs[0])
+            acts = same and bits & self.flow.active and not bits & self.flow.layered
+            if isinstance(event, Op) and not acts:
+                continue
+            if now != at:
+                ends, heavy = ([*ends, last], behind) if last and heavy else (ends, heavy)
+                last, at = None, now
+            if bits & self.flow.weighted:
+                heavy = behind = True
+            if acts and (last is None or self.is_shared(event.outs[0], last.value)):
+                last, behind = self._after_part(event), False
+        return [self._summed(self.unshared(s)) for s in ([*ends, last] if last and heavy else ends)]
+
+    def _parts(self, call: Call) -> Iterator[Call | Op]:
+        """The layers within a call, and the operations around them that a block can stand behind, in order."""
+        closed = call is self.root and public_forwards(base_class(call.module))
+        for event in call.events:
+            if isinstance(event, Op):
+                yield from () if closed else (event,)
+            elif is_leaf(event):
+                yield from (event,) if self.within(event) else ()
+            elif self.within(event):
+                yield from self._parts(event)
+
+    def _after_part(self, event: Call | Op) -> Spot:
+        """The spot after a layer or an operation; after the module whose result an operation gives."""
+        if isinstance(event, Call):
+            return self.after(event)
+        ends = event.call is not self.root and event.call.outs == event.outs
+        return self.after(event.call) if ends else Spot(event, "after", event.outs[0])
 
     def unshared(self, end: Spot) -> Spot:
         """The spot, or after the caller of an activation that several modules share, if that gives the same value."""
@@ -282,6 +309,18 @@ class PlaceMap:
             if is_leaf(call) and self.within(call) and call.start > spot.time and call.outs:
                 yield call
 
+    def is_shared(self, value: int, earlier: int) -> bool:
+        """Whether all results that depend on an earlier value depend on this one: it is in no head of several."""
+        flow = self.flow
+        return all(flow.depends(o, value) for o in self.root.outs if flow.depends(o, earlier))
+
+    def gives_map(self, call: Call) -> bool:
+        """Whether a call is the last convolution or linear layer before a result of the net that is no vector."""
+        flow, value = self.flow, call.outs[0]
+        maps = (o for o in self.root.outs if len(self.record.shape(o)) > 2)
+        last = flow.bit(value) & flow.weighted and not goes_on(flow, call)
+        return bool(last) and any(flow.depends(o, value) for o in maps)
+
     def ends_a_way(self, end: Spot) -> bool:
         """Whether a stage end is the last of its way down, where there are several to one resolution."""
         last = self.stages[-1]
@@ -340,6 +379,11 @@ class PlaceMap:
         users = [e for e in owner.events if call.outs[0] in e.ins and e is not call]
         ends = isinstance(owner.module, nn.Sequential) and owner.outs == call.outs
         return len(users) == 1 and isinstance(users[0], Call) if users else ends
+
+
+def ops_of(event: Call | Op) -> Iterable[Op]:
+    """The operations of a call, or the one."""
+    return event.ops() if isinstance(event, Call) else (event,)
 
 
 def after_call(call: Call, value: int) -> Spot:

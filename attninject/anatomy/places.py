@@ -76,7 +76,8 @@ def _decoder_end(net: PlaceMap) -> list[Spot]:
 def _head_input(net: PlaceMap) -> list[Spot]:
     """The maps that a detector's head reads; what a decoder gives; else the last value at the last stage's resolution.
 
-    That is before it is pooled or a token is taken from it.
+    That is before it is pooled or a token is taken from it, before several heads part, and before a layer that makes a
+    map that the net gives.
     """
     if not net.stages:
         return []
@@ -88,9 +89,10 @@ def _head_input(net: PlaceMap) -> list[Spot]:
     for call in net.layers_behind(end):
         if not net.flow.depends(call.outs[0], end.value):
             continue  # an encoding of positions, made of no map
-        if net.resolution(net.after(call)) != net.resolution(end):
+        if net.resolution(net.after(call)) != net.resolution(end) or net.gives_map(call):
             break
-        last = net.unshared(net.after(call)) if net.can_carry(call) else last
+        if net.can_carry(call) and net.is_shared(call.outs[0], last.value):
+            last = net.unshared(net.after(call))
     return [last]
 
 

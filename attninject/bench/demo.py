@@ -164,7 +164,9 @@ def train(
     steps = epochs * (len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     model.train()
-    with tqdm(total=steps, desc=f"   {stage:<22}", unit="step", leave=True) as bar:
+    with tqdm(
+        total=steps, desc=f"   {stage:<22}", unit="step", disable=None
+    ) as bar:  # a bar in a terminal alone
         for batch in _batches(len(labels), epochs, seed):
             loss = functional.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()

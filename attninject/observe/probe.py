@@ -147,8 +147,8 @@ def probe(model: nn.Module, example_inputs: Any = None, *, partial: bool = False
     Args:
         model: any module.
         example_inputs: a tensor, a tuple or a dict of keyword arguments; None: inputs are found.
-        partial: settle for a run on meta tensors that stops where the data decide (a detector's
-            proposals); such a record is not `complete`.
+        partial: settle for a run on meta tensors that stops where the data decide (a detector's proposals),
+            unless the forward that decides has layers ahead (an early exit); such a record is not `complete`.
 
     Returns:
         The record, and the inputs that worked.
@@ -167,10 +167,14 @@ def probe(model: nn.Module, example_inputs: Any = None, *, partial: bool = False
                 except Exception as error:
                     last = error
                     if mode == "meta" and _data_dependent(error):
-                        if partial and _MIXED not in str(error):
-                            return error.attninject_record, inputs  # type: ignore[attr-defined]
+                        stopped: Record = error.attninject_record  # type: ignore[attr-defined]
+                        settles = partial and _MIXED not in str(error)
+                        if settles and not stopped.layers_ahead:
+                            return stopped, inputs
                         with contextlib.suppress(Exception):  # values are asked for: these inputs, for real
                             return run(model, inputs, "real", hooks=hooks), inputs
+                        if settles:
+                            return stopped, inputs
     raise ProbeError(_why_failed(model, example_inputs, tries, last)) from last
 
 

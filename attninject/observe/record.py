@@ -107,6 +107,13 @@ class Record:
         """The calls of one module, in order."""
         return self.by_module.get(id(module), [])
 
+    @property
+    def layers_ahead(self) -> bool:
+        """Whether the forward in which the run stopped had not called all of its module's layers with parameters."""
+        stopped = next((c for c in reversed(self.calls) if c.end < 0), None)
+        layers = stopped.module.modules() if stopped else ()
+        return any(not self.calls_of(m) and any(True for _ in m.parameters(recurse=False)) for m in layers)
+
     def forget(self) -> None:
         """Let go of the calls, which refer to one another: they are freed at once, and no garbage to be looked for."""
         for call in self.calls:

@@ -265,8 +265,12 @@ def _no_output(tree: Any, key: int | str | None, name: str, label: str) -> str:
     if isinstance(tree, (tuple, list)):
         items = dict(enumerate(tree))
     options = [repr(k) for k, item in items.items() if isinstance(item, Ref)]
-    advice = f"; choose one with output: {' or '.join(options)}" if options else ""
-    return f"{label}: the output of {name or 'the root'} is a {type(tree).__name__}, no tensor{advice}"
+    advice = (
+        f"choose one with output: {' or '.join(options)}"
+        if options
+        else "name the module inside that makes one"
+    )
+    return f"{label}: the output of {name or 'the root'} is a {type(tree).__name__}, no tensor; {advice}"
 
 
 def _operand(local: LocalGraph, node: fx.Node, operand: int | str) -> Any:

@@ -197,7 +197,12 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     moved = _carrier(scene, spot)
     carrier = moved.event
     if isinstance(carrier, Call) and _bears_none(carrier.module):
-        moved = _beside(scene, moved, path, reason)
+        try:
+            moved = _beside(scene, moved, path, reason)
+        except CannotRewriteError:
+            if location := _in_root(scene, spot, path, reason)[0]:
+                return location
+            raise
         if not _not_rewritable(scene, moved.owner):
             return locate(scene, moved, path)
     carrier = moved.event
@@ -216,7 +221,7 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
 def _in_root(scene: Scene, spot: Spot, path: str, reason: str) -> tuple[Location | None, str]:
     """The site in the graph of a root, which is rewritten only where no module serves; else why not."""
     owner = spot.owner
-    if owner is None or not is_open_root(scene, owner):
+    if owner is None or not is_open_root(scene, owner) or _shared(scene, owner):
         return None, reason
     for decide in (False, True):
         try:

@@ -73,6 +73,9 @@ def read_yaml(
         at = _node_at(text, error.position)
         return _stop(report, at, f"no YAML: the character U+{error.character:04X} is not allowed")
     except yaml.MarkedYAMLError as error:
+        if wide := re.search("^[ -]*\u00a0", text, re.MULTILINE):
+            at = _node_at(text, wide.end() - 1)
+            return _stop(report, at, "no YAML: a no-break space (U+00A0) stands here; type a plain one")
         return _stop(report, _marked(error.problem_mark), f"no YAML: {_syntax_message(error)}")
     except Exception as error:  # PyYAML lets builtin errors escape, as on "\UFFFFFFFF"
         at = start if loader is None else _marked(loader.get_mark())
@@ -96,15 +99,24 @@ def _marked(mark: Any, value: Any = None, **more: Any) -> Node:
     return Node(value, mark.line + 1, mark.column + 1, **more) if mark else Node(value, **more)
 
 
+_HINTS = {
+    "expected alphabetic or numeric character": '; a pattern that begins with * needs quotes: "**.bn3"',
+    "mapping values are not allowed here": (
+        "; a text with a colon needs quotes, and the keys of one mapping begin in the same column"
+    ),
+    "could not find expected ':'": "; a key needs a colon, and a space behind it",
+    "expected ',' or '}', but got '['": '; a pattern within braces needs quotes: "layer[1-4].*"',
+    "expected ',' or '}', but got '{'": '; a pattern within braces needs quotes: "layer1.{0,1}"',
+}
+"""What a message of PyYAML has in it → what to do."""
+
+
 def _syntax_message(error: yaml.MarkedYAMLError) -> str:
-    context = f" ({error.context})" if error.context else ""
-    hint = ""
-    if error.problem and "expected alphabetic or numeric character" in error.problem:
-        hint = '; a pattern that begins with * needs quotes: "**.bn3"'
-    elif error.problem and "mapping values are not allowed here" in error.problem:
-        hint = "; a text with a colon needs quotes, and the keys of one mapping begin in the same column"
-    elif error.problem and r"'\t'" in error.problem:
+    problem = error.problem or ""
+    if r"'\t'" in problem:
         return "a tab stands where a value or key should begin; indent with spaces"
+    context = f" ({error.context})" if error.context else ""
+    hint = next((hint for words, hint in _HINTS.items() if words in problem), "")
     return f"{error.problem}{context}{hint}"
 
 

@@ -34,6 +34,9 @@ FILES = {"best": runs.BEST, "last": runs.LAST}
 """Which of a run's two files: that of the epoch which its monitor found best, or that of the last epoch."""
 
 
+_LATER = {"best": " (see what the last epoch's do: file last)", "last": ""}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured.
@@ -242,6 +245,13 @@ def _lines(of: Evaluation) -> list[str]:
         for name, key, percent in found.FIGURES
     ]
     lines += [*columns(rows), ""]
+    if without is not None and all(
+        getattr(found, key) == getattr(without, key) for _, key, _ in found.FIGURES
+    ):
+        lines += [
+            f"the blocks of this file change nothing: they stand as before training{_LATER[of.file]}",
+            "",
+        ]
     head = ["class", "images", "predicted", "precision", "recall"]
     rows = [head] + [
         [c.name, str(c.images), str(c.predicted), _percent(c.precision), _percent(c.recall)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import small
 import torch
+import tqdm
 
 from attninject.bench import demo
 from attninject.cli import main
@@ -113,6 +114,13 @@ def test_the_verdict_says_what_came_out(plain: int, attentive: int, word: str, s
     text = demo.verdict({"table": rows, "images": {"test": 700}, "seconds": 3.0})
     assert f"{attentive} errors on 700 test images, {word} plain fine-tuning ({plain})" in text
     assert f"the difference is {size} what chance alone gives" in text
+
+
+def test_no_bar_is_drawn_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no terminal watches, training leaves standard error alone."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 10))
+    demo.train(net, (torch.randn(64, 1, 2, 2), torch.arange(64) % 10), 1, "plain", 0, tqdm.tqdm)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("tqdm", "tqdm")])

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,12 @@ def test_without_blocks_is_the_model_with_them_off(run: Path, capsys: pytest.Cap
     assert "without blocks" in out
     assert f"{found.metrics.loss:.4f}" in out
     assert f"{found.metrics.loss - found.without.loss:+.4f}" in out
+    assert "change nothing" not in out
+    untrained = str(replace(found, file="best", without=found.metrics))
+    assert (
+        "the blocks of this file change nothing: they stand as before training (see what the last"
+        in untrained
+    )
     model = trained(run, "last.safetensors")
     x = torch.zeros(1, 3, 32, 32)
     with torch.no_grad():

@@ -503,6 +503,13 @@ def test_faults_of_one_rule(fields, message):
         ),
         ("rules:\n\t- 1", "r.yaml:2:1: no YAML: a tab stands where a value or key should begin; indent with"),
         ("rules:\n- {block: se, after: **.bn}", 'a pattern that begins with * needs quotes: "**.bn3"'),
+        ("rules:\n- {block: se, after: a[1-4].b}", 'a pattern within braces needs quotes: "layer[1-4].*"'),
+        ("rules:\n- {block: se, after: a.{0,1}}", 'a pattern within braces needs quotes: "layer1.{0,1}"'),
+        ("rules:\n- block: se\n  after:bn\n", "a key needs a colon, and a space behind it"),
+        (
+            "rules:\n - block: se\n \u00a0 after: bn",
+            "r.yaml:3:2: no YAML: a no-break space (U+00A0) stands here",
+        ),
         (
             "rules:\n- {block: se, after: *bn}",
             "r.yaml:2:22: *bn names no anchor; a pattern that begins with * needs qu",

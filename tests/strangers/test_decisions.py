@@ -215,3 +215,63 @@ def test_an_option_whose_name_is_none_is_refused_in_words() -> None:
     ai.inject(model, **se(place="residual_branch"), example_inputs=images())
     with pytest.raises(ai.errors.CannotRewriteError, match="is given an option 'a-b'"):
         model(images(), **{"a-b": 1})
+
+
+class Exits(nn.Module):
+    """Leaves early in eval mode, where a classifier is sure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [(3, 4), (4, 8), (8, 16)]
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.ReLU()) for i, o in widths)
+        self.exits = nn.ModuleList(nn.Linear(width, 2) for _, width in widths)
+
+    def forward(self, x):
+        for stage, leave in zip(self.stages, self.exits, strict=True):
+            x = stage(x)
+            y = leave(x.mean((2, 3)))
+            if not self.training and y.softmax(1).min() > 1:
+                break
+        return y
+
+
+class Experts(nn.Module):
+    """Each image goes to one expert, which a router chooses."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, 2)
+        self.experts = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(2))
+
+    def forward(self, x):
+        chosen = self.router(x.mean((2, 3))).argmax(1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().flatten()
+            out = out.index_copy(0, rows, expert(x[rows])) if len(rows) else out
+        return out
+
+
+class Routed(nn.Module):
+    """A unit with experts."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv, self.act, self.experts = nn.Conv2d(inputs, outputs, 3, 2, 1), nn.ReLU(), Experts(outputs)
+
+    def forward(self, x):
+        x = self.act(self.conv(x))
+        return x + self.experts(x)
+
+
+@pytest.mark.parametrize(
+    ("net", "sites"),
+    [
+        (Exits, ["stages.0.1", "stages.1.1", "stages.2.1"]),
+        (lambda: nn.Sequential(Routed(3, 4), Routed(4, 8)), ["0", "1"]),
+    ],
+)
+def test_a_run_that_asks_for_values_half_way_sees_the_layers_behind(net, sites: list[str]) -> None:
+    """A plan ended, without a word, with the first exit, or with the first unit that has experts."""
+    plan = ai.plan(net(), **se(place="stage_end"), example_inputs=torch.randn(2, 3, 32, 32))
+    assert [site.path for site in plan.sites] == sites
