@@ -66,6 +66,20 @@ class CheckpointedUNet(UNet):
         return self.head(checkpoint(self.up[0], y, a, use_reentrant=False))
 
 
+class PartedUNet(UNet):
+    """The same in two forwards, so that its own is not rewritten."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """x: (B, 3, H, W) → (B, width, H, W)."""
+        a = self.down[0](x)
+        b = self.down[1](self.pool(a))
+        return self.up[0](self.up[1](self.down[2](self.pool(b)), b), a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, H, W) → (B, 2, H, W)."""
+        return self.head(self.forward_features(x))
+
+
 class FlatUNet(nn.Module):
     """The same, all in one forward, the skips in the lists that are concatenated."""
 
@@ -142,3 +156,19 @@ class Towers(nn.Module):
         words = self.text(text)
         seen = self.image(image).mean(self.axes)
         return (seen * self.proj(words).mean(1)).sum(1)
+
+
+class Asked(nn.Module):
+    """A map, and a question as one vector: the state of what read its words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.state = nn.Embedding(50, 24), nn.Linear(24, 12)
+        self.image, self.pool = nn.Sequential(Step(3, 8), Step(8, 16)), nn.AdaptiveAvgPool2d(1)
+        self.before, self.head = nn.Conv2d(3, 3, 1), nn.Linear(28, 5)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """image: (B, 3, H, W), text: (B, L) → (B, 5)."""
+        state = self.state(self.embed(text).mean(1))
+        seen = self.image(image + self.pool(self.before(image)))
+        return self.head(torch.cat([seen.mean((2, 3)), state], 1))

@@ -6,17 +6,18 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from fingerprints import Fingerprint
-from pair_nets import CheckpointedUNet, FlatUNet, Siamese, Towers, UNet
+from pair_nets import Asked, CheckpointedUNet, FlatUNet, PartedUNet, Siamese, Towers, UNet
 from small import SILENT_CHECKPOINTS, calls_of, images, se, stir
 from torch import Tensor, nn
 
 import attninject as ai
-from attninject.errors import IdentityError, RecipeError
+from attninject.errors import IdentityError, LayoutError, RecipeError
 
 X, LEFT = images(size=32), images(size=32, seed=1)
 TEXT = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -94,6 +95,18 @@ CASES = {
     ),
     "a text with tokens": Case(
         lambda: Towers(tokens=True), (X, TEXT), cross(before="proj", **{"with": "image"}), ["cross_attention"]
+    ),
+    "a map with a vector": Case(Asked, (X, TEXT), cross(after="image", **{"with": "state"}), ["cross_attention"]),
+    "a map with a state that asks": Case(
+        Asked, (X, TEXT), [{"block": "sca", "after": "image", "with": "state"}], ["sca"]
+    ),
+    "an argument with another, without a graph": Case(
+        PartedUNet, (X,), [{"block": "attention_gate", "before": "up.*", "input": 1, "with": {"before": "up.*"}}],
+        ["up.0.attention_gate", "up.1.attention_gate"],
+    ),
+    "a result with an argument, without a graph": Case(
+        PartedUNet, (X,), [{"block": "attention_gate", "after": "up.*", "with": {"before": "up.*", "input": 1}}],
+        ["up.0.attention_gate", "up.1.attention_gate"],
     ),
     "an item with another": Case(
         OfTwo, (X,),
@@ -183,6 +196,8 @@ TRANSLATED = [
     "in lists of one forward",
     "a map with a text",
     "an item with another",
+    "a map with a vector",
+    "an argument with another, without a graph",
 ]
 
 
@@ -246,6 +261,164 @@ def test_a_second_value_that_is_written_to_later_is_kept() -> None:
     model(X).sum().backward()
     assert torch.equal(seen[0], model.both.parts["b"](X))
     assert seen[0].min() < 0
+
+
+class Rewriting(nn.Module):
+    """Values that are written to in place before and after they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.act = nn.Conv2d(3, 8, 1), nn.ReLU(inplace=True)
+        self.read, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, H, W) → (B, 8, H, W)."""
+        made = self.make(x)
+        self.act(made)
+        read = self.read(made)
+        made.mul_(2)
+        return self.last(read) + made
+
+
+@pytest.mark.parametrize("with_", ["make", {"before": "act"}, {"before": "read"}, {"before": "last"}])
+def test_a_value_that_is_written_to_is_what_it_is_at_the_place_that_is_named(with_: Any) -> None:
+    """Before the first write, between two, or another value."""
+    torch.manual_seed(0)
+    model = ai.inject(Rewriting(), block="attention_gate", after="last", with_=with_, example_inputs=X)
+    seen = given_to(model, X)
+    made = model.make(X)
+    read = made.relu()
+    expected = {"make": made, "act": made, "read": read, "last": model.read(read)}
+    assert torch.equal(seen, expected[with_ if isinstance(with_, str) else with_["before"]])
+
+
+class Keeping(nn.Module):
+    """A module that writes into what it is given, in a net whose forward is not rewritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.inner = nn.Conv2d(3, 8, 1), Writing()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """x: (B, 3, H, W) → (B, 8, H, W)."""
+        made = self.make(x)
+        return self.inner(made, made + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, H, W) → (B, 8, H, W)."""
+        return self.forward_features(x)
+
+
+class Writing(nn.Module):
+    """Writes into its first argument; the second may be missing."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x, skip: (B, C, H, W) → the same shape."""
+        return x.relu_() if skip is None else x.relu_() + skip
+
+
+def given_to(model: nn.Module, *inputs: Tensor) -> Tensor:
+    """The second value that the model's one block is given in a run."""
+    seen: list[Tensor] = []
+    (block,) = ai.injected(model).values()
+    with block.register_forward_pre_hook(lambda _, args: seen.append(args[1])):
+        model(*inputs)
+    return seen[0]
+
+
+def test_an_argument_is_kept_as_it_was_given() -> None:
+    """A module writes into its argument; the block behind it is given what it was before. A missing one is refused."""
+    torch.manual_seed(0)
+    model = ai.inject(
+        Keeping(), block="attention_gate", after="inner", with_={"before": "inner"}, example_inputs=X
+    )
+    assert list(ai.injected(model)) == ["inner.attention_gate"]
+    assert torch.equal(given_to(model, X), model.make(X))
+    model = ai.eject(model)
+    ai.inject(
+        model, block="attention_gate", after="inner", with_={"before": "inner", "input": 1}, example_inputs=X
+    )
+    assert torch.equal(given_to(model, X), model.make(X) + 1)
+    with pytest.raises(LayoutError, match="was given one value alone; there were both when it was planned"):
+        model.inner(model.make(X))
+
+
+class SelfAttending(nn.Module):
+    """A part of two arguments, which the model gives the same value twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Querying()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, H, W) → (B, 8, H, W)."""
+        return self.inner(x, x)
+
+
+class Querying(nn.Module):
+    """What asks, and what is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """x, memory: (B, 3, H, W) → (B, 8, H, W)."""
+        return self.query(x) + self.key(memory)
+
+
+def test_an_argument_is_known_by_its_place_not_by_its_value() -> None:
+    """Given the same value twice when the plan was made, and two values later."""
+    model = ai.inject(
+        SelfAttending(), block="attention_gate", after="inner.query", with_={"before": "inner", "input": 1},
+        example_inputs=X,
+    )  # fmt: skip
+    assert torch.equal(given_to(model.inner, X, LEFT), LEFT)
+
+
+def test_samples_are_never_broadcast() -> None:
+    """One sample of either value beside several of the other is refused, not repeated in silence."""
+    case = CASES["the other image"]
+    model = injected(case, made(case)).eval()
+    for inputs in ((X, LEFT[:1]), (X[:1], LEFT)):
+        with pytest.raises(LayoutError, match=r"given \d samples, and \d of its second value"):
+            model(*inputs)
+
+
+def test_tokens_of_an_oblong_image_are_an_oblong_map_in_both_places() -> None:
+    """The second value's rows and columns are those of the run, as the site's are."""
+    where: dict[str, Any] = {"after": "image.mlp", "with_": {"before": "image.mlp"}}
+    model = ai.inject(Towers(tokens=True), block="attention_gate", **where, example_inputs=(X, TEXT))
+    for other in (model, copy.deepcopy(model)):
+        assert given_to(other, torch.randn(2, 3, 16, 64), TEXT).shape == (2, 16, 4, 16)
+
+
+def test_nothing_is_kept_between_runs() -> None:
+    """Runs in threads, one that an error ended between both values, and one within another see their own values."""
+    case = CASES["in lists of one forward"]
+    model = injected(case, made(case)).eval()
+    stir(model)
+    pairs = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in range(6)]
+    expected = [model(x) for x in pairs]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(model, pairs))
+    assert all(map(torch.equal, found, expected))
+    inner: list[Tensor] = []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError
+
+    def run_again(*_: Any) -> None:
+        again.remove()
+        inner.append(model(pairs[1]))
+
+    failing = model.up[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError):
+        model(pairs[0])
+    failing.remove()
+    again = model.up[1].register_forward_pre_hook(run_again)
+    assert torch.equal(model(pairs[2]), expected[2])
+    assert torch.equal(inner[0], expected[1])
 
 
 def test_blocks_in_the_way_of_a_second_value_come_first() -> None:

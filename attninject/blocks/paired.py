@@ -47,14 +47,17 @@ class PairBlock(Block):
         """The block's formula: x: (B, C, *S), other: (B, other_channels, *T) → the shape and dtype of x."""
         raise NotImplementedError
 
+    def alone(self, x: Tensor) -> Tensor:
+        """The formula without a second value, which is that of x given twice: x: (B, C, *S) → the same."""
+        return self.paired(x, x)
+
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """x: (B, C, *S), other: (B, other_channels, *T), x itself where it is not given → the shape of x."""
-        second = x if other is None else other
+        """x: (B, C, *S), other: (B, other_channels, *T) or not given → the shape of x."""
         if torch.jit.is_scripting():
-            return self.blended(x, self.paired(x, second))
+            return self.blended(x, self.alone(x) if other is None else self.paired(x, other))
         if type(x) is not Tensor and isinstance(x, fx.Proxy):
             return symbolic.one_call(self, x, *(() if other is None else (other,)))
-        return self.blended(x, self.paired(x, second))
+        return self.blended(x, self.alone(x) if other is None else self.paired(x, other))
 
     def extra_repr(self) -> str:
         """Channels of both, and whatever differs from the defaults."""
@@ -153,11 +156,12 @@ class CrossAttention(PairBlock):
     """Multi-head attention to another value: x + W [head_1 … head_h], Q of x, K and V of the other one, d = C / h.
 
     arXiv:1706.03762, section 3.2.3 (the decoder's attention to the encoder): head = softmax(Q Kᵀ / √d) V. The other
-    value may be a map of any size or tokens, with channels of its own. Options: `num_heads` (must divide C), `scale`
-    (the 1/√d), `residual`, `bias` of all layers.
+    value may be a map of any size, tokens or one vector, with channels of its own. Options: `num_heads` (must divide C),
+    `scale` (the 1/√d), `residual`, `bias` of all layers.
 
-    No positional encoding: permuted positions of the other value change nothing. Memory is linear in the positions of
-    both, in training too; not linear: `attention` and second derivatives.
+    No positional encoding: permuted positions of the other value change nothing; what is taken from a single one is the
+    same everywhere, so that `query` and `key` then learn nothing. No mask: padding is attended to like the rest. Memory
+    is linear in the positions of both, in training too; not linear: `attention` and second derivatives.
 
     Deviations: none but the LayerNorm around the residual, which is left out. `residual=False, init="paper"` is
     torch's `nn.MultiheadAttention(C, h, kdim=C_o, vdim=C_o)`, keys `q_proj_weight`, `k_proj_weight`,

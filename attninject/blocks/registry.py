@@ -39,6 +39,7 @@ __all__ = [
     "create_replacement",
     "get",
     "is_form",
+    "is_given_twice",
     "is_identity",
     "list_blocks",
     "needs_second",
@@ -274,6 +275,11 @@ def takes_second(block: BlockLike) -> bool:
         return issubclass(spec.cls, PairBlock)
     source = source_of(spec)
     return not isinstance(source, nn.Module) and SECOND in _parameters(source)
+
+
+def is_given_twice(block: BlockLike) -> bool:
+    """Whether a block of two inputs that is given no second value takes its own input for it."""
+    return takes_second(block) and getattr(resolve(block).cls, "alone", PairBlock.alone) is PairBlock.alone
 
 
 def needs_second(block: BlockLike) -> bool:

@@ -252,6 +252,15 @@ def _start(event: Call | Op) -> int:
     return event.start if isinstance(event, Call) else event.time
 
 
+def given_is_written(scene: Scene, module: nn.Module) -> bool:
+    """Whether what a module is given is written to, in a call or later: who is to have it as it was gets a copy."""
+    for call in scene.record.calls_of(module):
+        storages = {scene.record.values[value].storage for value in call.ins}
+        if any(op.time > call.start for s in storages for op in scene.writers.get(s, ())):
+            return True
+    return False
+
+
 # --- further out -------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from attninject.anatomy.dataflow import Spot
 from attninject.blocks import registry
 from attninject.errors import LayoutError
-from attninject.layout import RANK, Layout
+from attninject.layout import RANK, VECTOR, Layout
 from attninject.recipe.rules import Rule
 
 from .scene import Scene
@@ -63,6 +63,8 @@ def layout_of_second(rule: Rule, scene: Scene, spot: Spot, here: Layout, label: 
     if rule.with_.layout:
         kind = rule.with_.layout
         layout = _overridden(layout, kind, shape, f"{label}: layout {kind}", name)
+    elif len(shape) == 2:
+        layout = Layout(VECTOR)
     if layout is None:
         raise LayoutError(f"{label}: the axes of {name}, {tuple(shape)}, {_unknown(scene, spot)}")
     spec = registry.resolve(rule.block)
@@ -75,8 +77,8 @@ def layout_of_second(rule: Rule, scene: Scene, spot: Spot, here: Layout, label: 
 
 def _overridden(measured: Layout | None, kind: str, shape: tuple[int, ...], asked: str, name: str) -> Layout:
     """The layout that a rule asks for; the measured one where it is of this kind and says more."""
-    if RANK[kind] != len(shape):
-        raise LayoutError(f"{asked} has {RANK[kind]} axes; {name} has {shape}")
+    if (rank := RANK.get(kind, len(VECTOR))) != len(shape):
+        raise LayoutError(f"{asked} has {rank} axes; {name} has {shape}")
     return measured if measured and measured.kind == kind and measured.ordered else Layout(kind)
 
 

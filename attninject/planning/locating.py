@@ -218,6 +218,29 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     return Location(insertion, carrier.module, reason=reason, written=copies.written)
 
 
+def at_call(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
+    """On the very module of a spot, where a block is given another argument of the same call as well.
+
+    Raises:
+        CannotRewriteError: no block can hang there; the message says why.
+        InPlaceHazardError: no block could keep the function there.
+    """
+    call = spot.event
+    assert isinstance(call, Call)
+    copies = inplace_hazards.at_module(scene, spot, path)
+    check_carrier(scene, call, spot, path)
+    runs = call.parent.runs[id(call.module)] if call.parent else 1
+    several = (
+        f"it is called {runs} times in one forward and its calls cannot be told apart" if runs > 1 else ""
+    )
+    if why := several or _serves_others(scene, spot, spot):
+        raise CannotRewriteError(f"{path}: {why} ({reason})")
+    operand = parameter(call, spot, path) if spot.position == "before" else 0
+    return Location(
+        _insertion(spot, None, operand, copies), call.module, reason=reason, written=copies.written
+    )
+
+
 def _in_root(scene: Scene, spot: Spot, path: str, reason: str) -> tuple[Location | None, str]:
     """The site in the graph of a root, which is rewritten only where no module serves; else why not."""
     owner = spot.owner
@@ -441,13 +464,13 @@ def parted(scene: Scene, spot: Spot, carrier: nn.Module) -> tuple[str, str] | No
 # --- the layer behind tokens -------------------------------------------------------------------
 
 
-def token_source(scene: Scene, spot: Spot, layout: Layout) -> nn.Module | None:
-    """The layer whose map the tokens of a spot are, where it can be watched for the map's size."""
+def token_source(scene: Scene, spot: Spot, layout: Layout, time: int) -> nn.Module | None:
+    """The layer whose map the tokens of a spot are, where it can be watched for the map's size; `time`: of asking it."""
     found = scene.positions.find(spot.value) if layout.grid else None
     op = found.source.op if found and found.source else None
     if op is None or op.call.outs != op.outs[:1] or not _watchable(op.call.module):
         return None
-    before = [c for c in scene.record.calls_of(op.call.module) if c.start < spot.time]
+    before = [c for c in scene.record.calls_of(op.call.module) if c.start < time]
     return op.call.module if before[-1] is op.call else None
 
 

@@ -2,14 +2,15 @@
 
 Nothing is carried past a forward: the block goes into one that has both values, that of the site's owner or of a
 module further out which is given them by its children. So copies, compilation, export and checkpointing know nothing
-of it. Where no forward has both, the message names the nearest values that would do.
+of it. Where no forward has both, the message names the nearest values that would do. Of a forward that cannot be
+rewritten, the arguments of one call are both there for the module that is called: the block then hangs on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import fx
 
@@ -21,6 +22,7 @@ from attninject.surgery.local_graph import LocalGraph, Target, bound, find, oper
 from attninject.surgery.location import Location
 
 from . import inplace_hazards, locating
+from .crossing import around, operand_with, said, same_in_training, site_in, value_in
 from .scene import Scene, call_node, node_of
 
 
@@ -42,51 +44,61 @@ def located(scene: Scene, pairs: list[tuple[Spot, Spot]], label: str, notes: lis
     for spot, second in pairs:
         placed = _located(scene, spot, second, label)
         if placed.spot is not spot:
-            there = _said(scene, placed.spot)
+            there = said(scene, placed.spot)
             notes.append(
-                f"{label}: {_said(scene, spot)} goes {there}, where the same value meets the second one"
+                f"{label}: {said(scene, spot)} goes {there}, where the same value meets the second one"
             )
         yield placed
 
 
 def _located(scene: Scene, spot: Spot, second: Spot, label: str) -> Placed:
     """Where the block of a site goes: into the innermost forward that has both values and can be rewritten."""
-    path = f"{label}: {_said(scene, spot)} with {_said(scene, second)}"
-    theirs = list(_around(second.owner))
+    path = f"{label}: {said(scene, spot)} with {said(scene, second)}"
+    theirs = list(around(second.owner))
     reasons: list[str] = []
-    for owner in _around(spot.owner):
+    for owner in around(spot.owner):
         if owner not in theirs and not _is_given(scene, owner, second):
             continue
         try:
             return _in(scene, owner, spot, second, path)
         except CannotRewriteError as refused:
             reasons.append(str(refused).removeprefix(f"{path}: "))
-    said = "; further out, ".join(reasons[:1] + reasons[1:][-1:])
-    raise CannotRewriteError(f"{path}: {said or 'the model itself has no forward around it; name its parts'}")
+    why = "; further out, ".join(reasons[:1] + reasons[1:][-1:])
+    if second.event is spot.event and isinstance(spot.event, Call) and second.position == "before":
+        return _at_call(scene, spot, second, path, why or "the root itself")
+    raise CannotRewriteError(f"{path}: {why or 'the model itself has no forward around it; name its parts'}")
+
+
+def _at_call(scene: Scene, spot: Spot, second: Spot, path: str, reason: str) -> Placed:
+    """The block on the module whose argument the second value is, and whose argument or result the site is.
+
+    Raises:
+        CannotRewriteError: the module carries none; the message says why.
+    """
+    location = locating.at_call(scene, spot, path, reason)
+    call = spot.event
+    assert isinstance(call, Call)
+    copied = inplace_hazards.given_is_written(scene, call.module)
+    given = Second("before", None, locating.parameter(call, second, path), copied=copied)
+    return Placed(spot, replace(location, insertion=replace(location.insertion, second=given)), second)
 
 
 def _is_given(scene: Scene, owner: Call, second: Spot) -> bool:
     """Whether a second value from outside is an argument of a forward, in each of its runs."""
     once = len(scene.record.calls_of(owner.module)) == 1
     itself = second.event is owner and second.position == "before"
-    return _operand(owner, second.value) is not None and (itself or once)
-
-
-def _operand(call: Call, value: int) -> Any:
-    """Which argument of a call a value is, by position or name; None: none."""
-    return _item({**dict(enumerate(call.args)), **call.kwargs}, value)[1]
-
-
-def _around(owner: Call | None) -> Iterator[Call]:
-    """The run of an owner, and those that it is part of, from the inside out."""
-    while owner is not None:
-        yield owner
-        owner = owner.parent
+    return operand_with(owner, second.value) is not None and (itself or once)
 
 
 def _in(scene: Scene, owner: Call, spot: Spot, second: Spot, path: str) -> Placed:
     locating.check_bypass(owner, path)
-    here, there = _site_in(scene, owner, spot, path), _value_in(scene, owner, second, path)
+    here, there = site_in(scene, owner, spot, path), value_in(scene, owner, second, path)
+    for named, found in ((spot, here), (second, there)):
+        if found is not named and not same_in_training(scene, named, found):
+            raise CannotRewriteError(
+                f"{path}: while training {said(scene, found)} is another value than {said(scene, named)}, as behind a "
+                f"dropout; the nearest that would do is {said(scene, found)}"
+            )
     try:
         local = _graph(scene, owner)
         location = locating.in_graph(scene, local, owner, here, path)
@@ -129,10 +141,11 @@ def _second(scene: Scene, local: LocalGraph, owner: Call, here: Spot, there: Spo
     target = targets(local.eval)[node]
     if not inplace_hazards.alike_in_all_runs(scene, there, owner):
         raise TraceRefused("its runs in one forward differ in the channels of the second value")
+    copied, begun = _written(scene, local, node, there), there.time
     if there.event is owner:  # its own input
         there = replace(there, position="after")
     operand = inplace_hazards.graph_operand(node, there)
-    found = Second(there.position, target, operand, there.output, copied=_written(scene, local, node, there))
+    found = Second(there.position, target, operand, there.output, copied=copied)
     site = _node(local, owner, here)
     assert site is not None
     for graph in local.graphs:
@@ -140,6 +153,9 @@ def _second(scene: Scene, local: LocalGraph, owner: Call, here: Spot, there: Spo
         if at is None or given is None:
             raise TraceRefused("the call of the second value is not in its training graph")
         _check_order(graph, at, given, found, here, path)
+    storage = scene.record.values[there.value].storage
+    if any(here.time < op.time < begun for op in scene.writers.get(storage, ())):
+        _refuse_late(path)
     return found
 
 
@@ -150,8 +166,9 @@ def _node(local: LocalGraph, owner: Call, spot: Spot) -> fx.Node | None:
     if spot.event is not owner:
         return call_node(local.eval, spot.event)
     given = bound(base_class(owner.module).forward, owner.args, owner.kwargs)
-    names = [n for n, (value, _) in given.items() if isinstance(value, Ref) and value.value == spot.value]
-    return find(local.eval, Target("input", names[0])) if names else None
+    named = spot.operand if isinstance(spot.operand, str) else list(given)[spot.operand]
+    alike = [n for n, (value, _) in given.items() if isinstance(value, Ref) and value.value == spot.value]
+    return find(local.eval, Target("input", named if named in alike else alike[0])) if alike else None
 
 
 def _check_order(graph: fx.Graph, at: fx.Node, given: fx.Node, second: Second, here: Spot, path: str) -> None:
@@ -160,9 +177,13 @@ def _check_order(graph: fx.Graph, at: fx.Node, given: fx.Node, second: Second, h
         raise TraceRefused("the second value is made by no node of its graph")
     order = {node: i for i, node in enumerate(graph.nodes)}
     if order[maker] > order[at] or (maker is at and here.position == "before"):
-        raise CannotRewriteError(
-            f"{path}: the second value comes to be later than the block would need it; name one that is there by then"
-        )
+        _refuse_late(path)
+
+
+def _refuse_late(path: str) -> NoReturn:
+    raise CannotRewriteError(
+        f"{path}: the second value comes to be later than the block would need it; name one that is there by then"
+    )
 
 
 def _written(scene: Scene, local: LocalGraph, node: fx.Node, there: Spot) -> bool:
@@ -171,107 +192,8 @@ def _written(scene: Scene, local: LocalGraph, node: fx.Node, there: Spot) -> boo
     if any(op.time > there.time for op in scene.writers.get(storage, ())):
         return True
     twin = find(local.train, targets(local.eval)[node])
-    value: Any = twin if there.position == "after" or twin is None else operands(twin).get(there.operand)
+    value: Any = twin
+    if twin is not None and there.position == "before" and node.op != "placeholder":
+        value = operands(twin).get(there.operand)
     shared = local.train_effects[value].storages if value in local.train_effects else frozenset()
     return any(effect.writes & shared for effect in local.train_effects.values())
-
-
-# --- crossing a forward ------------------------------------------------------------------------
-
-
-def _site_in(scene: Scene, owner: Call, spot: Spot, path: str) -> Spot:
-    """The same site among the calls that a module further out makes.
-
-    Raises:
-        CannotRewriteError: the value does not leave the child unchanged, or others in the child read it too.
-    """
-    if spot.owner is owner:
-        return spot
-    inside = _levels(spot, owner)
-    child = inside[-1]
-    _check_once(scene, inside, owner, path)
-    if spot.position == "after":
-        crosses, key = _item(child.out, spot.value)
-        alone = not any(
-            spot.value in e.ins and _begin(e) > spot.time for level in inside for e in level.events
-        )
-        if crosses and alone:
-            return Spot(child, "after", spot.value, key)
-    else:
-        operand = _operand(child, spot.value)
-        readers = [e for level in inside for e in scene.users(level, spot.value) if spot.value in e.ins]
-        if operand is not None and len(readers) == len(inside):
-            return Spot(child, "before", spot.value, operand=operand)
-    raise CannotRewriteError(
-        f"{path}: the site lies inside {scene.path(child.module)}, which does not have the second value; the nearest "
-        f"place that would do is {spot.position} {scene.path(child.module)}"
-    )
-
-
-def _value_in(scene: Scene, owner: Call, second: Spot, path: str) -> Spot:
-    """The spot of a second value among the calls that a module further out makes.
-
-    Raises:
-        CannotRewriteError: the child does not give it on.
-    """
-    if second.owner is owner:
-        return second
-    if owner not in _around(second.owner):  # it is given to this forward
-        return Spot(owner, "before", second.value, operand=_operand(owner, second.value))
-    inside = _levels(second, owner)
-    child = inside[-1]
-    if owner.runs[id(child.module)] > 1:
-        _check_once(scene, inside, owner, path)
-    crosses, key = _item(child.out, second.value)
-    if crosses:
-        return Spot(child, "after", second.value, key)
-    operand = _operand(child, second.value)
-    if operand is not None:
-        return Spot(child, "before", second.value, operand=operand)
-    raise CannotRewriteError(
-        f"{path}: the second value lies inside {scene.path(child.module)}, which does not give it on; the nearest that "
-        f"would do is with: {scene.path(child.module)}"
-    )
-
-
-def _levels(spot: Spot, owner: Call) -> list[Call]:
-    """The runs from that of a spot's owner to the child of `owner` that it is in."""
-    found = []
-    for level in _around(spot.owner):
-        if level is owner:
-            break
-        found.append(level)
-    return found
-
-
-def _check_once(scene: Scene, inside: list[Call], owner: Call, path: str) -> None:
-    """Refuse what runs more often than the module further out: a place there would be only one of its calls."""
-    runs = len(scene.record.calls_of(owner.module))
-    for level in inside:
-        calls = len(scene.record.calls_of(level.module))
-        if calls != runs:
-            name = scene.path(level.module)
-            raise CannotRewriteError(
-                f"{path}: {name} is called {calls} times, and only {scene.owner(owner) or 'the model'} has both values; "
-                f"name one of its calls in place of a value inside it: {name} with call: 1"
-            )
-
-
-def _item(tree: Any, value: int) -> tuple[bool, int | str | None]:
-    """Whether a value is a call's result or an item of it, and under which key (None: itself)."""
-    if isinstance(tree, Ref):
-        return tree.value == value, None
-    items: Any = (
-        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    )
-    keys = [key for key, item in items if isinstance(item, Ref) and item.value == value]
-    return bool(keys), keys[0] if keys else None
-
-
-def _begin(event: Any) -> int:
-    time: int = event.start if isinstance(event, Call) else event.time
-    return time
-
-
-def _said(scene: Scene, spot: Spot) -> str:
-    return f"{spot.position} {scene.name(spot)}"

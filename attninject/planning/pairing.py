@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from attninject.anatomy.dataflow import Spot
 from attninject.errors import LayoutError, NoMatchError, NoTensorError, PatternError, SeveralCallsError
 from attninject.layout import Layout
-from attninject.recipe.captures import captures
+from attninject.observe.record import Call
+from attninject.recipe.patterns import compile_pattern
 from attninject.recipe.rules import Rule
 from attninject.recipe.targets import Target
 from attninject.wording import listed
@@ -18,14 +19,17 @@ from .meeting import Placed
 from .planned_site import SecondValue
 from .scene import Scene
 
+Key = tuple[str, ...]  # what the wildcards of a pattern stood for, or the groups of a regular expression
+
 
 def partners(
     rule: Rule, scene: Scene, spots: list[Spot], label: str, notes: list[str]
 ) -> Iterator[tuple[Spot, Spot]]:
     """Each spot with the one that `with` names for it.
 
-    One that is found serves all. Of several, each spot gets the one whose wildcards stood for what its own stood for,
-    as many as `with` has. Notes on patterns that find nothing.
+    One that is found serves all, unless its wildcards choose some of the spots. Of several, each spot gets the one
+    whose wildcards stood for what its own stood for, as many as `with` has; of those, the argument of its own call.
+    Notes on patterns that find nothing.
 
     Raises:
         PlanError: of the kind that fits: there is no second value, or several that could be meant.
@@ -37,7 +41,9 @@ def partners(
         output=asked.output,
     )  # fmt: skip
     found = by_pattern(search, scene, f"{label}, with", notes)
-    if len(found) == 1:
+    theirs = [(second, _keys(asked.after or asked.before, scene, second, label)) for second in found]
+    mine = [(spot, _keys(rule.after or rule.before, scene, spot, label)) for spot in spots]
+    if len(found) == 1 and _serves_all(theirs[0][1], [keys for _, keys in mine]):
         yield from ((spot, found[0]) for spot in spots)
         return
     what = f"{label}: with {asked} finds {len(found)} values ({listed([scene.name(s) for s in found], 4)})"
@@ -46,33 +52,49 @@ def partners(
             f"{what}, and a place has no wildcards that would tell which is whose; name one value, or the sites by "
             "after or before"
         )
-    theirs = [(_key(asked.after or asked.before, scene, second, label), second) for second in found]
-    for spot in spots:
-        own = _key(rule.after or rule.before, scene, spot, label)
-        fitting = [second for key, second in theirs if own[: len(key)] == key]
+    for spot, own in mine:
+        fitting = [second for second, keys in theirs if _fit(own, keys)]
+        given = [s for s in fitting if s.event is spot.event and s.position == "before"]
+        fitting = given or fitting
         if len(fitting) == 1:
             yield spot, fitting[0]
             continue
-        told = f"the wildcards of {scene.name(spot)} stand for {', '.join(map(repr, own)) or 'nothing'}"
+        stood = " or ".join(", ".join(map(repr, key)) or "nothing" for key in own)
+        told = f"the wildcards of {scene.name(spot)} stand for {stood}"
         if fitting:
             names = listed([f"{scene.name(s)} call {getattr(s.event, 'number', 1)}" for s in fitting], 4)
             raise SeveralCallsError(
-                f"{what}; {told}, which fits {names}: give `with` a call, or as many wildcards as tell them apart"
+                f"{what}; {told}, which fits {names}: give `with` a call, or as many wildcards "
+                "(in a regular expression: groups) as tell them apart"
             )
         raise NoMatchError(
             f"{what}; {told}, which fits none of them; exclude the site, or write `with` otherwise"
         )
 
 
-def _key(patterns: Sequence[str | Target] | None, scene: Scene, spot: Spot, label: str) -> tuple[str, ...]:
-    """What the wildcards of the first pattern that names a spot stood for."""
-    name = scene.name(spot)
-    inner = name[len(scene.root_path) + 1 :] if scene.root_path else name
+def _serves_all(keys: list[Key], sites: list[list[Key]]) -> bool:
+    """Whether the one value that was found is that of every site: not where its wildcards choose among the sites."""
+    return not any(map(any, keys)) or len({_fit(own, keys) for own in sites}) == 1
+
+
+def _fit(own: list[Key], keys: list[Key]) -> bool:
+    """Whether what the wildcards of a second value stood for is what the first ones of a site stood for."""
+    return any(mine[: len(key)] == key for mine in own for key in keys)
+
+
+def _keys(patterns: Sequence[str | Target] | None, scene: Scene, spot: Spot, label: str) -> list[Key]:
+    """What the wildcards of the first pattern that names a spot stood for, under each name that it has there."""
+    call = spot.event if isinstance(spot.event, Call) else spot.event.call
+    tail = "" if spot.target is None else f"::{spot.target.name}"
+    texts = [text for text in patterns or () if isinstance(text, str)]
+    found: dict[Key, None] = {}
     try:
-        keys = (captures(text, inner) for text in patterns or () if isinstance(text, str))
-        return next((key for key in keys if key is not None), ())
+        for name in scene.names_at(call):
+            keys = (compile_pattern(text).captures(name + tail) for text in texts)
+            found.update(dict.fromkeys([key for key in keys if key is not None][:1]))
     except PatternError as error:
         raise SeveralCallsError(f"{label}: {error}; name one value with `with`") from error
+    return list(found) or [()]
 
 
 def described(rule: Rule, scene: Scene, placed: Placed, here: Layout, label: str) -> SecondValue | None:

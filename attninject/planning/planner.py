@@ -170,7 +170,7 @@ class _Planner:
         spots: list[Spot] = []
         for placed in self.located(rule, found, pairs, label):
             at = placed.location.insertion
-            key = (id(placed.location.carrier), at.position, at.target, at.operand, at.output)
+            key = (id(placed.location.carrier), at.position, at.target, at.operand, at.output, at.second)
             if key not in rows:  # a carrier that several owners call has one block
                 rows[key] = self.row(index, placed, label)
                 spots.append(placed.spot)
@@ -194,7 +194,9 @@ class _Planner:
             CannotRewriteError: for some, nowhere; or it would run at spots that the rule leaves out.
         """
         if rule.with_:
-            return list(meeting.located(self.scene, pairs, label, self.notes))
+            placed = list(meeting.located(self.scene, pairs, label, self.notes))
+            refuse_partly_matched(self.scene, [(p.spot, p.location) for p in placed])
+            return placed
         if not rule.replace:
             located = [(spot, locate(self.scene, spot, self.scene.name(spot))) for spot in found]
             refuse_partly_matched(self.scene, located)
@@ -241,10 +243,7 @@ class _Planner:
             output=spot.output,
             second=second,
         )
-        if second is not None and (given := location.insertion.second) is not None:
-            given = replace(given, layout=second.layout)
-            location = replace(location, insertion=replace(location.insertion, second=given))
-        return site, self.completed(index, spot, location, (name, slot), layout, cost)
+        return site, self.completed(index, placed, (name, slot), (layout, second), cost)
 
     def cost(
         self, rule: Rule, placed: Placed, layout: Layout, second: SecondValue | None, where: str
@@ -259,22 +258,28 @@ class _Planner:
         return replacement_cost(rule, location.old, layout, (shape, made), where)
 
     def completed(
-        self, index: int, spot: Spot, location: Location, named: tuple[str, Slot], layout: Layout, cost: Cost
-    ) -> Location:
-        """A location with what depends on the rule."""
-        name, slot = named
+        self, index: int, placed: Placed, named: tuple[str, Slot], seen_as: tuple[Layout, SecondValue | None],
+        cost: Cost,
+    ) -> Location:  # fmt: skip
+        """A location with what depends on the rule; `seen_as`: the layout of the site's value, and the second one."""
+        spot, location, other = placed
+        (name, slot), (layout, second) = named, seen_as
         at, rule = location.insertion, self.recipe.rules[index]
+        source, given = token_source(self.scene, spot, layout, spot.time), at.second
+        if second is not None and other is not None and given is not None:
+            theirs = token_source(self.scene, other, second.layout, spot.time)
+            source = source or theirs
+            given = replace(given, layout=second.layout, watched=theirs is not None and theirs is source)
         copied = at.copy_result or (location.written and _keeps_result(rule))
         seen = replacing.result_of(spot) if location.old is location.carrier else spot
         insertion = replace(
             at, name=name, layout=layout, slot=slot, copy_result=copied, alone=cost.alone and not at.copy_given,
-            splits=parted(self.scene, seen, location.carrier),
+            splits=parted(self.scene, seen, location.carrier), second=given,
         )  # fmt: skip
         value, like = self.record.values[spot.value], location.like(first_float(self.model))
         return replace(
-            location, insertion=insertion, device=value.device, time=spot.time,
+            location, insertion=insertion, device=value.device, time=spot.time, source=source,
             dtype=None if location.old or value.dtype == like.dtype else value.dtype,
-            source=token_source(self.scene, spot, layout),
         )  # fmt: skip
 
 
@@ -291,7 +296,7 @@ def _noted(rule: Rule, rows: list[Row], idle: list[str], packed: list[str], labe
             "packs the tokens of a padding mask into nested tensors, which blocks refuse: if masks are given, build it "
             "with enable_nested_tensor=False"
         )
-    if not (rule.with_ or rule.replace) and registry.takes_second(rule.block):
+    if not (rule.with_ or rule.replace) and registry.is_given_twice(rule.block):
         yield f"{label}: it takes a second value, and is given that of its site twice, since `with` names no other"
     alone = [site.path for site, at in rows if at.insertion.alone and not reads_conv(rule.block)]
     if alone:

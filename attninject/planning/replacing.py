@@ -94,7 +94,7 @@ def _at_module(scene: Scene, spot: Spot, path: str) -> Location:
     copies = inplace_hazards.at_module(scene, behind, path)
     locating.check_carrier(scene, call, behind, path)
     operand = locating.parameter(call, spot, path)
-    given = copies.given or _written(scene, spot)
+    given = copies.given or inplace_hazards.given_is_written(scene, call.module)
     insertion = Insertion("", "replace", None, operand, copy_given=given, copy_result=copies.result)
     return Location(insertion, call.module, written=copies.written, old=call.module)
 
@@ -118,15 +118,6 @@ def _in_graph(scene: Scene, spot: Spot, owner: Call, path: str) -> Location:
         at = locating.in_graph(scene, local, owner, result_of(spot), path)
     except TraceRefused as refused:
         raise CannotRewriteError(f"{what}, and its call cannot be rewritten: {refused}") from refused
-    given = at.insertion.copy_given or _written(scene, spot)
+    given = at.insertion.copy_given or inplace_hazards.given_is_written(scene, call.module)
     insertion = replace(at.insertion, position="replace", operand=spot.operand, copy_given=given)
     return replace(at, insertion=insertion, old=call.module)
-
-
-def _written(scene: Scene, spot: Spot) -> bool:
-    """Whether what a call is given is written to, in the call or later: the new part reads it as it was before."""
-    for call in scene.record.calls_of(spot.module):
-        storages = {scene.record.values[value].storage for value in call.ins}
-        if any(op.time > call.start for s in storages for op in scene.writers.get(s, ())):
-            return True
-    return False

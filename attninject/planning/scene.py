@@ -76,6 +76,14 @@ class Scene:
             "place of a plain list) or name another module"
         )
 
+    def names_at(self, call: Call) -> list[str]:
+        """The names below the root that the module of a call has; of several, those below the names of its caller."""
+        names = [name for name, module in self.names.items() if module is call.module]
+        if len(names) < 2 or call.parent is None:
+            return names
+        above = [f"{name}." if name else "" for name in self.names_at(call.parent)]
+        return [name for name in names if name.startswith(tuple(above))] or names
+
     def owner(self, call: Call | None) -> str:
         """The name of the module whose forward made a call; of the one around it for a slice of a Sequential."""
         while call is not None and call.parent is not None and id(call.module) not in self.paths:

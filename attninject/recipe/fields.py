@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from attninject.anatomy.places import PLACES
 from attninject.errors import PatternError, UnknownBlockError
-from attninject.layout import RANK
+from attninject.layout import RANK, VECTOR
 from attninject.wording import did_you_mean, nearest, quoted
 
 from .block_args import check_block_args, plain_args
@@ -164,7 +164,8 @@ def _module_pattern(node: Node, report: Report) -> Any:
 
 def _text(node: Node, report: Report) -> Any:
     """A pattern whose wildcards can be aligned with another's."""
-    return _pattern(node, report) if isinstance(node.value, str) else report.expected(node, "a pattern")
+    found = _pattern(node, report)
+    return report.expected(node, "a pattern") if isinstance(found, Target) else found
 
 
 _texts = some(_text, "a pattern")
@@ -176,7 +177,8 @@ def _with(node: Node, report: Report) -> Any:
         patterns = _texts(node, report)
         return BAD if patterns is BAD else With(after=patterns)
     before = len(report.faults)
-    checkers = {f.name: FIELDS[f.name].check for f in fields(With)} | {"after": _texts, "before": _texts}
+    checkers = {f.name: FIELDS[f.name].check for f in fields(With)}
+    checkers |= {"after": _texts, "before": _texts, "layout": choice("a layout", [*RANK, VECTOR])}
     values = checked_fields(node, checkers, "key", report)
     if len([key for key in ("after", "before") if key in values]) != 1:
         report.add(node, "`with` has either `after` or `before`, as in {before: up.*, input: 1}")

@@ -28,14 +28,13 @@ from typing import Any
 
 from attninject.errors import PatternError
 
+from .automaton import Condition, Machine, Refused, Test, is_word
+
 MAX_REGEX_LENGTH = 200
 MAX_GLOB_LENGTH = 1000
 MAX_BRACE_DEPTH = 20
 MAX_REGEX_STATES = 500
-_CACHE_WEIGHT = 200_000  # automaton states remembered in one pattern's DFA before it starts afresh
-
-_Test = Callable[[str], bool]
-_Condition = Callable[["bool | None", "bool | None"], bool]
+_WITH_GROUPS = 8  # so many times the states are allowed where they say what groups stood for
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Pattern:
     text: str
     owner: Pattern | None = field(default=None, compare=False, repr=False)
     operation: Pattern | None = field(default=None, compare=False, repr=False)
-    _machine: _Machine | None = field(default=None, compare=False, repr=False)
+    _machine: Machine | None = field(default=None, compare=False, repr=False)
     _closing: str = field(default="", compare=False, repr=False)
 
     def matches(self, name: str) -> bool:
@@ -66,6 +65,27 @@ class Pattern:
         if self.owner is None or self.operation is None:
             return False
         return self.owner.matches(owner) and self.operation.matches(operation)
+
+    def captures(self, name: str) -> tuple[str, ...] | None:
+        r"""What its wildcards, or the groups of a regular expression, stood for in a name; None: it does not match.
+
+        Of a glob each `*`, `**`, `?`, class and outermost pair of braces, in order. Dots at the ends do not count.
+
+            enc.*.skip in enc.2.skip                    ("2",)
+            {enc,dec}.stage[1-4] in dec.stage3          ("dec", "3")
+            re:(enc|dec)\.(?:stage)?(\d) in dec.stage3  ("dec", "3")
+
+        Raises:
+            PatternError: there are groups in too many counted repeats.
+        """
+        if self.owner is not None and self.operation is not None:
+            owner, _, operation = name.partition("::")
+            left, right = self.owner.captures(owner), self.operation.captures(operation)
+            return None if left is None or right is None else left + right
+        if not self.matches(name) or not self.text:
+            return () if self.matches(name) else None
+        found = _machine(self.text, with_groups=True).groups(name + self._closing if name else name)
+        return tuple(part.strip(".") for part in found or ())
 
     def __str__(self) -> str:
         return self.text
@@ -93,140 +113,28 @@ def _short(text: str) -> str:
     return f"`{text}`" if len(text) <= 60 else f"`{text[:57]}...`"
 
 
-# --- the automaton ----------------------------------------------------------------------------
-
-
-class _State(dict[str, "_State"]):
-    """A DFA state: a set of automaton threads, and a dictionary of the transitions seen so far."""
-
-    __slots__ = ("_accepts", "machine", "previous", "threads")
-
-    def __init__(self, machine: _Machine, threads: frozenset[int], previous: bool | None) -> None:
-        self.machine, self.threads, self.previous = machine, threads, previous
-        self._accepts: bool | None = None
-
-    def __missing__(self, char: str) -> _State:
-        state = self[char] = self.machine.step(self, char)
-        return state
-
-    @property
-    def accepts(self) -> bool:
-        if self._accepts is None:
-            self._accepts = _Machine.ACCEPT in self.machine.closure(self, None)
-        return self._accepts
-
-
-class _Machine:
-    """A Thompson automaton, built from its end backwards: every builder takes what comes after.
-
-    A node tests one character, or passes freely to several others, or passes under a condition on
-    the characters before and after (an anchor). `previous` and `following` are None at the ends of
-    the name, else whether that character belongs to a word.
-    """
-
-    ACCEPT = 0
-
-    def __init__(self, max_states: int) -> None:
-        self.max_states = max_states
-        self.tests: list[_Test | None] = [None]
-        self.conditions: list[_Condition | None] = [None]
-        self.outs: list[list[int]] = [[]]
-        self.has_conditions = False
-
-    def char(self, test: _Test, then: int) -> int:
-        """One character that passes the test."""
-        return self._add(test, None, [then])
-
-    def split(self, branches: list[int]) -> int:
-        """Any of the branches."""
-        return self._add(None, None, branches)
-
-    def when(self, condition: _Condition, then: int) -> int:
-        """No character, but a condition on the two neighbours."""
-        self.has_conditions = True
-        return self._add(None, condition, [then])
-
-    def _add(self, test: _Test | None, condition: _Condition | None, outs: list[int]) -> int:
-        if len(self.outs) >= self.max_states:
-            raise _Refused(f"it needs more than {self.max_states} states; use smaller counted repeats")
-        self.tests.append(test)
-        self.conditions.append(condition)
-        self.outs.append(outs)
-        return len(self.outs) - 1
-
-    def begin(self, entry: int) -> _Machine:
-        """Set the entry and start with an empty DFA."""
-        self.entry = entry
-        self.states: dict[tuple[frozenset[int], bool | None], _State] = {}
-        self.weight = 0
-        self.start = self._state(frozenset([entry]), None)
-        return self
-
-    def step(self, state: _State, char: str) -> _State:
-        """The DFA state after one more character."""
-        word = _is_word(char)
-        tests, outs = self.tests, self.outs
-        threads = {
-            outs[node][0]
-            for node in self.closure(state, word)
-            if (test := tests[node]) is not None and test(char)
-        }
-        # Transitions live in the states, so a cleared table with a new start lets all the old ones go.
-        if self.weight > _CACHE_WEIGHT:
-            self.begin(self.entry)
-        self.weight += 1
-        return self._state(frozenset(threads), word if self.has_conditions else None)
-
-    def _state(self, threads: frozenset[int], previous: bool | None) -> _State:
-        key = (threads, previous)
-        state = self.states.get(key)
-        if state is None:
-            state = self.states[key] = _State(self, threads, previous)
-            self.weight += len(threads) + 1
-        return state
-
-    def closure(self, state: _State, following: bool | None) -> set[int]:
-        """All nodes reached without consuming a character."""
-        seen: set[int] = set()
-        todo = list(state.threads)
-        while todo:
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if self.tests[node] is not None:
-                continue
-            condition = self.conditions[node]
-            if condition is None or condition(state.previous, following):
-                todo.extend(self.outs[node])
-        return seen
-
-
-class _Refused(Exception):
-    """Why a text is no pattern of ours; `_compile_side` adds which text."""
-
-
-def _is_word(char: str) -> bool:
-    return char == "_" or char.isalnum()
-
-
 def _compile_side(text: str) -> Pattern:
+    return Pattern(text, _machine=_machine(text), _closing="" if text.startswith("re:") else ".")
+
+
+def _machine(text: str, with_groups: bool = False) -> Machine:
+    factor = _WITH_GROUPS if with_groups else 1
     try:
         if text.startswith("re:"):
-            return Pattern(text, _machine=_regex_machine(text[3:]))
-        return Pattern(text, _machine=_glob_machine(text), _closing=".")
-    except _Refused as refused:
+            return _regex_machine(text[3:], Machine(factor * MAX_REGEX_STATES, with_groups))
+        return _glob_machine(text, Machine(factor * 4 * MAX_GLOB_LENGTH, with_groups))
+    except Refused as refused:
         raise PatternError(f"pattern {_short(text)}: {refused}") from None
 
 
 def _root_only() -> Pattern:
-    return Pattern("", _machine=_Machine(1).begin(_Machine.ACCEPT), _closing=".")
+    return Pattern("", _machine=Machine(1).begin(Machine.ACCEPT), _closing=".")
 
 
 # --- globs ------------------------------------------------------------------------------------
 
 _STAR, _DEEP, _DOT = "*", "**", "."
-_Token = str | _Test | list["list[_Token]"]  # a wildcard or dot, one character, or alternatives
+_Token = str | Test | list["list[_Token]"]  # a star, a dot or another character; one of several; alternatives
 _GLOB_HINTS = {
     "\\": "a glob has no escapes; a class does it, as in [*]",
     "(": "parentheses belong to regular expressions: put re: in front, or write {a,b}",
@@ -267,7 +175,7 @@ class _GlobParser:
         self.at += 1
         if char == ".":
             return _DOT
-        return _not_dot if char == "?" else char.__eq__
+        return _not_dot if char == "?" else char
 
     def _stars(self) -> _Token:
         start = self.at
@@ -292,7 +200,7 @@ class _GlobParser:
         self.at = end + 1
         return self._class_test(body, negated, start)
 
-    def _class_test(self, body: str, negated: bool, start: int) -> _Test:
+    def _class_test(self, body: str, negated: bool, start: int) -> Test:
         singles, ranges, i = set(), [], 0
         while i < len(body):
             if body[i + 1 : i + 2] == "-" and i + 2 < len(body):
@@ -328,8 +236,8 @@ class _GlobParser:
         self.depth -= 1
         return branches
 
-    def _fault(self, problem: str, at: int | None = None) -> _Refused:
-        return _Refused(f"{problem} (at character {(self.at if at is None else at) + 1})")
+    def _fault(self, problem: str, at: int | None = None) -> Refused:
+        return Refused(f"{problem} (at character {(self.at if at is None else at) + 1})")
 
 
 def _not_dot(char: str) -> bool:
@@ -346,28 +254,45 @@ _EMPTY_SEGMENT = "it has an empty segment; names have no two dots in a row, and 
 _GLUED = "`**` must be a whole segment; write *, or put a dot between: **.x"
 
 
-def _glob_machine(text: str) -> _Machine:
+def _glob_machine(text: str, machine: Machine) -> Machine:
     if not text:
-        raise _Refused("it is empty; the model itself and everything in it is **")
+        raise Refused("it is empty; the model itself and everything in it is **")
     if len(text) > MAX_GLOB_LENGTH:
-        raise _Refused(f"it has {len(text)} characters, at most {MAX_GLOB_LENGTH} are allowed; use a list")
-    machine = _Machine(max_states=4 * MAX_GLOB_LENGTH)
+        raise Refused(f"it has {len(text)} characters, at most {MAX_GLOB_LENGTH} are allowed; use a list")
     tokens = _GlobParser(text).sequence()
-    closing_dot = machine.char(_DOT.__eq__, _Machine.ACCEPT)
-    entry = _glob_sequence(machine, tokens, (_EMPTY_SEGMENT, closing_dot, _Machine.ACCEPT))[_START]
+    closing_dot = machine.char(_DOT.__eq__, Machine.ACCEPT)
+    then: _Entries = (_EMPTY_SEGMENT, closing_dot, Machine.ACCEPT)
+    number = sum(map(_is_wildcard, tokens))
+    for token in reversed(tokens):
+        if not _is_wildcard(token):
+            then = _glob_token(machine, token, then)
+            continue
+        number -= 1
+        then = _glob_token(machine, token, _marked(machine, 2 * number + 1, then))
+        then = _marked(machine, 2 * number, then)
+    entry = then[_START]
     if isinstance(entry, str):
-        raise _Refused(entry)
+        raise Refused(entry)
     return machine.begin(entry)
 
 
-def _glob_sequence(machine: _Machine, tokens: list[_Token], then: _Entries) -> _Entries:
+def _is_wildcard(token: _Token) -> bool:
+    return not isinstance(token, str) or token in (_STAR, _DEEP)
+
+
+def _marked(machine: Machine, number: int, entries: _Entries) -> _Entries:
+    start, inside, behind = (e if isinstance(e, str) else machine.mark(number, e) for e in entries)
+    return start, inside, behind
+
+
+def _glob_sequence(machine: Machine, tokens: list[_Token], then: _Entries) -> _Entries:
     """Entries of a token sequence, one per position in a segment, given those of what follows."""
     for token in reversed(tokens):
         then = _glob_token(machine, token, then)
     return then
 
 
-def _glob_token(machine: _Machine, token: _Token, then: _Entries) -> _Entries:
+def _glob_token(machine: Machine, token: _Token, then: _Entries) -> _Entries:
     if isinstance(token, list):
         branches = [_glob_sequence(machine, branch, then) for branch in token]
         start, inside, behind = (_any_of(machine, [b[where] for b in branches]) for where in range(3))
@@ -379,16 +304,15 @@ def _glob_token(machine: _Machine, token: _Token, then: _Entries) -> _Entries:
     if token == _STAR:
         here = _any_characters(machine, then[_INSIDE])
     else:
-        assert callable(token)
-        here = _char(machine, token, then[_INSIDE])
+        here = _char(machine, token.__eq__ if isinstance(token, str) else token, then[_INSIDE])
     return here, here, _GLUED
 
 
-def _char(machine: _Machine, test: _Test, then: _Entry) -> _Entry:
+def _char(machine: Machine, test: Test, then: _Entry) -> _Entry:
     return then if isinstance(then, str) else machine.char(test, then)
 
 
-def _any_of(machine: _Machine, entries: list[_Entry]) -> _Entry:
+def _any_of(machine: Machine, entries: list[_Entry]) -> _Entry:
     nodes = []
     for entry in entries:
         if isinstance(entry, str):
@@ -397,36 +321,36 @@ def _any_of(machine: _Machine, entries: list[_Entry]) -> _Entry:
     return machine.split(nodes)
 
 
-def _any_characters(machine: _Machine, then: _Entry) -> _Entry:
+def _any_characters(machine: Machine, then: _Entry) -> _Entry:
     if isinstance(then, str):
         return then
-    loop = machine.split([then])
-    machine.outs[loop].append(machine.char(_not_dot, loop))
+    loop = machine.split([])
+    machine.outs[loop] += [machine.char(_not_dot, loop), then]  # as many as can be, as `groups` has it
     return loop
 
 
-def _any_segments(machine: _Machine, then: _Entry) -> _Entry:
+def _any_segments(machine: Machine, then: _Entry) -> _Entry:
     """Zero or more segments, each closed by its dot."""
     if isinstance(then, str):
         return then
-    between = machine.split([then])
+    between = machine.split([])
     within = machine.split([machine.char(_DOT.__eq__, between)])
     machine.outs[within].append(machine.char(_not_dot, within))
-    machine.outs[between].append(within)
+    machine.outs[between] += [within, then]
     return between
 
 
 # --- regular expressions ----------------------------------------------------------------------
 
-_CATEGORIES: dict[Any, _Test] = {
+_CATEGORIES: dict[Any, Test] = {
     sre.CATEGORY_DIGIT: str.isdecimal,
     sre.CATEGORY_NOT_DIGIT: lambda char: not char.isdecimal(),
     sre.CATEGORY_SPACE: str.isspace,
     sre.CATEGORY_NOT_SPACE: lambda char: not char.isspace(),
-    sre.CATEGORY_WORD: _is_word,
-    sre.CATEGORY_NOT_WORD: lambda char: not _is_word(char),
+    sre.CATEGORY_WORD: is_word,
+    sre.CATEGORY_NOT_WORD: lambda char: not is_word(char),
 }
-_ANCHORS: dict[Any, _Condition] = {
+_ANCHORS: dict[Any, Condition] = {
     sre.AT_BEGINNING: lambda previous, following: previous is None,
     sre.AT_BEGINNING_STRING: lambda previous, following: previous is None,
     sre.AT_END: lambda previous, following: following is None,
@@ -445,13 +369,12 @@ _REFUSED = {
 }
 
 
-def _regex_machine(text: str) -> _Machine:
+def _regex_machine(text: str, machine: Machine) -> Machine:
     if len(text) > MAX_REGEX_LENGTH:
-        raise _Refused(
+        raise Refused(
             f"a regular expression of {len(text)} characters, at most {MAX_REGEX_LENGTH} are allowed"
         )
-    machine = _Machine(MAX_REGEX_STATES)
-    return machine.begin(_regex_sequence(machine, _parse_regex(text), _Machine.ACCEPT))
+    return machine.begin(_regex_sequence(machine, _parse_regex(text), Machine.ACCEPT))
 
 
 def _parse_regex(text: str) -> Any:
@@ -460,21 +383,21 @@ def _parse_regex(text: str) -> Any:
             warnings.simplefilter("ignore")  # of syntax that may change in a later Python
             tree = sre.parse(text)
     except re.error as error:
-        raise _Refused(f"no regular expression: {error}") from None
+        raise Refused(f"no regular expression: {error}") from None
     except (OverflowError, RecursionError):
-        raise _Refused("no regular expression: a repeat is too large or groups are too deep") from None
+        raise Refused("no regular expression: a repeat is too large or groups are too deep") from None
     if tree.state.flags != re.UNICODE:
-        raise _Refused("flags such as (?i) are not supported; write [Aa] for either case")
+        raise Refused("flags such as (?i) are not supported; write [Aa] for either case")
     return tree
 
 
-def _regex_sequence(machine: _Machine, tree: Any, then: int) -> int:
+def _regex_sequence(machine: Machine, tree: Any, then: int) -> int:
     for operation, argument in reversed(list(tree)):
         then = _regex_node(machine, operation, argument, then)
     return then
 
 
-def _regex_node(machine: _Machine, operation: Any, argument: Any, then: int) -> int:
+def _regex_node(machine: Machine, operation: Any, argument: Any, then: int) -> int:
     if operation is sre.LITERAL:
         return machine.char(chr(argument).__eq__, then)
     if operation is sre.NOT_LITERAL:
@@ -487,38 +410,41 @@ def _regex_node(machine: _Machine, operation: Any, argument: Any, then: int) -> 
         return machine.split([_regex_sequence(machine, branch, then) for branch in argument[1]])
     if operation is sre.SUBPATTERN:
         if argument[1] or argument[2]:
-            raise _Refused("flags such as (?i:) are not supported; write [Aa] for either case")
-        return _regex_sequence(machine, argument[3], then)
-    if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):  # the same language: the match is a full one
+            raise Refused("flags such as (?i:) are not supported; write [Aa] for either case")
+        if argument[0] is None:  # (?:…)
+            return _regex_sequence(machine, argument[3], then)
+        number = 2 * (argument[0] - 1)
+        return machine.mark(number, _regex_sequence(machine, argument[3], machine.mark(number + 1, then)))
+    if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):
         least, most, body = argument
-        return _regex_repeat(machine, least, most, body, then)
+        return _regex_repeat(machine, least, most, body, then, least_first=operation is sre.MIN_REPEAT)
     if operation is sre.AT and argument in _ANCHORS:
         return machine.when(_ANCHORS[argument], then)
-    raise _Refused(_REFUSED.get(str(operation), f"{operation} is not supported"))
+    raise Refused(_REFUSED.get(str(operation), f"{operation} is not supported"))
 
 
-def _regex_repeat(machine: _Machine, least: Any, most: Any, body: Any, then: int) -> int:
+def _regex_repeat(machine: Machine, least: Any, most: Any, body: Any, then: int, *, least_first: bool) -> int:
     """`body{least,most}`: optional copies, or a loop, behind the copies that must be there."""
+    step = -1 if least_first else 1  # one copy more, or none
     if most is sre.MAXREPEAT:
-        loop = machine.split([then])
-        machine.outs[loop].append(_regex_sequence(machine, body, loop))
-        entry = loop
+        entry = machine.split([])
+        machine.outs[entry] += [_regex_sequence(machine, body, entry), then][::step]
     else:
         entry = then
         for _ in range(most - least):
-            entry = machine.split([then, _regex_sequence(machine, body, entry)])
+            entry = machine.split([_regex_sequence(machine, body, entry), then][::step])
     for _ in range(least):
         entry = machine.split([_regex_sequence(machine, body, entry)])
     return entry
 
 
-def _regex_class(items: list[tuple[Any, Any]]) -> _Test:
+def _regex_class(items: list[tuple[Any, Any]]) -> Test:
     negated = items[0][0] is sre.NEGATE
     tests = [_regex_class_item(*item) for item in items[negated:]]
     return lambda char: any(test(char) for test in tests) is not negated
 
 
-def _regex_class_item(operation: Any, argument: Any) -> _Test:
+def _regex_class_item(operation: Any, argument: Any) -> Test:
     if operation is sre.LITERAL:
         return chr(argument).__eq__
     if operation is sre.RANGE:

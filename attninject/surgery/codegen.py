@@ -11,11 +11,11 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 
-from .graph_edit import edit_graph, layout_arguments, with_item
+from .graph_edit import edit_graph, layout_arguments, second_arguments, with_item
 from .injected_state import OWN, Insertion
-from .layout_adapters import note_extent, passed_by, run_block, run_replacement
+from .layout_adapters import note_extent, passed_by, run_block, run_pair, run_replacement
 from .local_graph import DECISION_NAMES, MISSING, PRESENT, AttributeRead, LocalGraph
-from .scripting import ENTRY
+from .scripting import ENTRY, kept
 
 
 class ForwardWriter:
@@ -43,6 +43,7 @@ class ForwardWriter:
             "_remake": remake,
             "torch": torch,
             "run_block": run_block,
+            "run_pair": run_pair,
             "run_replacement": run_replacement,
             "passed_by": passed_by,
             "with_item": with_item,
@@ -61,6 +62,11 @@ class ForwardWriter:
         if self.local:
             lines += self._guards(self.local)
         around = [i for i in self.edit if i.target is None]
+        for insertion in around:
+            if insertion.second is not None:
+                name = self._parameter(insertion.second.operand)
+                copied = f" if {name} is None else {name}.clone()" if insertion.second.copied else ""
+                lines.append(f"    {kept(insertion)} = {name}{copied}")
         for insertion in around:
             if insertion.position == "before":
                 name = self._parameter(insertion.operand)
@@ -227,7 +233,11 @@ def _dotted(path: str) -> str:
 def _call(insertion: Insertion, value: str) -> str:
     tail = "".join(f", {a!r}" for a in layout_arguments(insertion.layout))
     given = f"{value}.clone()" if insertion.copy_given else value
-    return f"run_block(self.{insertion.name}, {given}{tail}){'.clone()' if insertion.copy_result else ''}"
+    call = f"run_block(self.{insertion.name}, {given}{tail})"
+    if insertion.second is not None:
+        here, there = layout_arguments(insertion.layout), second_arguments(insertion.second)
+        call = f"run_pair(self.{insertion.name}, {given}, {kept(insertion)}, {here!r}, {there!r})"
+    return f"{call}{'.clone()' if insertion.copy_result else ''}"
 
 
 def _after(insertion: Insertion) -> str:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from attninject.errors import CannotRewriteError
 from attninject.layout import Layout
 
-from .injected_state import Insertion
+from .injected_state import Insertion, Second
 from .layout_adapters import run_block, run_pair, run_replacement
 from .local_graph import IN_PLACE, Target, find, operands, set_operand
 
@@ -23,6 +23,12 @@ def layout_arguments(layout: Layout) -> tuple[Any, ...]:
     if layout.kind == "NLC" or layout.grid:
         return (layout.kind, layout.prefix, layout.grid)
     return () if layout.kind == "NCHW" else (layout.kind,)
+
+
+def second_arguments(second: Second) -> tuple[Any, ...]:
+    """How `run_pair` is told the layout of a second value."""
+    described = layout_arguments(second.layout)
+    return (*described, True) if second.watched else described
 
 
 def with_item(tree: Any, key: int | str, value: Any) -> Any:
@@ -54,7 +60,7 @@ def edit_graph(graph: fx.Graph, edit: Sequence[Insertion], base: type[nn.Module]
     seconds = {  # the last first, so that those at one node stand in their order
         i.name: _hold(new, node, copies[_node(graph, i.second.target, i.name, base)], i)
         for i, node in reversed(found)
-        if i.second is not None
+        if i.second is not None and i.second.target is not None
     }
     newest: dict[tuple[fx.Node, Any], fx.Node] = {}
     results = []
@@ -107,17 +113,23 @@ def _hold(graph: fx.Graph, node: fx.Node, holder: fx.Node, insertion: Insertion)
     if second.output is not None:
         with graph.inserting_after(value):
             last = graph.call_function(operator.getitem, (value, second.output))
+    before = insertion.position == "before"
+    with graph.inserting_before(node) if before else graph.inserting_after(last if value is node else node):
+        held = graph.call_function(operator.pos, (last,))
     if second.copied:
-        behind = last
-        while behind.next.op == "placeholder":
-            behind = behind.next
-        with graph.inserting_after(behind):
-            last = graph.call_method("clone", (last,))
-    if insertion.position == "before":
-        with graph.inserting_before(node):
-            return graph.call_function(operator.pos, (last,))
-    with graph.inserting_after(last if value is node else node):
-        return graph.call_function(operator.pos, (last,))
+        with graph.inserting_before(_as_named(graph, second, last, holder, held)):
+            held.update_arg(0, graph.call_method("clone", (last,)))
+    return held
+
+
+def _as_named(graph: fx.Graph, second: Second, value: fx.Node, holder: fx.Node, held: fx.Node) -> fx.Node:
+    """The node before which a second value, which is written to in place, is what it is named for."""
+    if second.position == "before":
+        return next(n for n in graph.nodes if n is holder or n is held)
+    behind = value.next
+    while behind.op == "placeholder":
+        behind = behind.next
+    return behind
 
 
 def _block_node(graph: fx.Graph, insertion: Insertion, value: Any, held: fx.Node | None) -> fx.Node:
@@ -127,7 +139,7 @@ def _block_node(graph: fx.Graph, insertion: Insertion, value: Any, held: fx.Node
     if held is None or insertion.second is None:
         result = graph.call_function(run_block, (block, given, *here))
     else:
-        there = layout_arguments(insertion.second.layout)
+        there = second_arguments(insertion.second)
         result = graph.call_function(run_pair, (block, given, held.args[0], here, there))
     return graph.call_method("clone", (result,)) if insertion.copy_result else result
 

@@ -29,19 +29,21 @@ class Second:
 
     Attributes:
         position: `after` or `before` the node; only says what is read, nothing is put there.
-        target: the node.
+        target: the node; None: the carrier's own call, of which `before` gives an argument.
         operand: `before`: which operand, by position or name.
         output: `after`: which item of a tuple, list or dict; None: the result itself.
         layout: of the value.
         copied: keep a copy from the start, since the value is written to in place later.
+        watched: its tokens are of the map whose size the block is told as it runs (`layout_adapters.Extent`).
     """
 
     position: Position
-    target: Target
+    target: Target | None
     operand: int | str = 0
     output: int | str | None = None
     layout: Layout = Layout("NCHW")  # noqa: RUF009 (frozen)
     copied: bool = False
+    watched: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,12 @@ from torch import Tensor, fx, nn
 
 from attninject.blocks.symbolic import stay_float
 from attninject.errors import LayoutError
-from attninject.layout import RANK
+from attninject.layout import RANK, VECTOR
+
+_NESTED = (
+    "a block was given a nested tensor, whose samples have lengths of their own; where it comes from "
+    "nn.TransformerEncoder with a padding mask, build that with enable_nested_tensor=False"
+)
 
 
 def run_block(
@@ -32,10 +37,7 @@ def run_block(
     if getattr(block, "_attninject_disabled", False):  # as `passed_by`, without a call more
         return x
     if not isinstance(x, fx.Proxy) and getattr(x, "is_nested", False):
-        raise LayoutError(
-            "a block was given a nested tensor, whose samples have lengths of their own; where it comes from "
-            "nn.TransformerEncoder with a padding mask, build that with enable_nested_tensor=False"
-        )
+        raise LayoutError(_NESTED)
     if grid is None and kind in _AS_BLOCKS_WANT:
         return (_Leaf(block) if isinstance(x, fx.Proxy) else block)(x)
     return _adapted(block, (x,), (), kind, prefix, grid)
@@ -92,31 +94,60 @@ def run_pair(block: Any, x: Any, other: Any, here: tuple[Any, ...] = (), there: 
         x: the site's tensor.
         other: the second one; nothing becomes of it here.
         here: the layout of x: `kind`, `prefix` and `grid` of `run_block`, as many as differ from their defaults.
-        there: that of the second value.
+        there: that of the second value, and whether its tokens are of the map that the block is told the size of.
 
     Returns:
         A tensor of x's shape; x itself while the block is disabled.
+
+    Raises:
+        LayoutError: the second value is missing in this run, or one of both is no batch of the other's samples.
     """
     if passed_by(block):
         return x
+    _check_pair(x, other)
     kind, prefix, grid = _in_full(*here)
-    second = _as_block_wants(other, *_in_full(*there))
+    second = _as_block_wants(other, getattr(block, EXTENT, None), *there)
     if grid is None and kind in _AS_BLOCKS_WANT:
         return (_Leaf(block) if isinstance(x, fx.Proxy) else block)(x, second)
     return _adapted(block, (x,), (second,), kind, prefix, grid)
+
+
+def _check_pair(x: Any, other: Any) -> None:
+    """Refuse what would be broadcast, or taken for a block's own input, without a word."""
+    if isinstance(x, fx.Proxy) or isinstance(other, fx.Proxy) or torch.jit.is_tracing():
+        return
+    if x is None or other is None:
+        raise LayoutError(
+            "a block of two inputs was given one value alone; there were both when it was planned"
+        )
+    if getattr(x, "is_nested", False) or getattr(other, "is_nested", False):
+        raise LayoutError(_NESTED)
+    if x.shape[0] != other.shape[0]:
+        raise LayoutError(
+            f"a block of two inputs was given {x.shape[0]} samples, and {other.shape[0]} of its second value"
+        )
 
 
 def _in_full(kind: str = "NCHW", prefix: int = 0, grid: Any = None) -> tuple[str, int, Any]:
     return kind, prefix, grid
 
 
-def _as_block_wants(value: Any, kind: str, prefix: int, grid: Any) -> Any:
+def _as_block_wants(
+    value: Any,
+    extent: Extent | None,
+    kind: str = "NCHW",
+    prefix: int = 0,
+    grid: Any = None,
+    watched: bool = False,
+) -> Any:
     """A second value as a block is given it: channels first, in rows and columns where there is a grid."""
     if grid is None and kind in _AS_BLOCKS_WANT:
         return value
     if kind in ("NHWC", "NDHWC"):
         return value.permute(0, RANK[kind] - 1, *range(1, RANK[kind] - 1))
-    return _as_map(value, kind, prefix, grid, None)
+    if kind == VECTOR:
+        return value.unsqueeze(2)
+    return _as_map(value, kind, prefix, grid, extent if watched else None)
 
 
 def passed_by(block: nn.Module) -> bool:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from attninject.layout import Layout
+
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import CONTAINERS, Insertion
 from .layout_adapters import run_block, run_pair
@@ -139,8 +141,13 @@ def _body(
     parameters = list(inspect.signature(base.forward).parameters)[1:]
     around = [i for i in edit if i.target is None]
     for insertion in around:
+        if insertion.second is not None:
+            name = _parameter(insertion.second.operand, parameters)
+            yield f"assert {name} is not None"
+            yield f"{kept(insertion)} = {name}{'.clone()' if insertion.second.copied else ''}"
+    for insertion in around:
         if insertion.position == "before":
-            name = insertion.operand if isinstance(insertion.operand, str) else parameters[insertion.operand]
+            name = _parameter(insertion.operand, parameters)
             yield f"{name} = {_call(insertion, name)}"
     if local is not None:
         yield from _graphs(base, edit, local, names)
@@ -155,6 +162,10 @@ def _body(
         if insertion.position == "after":
             yield f"_out = {_call(insertion, '_out')}"
     yield "return _out"
+
+
+def _parameter(operand: int | str, parameters: list[str]) -> str:
+    return operand if isinstance(operand, str) else parameters[operand]
 
 
 def _graphs(
@@ -215,18 +226,31 @@ def _call_as_child(graph: fx.Graph, node: fx.Node, values: tuple[Any, ...], layo
 
 
 def _call(insertion: Insertion, value: str) -> str:
-    tail = "".join(f", {a!r}" for a in _described(layout_arguments(insertion.layout)))
+    tail = _tail(insertion.layout)
     given = f"{value}.clone()" if insertion.copy_given else value
-    block = f"self.{insertion.name}({f'as_map({given}{tail})' if tail else given})"
+    values = f"as_map({given}{tail})" if tail else given
+    if insertion.second is not None:
+        there = _tail(insertion.second.layout)
+        values += f", as_map({kept(insertion)}{there})" if there else f", {kept(insertion)}"
+    block = f"self.{insertion.name}({values})"
     whole = f"as_value({block}, {value}{tail})" if tail else block
     return f"{whole}.clone()" if insertion.copy_result else whole
+
+
+def kept(insertion: Insertion) -> str:
+    """The variable that holds the second value of a block around a forward."""
+    return f"_with_{insertion.name}"
+
+
+def _tail(layout: Layout) -> str:
+    return "".join(f", {a!r}" for a in _described(layout_arguments(layout)))
 
 
 def _described(layout: tuple[Any, ...]) -> tuple[Any, ...]:
     """Kind, prefix and grid (empty: none), or nothing where the value is as the block wants it."""
     if not layout or (layout[0] in ("NCL", "NCDHW") and len(layout) == 1):
         return ()
-    kind, prefix, grid = (*layout, 0, None)[:3] if len(layout) == 1 else layout
+    kind, prefix, grid = (*layout, 0, None)[:3] if len(layout) == 1 else layout[:3]
     return kind, prefix, list(grid or ())
 
 
@@ -234,6 +258,8 @@ def as_map(x: Tensor, kind: str, prefix: int, grid: list[int]) -> Tensor:
     """What `run_block` gives a block of a value in some layout; without grid: `grid` is empty."""
     if kind == "NHWC" or kind == "NDHWC":
         return x.movedim(-1, 1)
+    if kind == "NC":
+        return x.unsqueeze(2)
     tokens = x[:, prefix:]
     sequence = tokens if kind == "NCL" else tokens.transpose(1, 2)
     if len(grid) == 0:

@@ -54,8 +54,10 @@ def danet(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool)
     return x + pam(x, w, "position.") + cam(x, w, a, "channel.")
 
 
-def sca(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool) -> Tensor:
-    """Chen et al., eq. 4-7, h the mean of the features."""
+def sca(
+    x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool, h: Tensor | None = None
+) -> Tensor:
+    """Chen et al., eq. 4-7, h the state that is given, or the mean of the features."""
     kind = a.get("gate", "softmax")
 
     def factors(z: Tensor) -> Tensor:
@@ -66,12 +68,12 @@ def sca(x: Tensor, w: Weights, a: dict[str, Any], identity: bool, train: bool) -
     def channel(x: Tensor) -> Tensor:
         s = descriptor(x, "avg")
         hidden = s.unsqueeze(2) * w["channel_value.weight"][:, 0] + w["channel_value.bias"]
-        hidden = torch.tanh(hidden + (s @ w["channel_context.weight"].T).unsqueeze(1))
+        hidden = torch.tanh(hidden + ((s if h is None else h) @ w["channel_context.weight"].T).unsqueeze(1))
         z = hidden @ w["channel_score.weight"][0] + w["channel_score.bias"]
         return x * factors(column(z, x))
 
     def spatial(x: Tensor) -> Tensor:
-        context = descriptor(x, "avg") @ w["spatial_context.weight"].T
+        context = (descriptor(x, "avg") if h is None else h) @ w["spatial_context.weight"].T
         hidden = torch.tanh(conv(x, w, "spatial_value") + column(context, x))
         return x * factors(conv(hidden, w, "spatial_score"))
 

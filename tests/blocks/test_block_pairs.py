@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_cases import VARIANTS, build, noise, scrambled
+from family_dual import sca
 from family_paired import attended, gates, projected
 from family_sequence import back, blended
 from formula_parts import gate
@@ -17,7 +18,7 @@ import attninject as ai
 from attninject.blocks import registry
 from attninject.errors import BlockError, RecipeError, TooFewChannelsError
 
-NAMES = ["attention_gate", "cross_attention"]
+NAMES = ["attention_gate", "cross_attention", "sca"]
 CASES = [(name, args) for name in NAMES for args in ({}, *VARIANTS[name])]
 SIZES = {1: ((9,), (4,)), 2: ((7, 6), (3, 4)), 3: ((3, 5, 4), (2, 3, 2))}
 
@@ -38,6 +39,8 @@ def formula(block: nn.Module, name: str, x: Tensor, other: Tensor, args: dict[st
     w = {k: v.clone() for k, v in block.state_dict().items()}
     if name == "cross_attention":
         return blended(x, back(attended(x, other, w, args), x), args, w)
+    if name == "sca":
+        return sca(x, w, args, block.init == "identity", block.training, other.flatten(2).mean(2))
     signal = interpolated(projected(other, w, "signal", block.training), x.shape[2:])
     z = gates(x, signal, w, block.training)
     return x * gate(z, args.get("gate", "sigmoid"), block.init == "identity")
@@ -94,7 +97,8 @@ def test_both_values_learn_from_the_first_steps(name):
         block(x, other).square().sum().backward()
         optimizer.step()
     learning = {n for n, p in block.named_parameters() if p.grad is not None and p.grad.any()}
-    assert learning | {"key.bias"} == {n for n, _ in block.named_parameters()} | {"key.bias"}
+    dead = {"key.bias", "channel_score.bias", "spatial_score.bias"}  # one number for all logits of a softmax
+    assert learning | dead == {n for n, _ in block.named_parameters()} | dead
     assert other.grad.abs().sum() > 0
 
 
@@ -125,6 +129,14 @@ def test_counts_of_the_attention_gates_paper():
         assert sum(p.numel() for p in block.parameters()) == width * (channels + signal + 2) + 1
     block = build("cross_attention", 64, other_channels=96)
     assert sum(p.numel() for p in block.parameters()) == 2 * (64 * 64 + 64) + 2 * (96 * 64 + 64)
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "sca"])
+def test_a_vector_is_a_map_of_one_position(name):
+    """A state (B, C, 1), one token, gives what a pooled map (B, C, 1, 1) does; so a state of an LSTM can ask."""
+    block, x, state = scrambled(name, other_channels=12), noise(2, 16, 6, 5), noise(2, 12, 1, seed=3)
+    torch.testing.assert_close(block(x, state), block(x, state.unsqueeze(3)))
+    assert not torch.equal(block(x, state), block(x, 2 * state))
 
 
 def test_the_gate_reads_the_signal_by_linear_interpolation():
