@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import CONTAINERS, Insertion
-from .layout_adapters import run_block, run_pair
+from .layout_adapters import hidden, run_block, run_pair, shown
 from .local_graph import LocalGraph
 
 ENTRY = "_attninject_script"  # method of a generated class: the forward for TorchScript
@@ -64,7 +64,8 @@ def original(base: type[nn.Module]) -> Callable[..., Any]:
 def _written(
     base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, own: bool
 ) -> Callable[..., Any]:
-    names = {**getattr(base.forward, "__globals__", {}), "as_map": as_map, "as_value": as_value}
+    ours = {"as_map": as_map, "as_value": as_value, "hidden": hidden, "shown": shown}
+    names = {**getattr(base.forward, "__globals__", {}), **ours}
     header = "(self, x)"
     try:
         header = _header(base, names)
@@ -217,8 +218,10 @@ def _call_as_child(graph: fx.Graph, node: fx.Node, values: tuple[Any, ...], layo
 def _call(insertion: Insertion, value: str) -> str:
     tail = "".join(f", {a!r}" for a in _described(layout_arguments(insertion.layout)))
     given = f"{value}.clone()" if insertion.copy_given else value
+    given = f"hidden({given}, {insertion.mask})" if insertion.mask else given
     block = f"self.{insertion.name}({f'as_map({given}{tail})' if tail else given})"
     whole = f"as_value({block}, {value}{tail})" if tail else block
+    whole = f"shown({whole}, {value}, {insertion.mask})" if insertion.mask else whole
     return f"{whole}.clone()" if insertion.copy_result else whole
 
 
