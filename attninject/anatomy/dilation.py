@@ -90,7 +90,8 @@ def _starts(flow: Flow, calls: Sequence[Call], adds: list[ResidualAdd]) -> list[
 def _dilated(flow: Flow, calls: Sequence[Call], starts: list[int]) -> list[int]:
     """The starts from which on the units have a larger dilation than all before.
 
-    Where the first unit has it already, a lone unit before it is the one that would have the stride itself.
+    The one before keeps the old dilation: the unit that would have the stride itself, at whatever width. Where none
+    at this width does, a lone unit of another before it is that one.
     """
     dilations = [_dilation(flow, c) for c in calls]
     parts = [dilations[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
@@ -104,7 +105,8 @@ def _dilated(flow: Flow, calls: Sequence[Call], starts: list[int]) -> list[int]:
             continue
         level = max(parts[n])
         lone = n > 1 and len(parts[n - 1]) == 1 and starts[n - 1] not in found
-        found.append(starts[n - 1] if lone and parts[n][0] == level else starts[n])
+        old = next(i for i, d in enumerate(parts[n]) if not 0 < d < level)
+        found.append(starts[n - 1] if lone and parts[n][0] == level else starts[n] + max(0, old - 1))
     return found
 
 
