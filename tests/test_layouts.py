@@ -362,3 +362,14 @@ def test_positions_are_followed_through_a_real_network(name: str, path: str, exp
     if "unordered" in expected:
         with pytest.raises(errors.LayoutError, match="cbam works on positions"):
             ai.plan(model, block="cbam", after=path)
+
+
+def test_where_tensors_are_made_by_default_does_not_matter() -> None:
+    """Under `torch.device("meta")` tokens keep their grid, and blocks of a network with numbers have theirs."""
+    model, x = pretrained(timm.create_model("test_vit", num_classes=3)), torch.randn(2, 3, 160, 160)
+    outside = ai.plan(model, block="se", place="block_end")
+    with torch.device("meta"):
+        assert ai.plan(model, block="se", place="block_end").sites == outside.sites
+        injected = ai.inject(copy.deepcopy(model), block="se", place="block_end")
+    assert str(outside.sites[0].layout) == "NLC 1+10×10"
+    assert torch.equal(injected(x), model(x))

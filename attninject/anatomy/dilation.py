@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from attninject.observe.record import Call
+from attninject.surgery.injected_state import base_class
 
 from .dataflow import Flow, Spot, kind
 from .residual_adds import ResidualAdd
@@ -90,9 +91,10 @@ def _starts(flow: Flow, calls: Sequence[Call], adds: list[ResidualAdd]) -> list[
 def _dilated(flow: Flow, calls: Sequence[Call], starts: list[int]) -> list[int]:
     """The starts from which on the units have a larger dilation than all before.
 
-    Where the first unit has it already, a lone unit before it is the one that would have the stride itself.
+    The one of its class before keeps the old dilation: the unit that would have the stride itself, at whatever width.
+    Where none at this width does, a lone unit of another before it is that one.
     """
-    dilations = [_dilation(flow, c) for c in calls]
+    dilations, classes = [_dilation(flow, c) for c in calls], [base_class(c.module) for c in calls]
     parts = [dilations[a:b] for a, b in zip(starts, [*starts[1:], len(calls)], strict=True)]
     later = [d for part in parts for d in part[1:] if d]
     if sorted(later) != later:
@@ -104,7 +106,9 @@ def _dilated(flow: Flow, calls: Sequence[Call], starts: list[int]) -> list[int]:
             continue
         level = max(parts[n])
         lone = n > 1 and len(parts[n - 1]) == 1 and starts[n - 1] not in found
-        found.append(starts[n - 1] if lone and parts[n][0] == level else starts[n])
+        larger = starts[n] + parts[n].index(level)
+        alike = [k for k in range(starts[n], larger) if classes[k] is classes[larger]]
+        found.append(starts[n - 1] if lone and parts[n][0] == level else max(alike, default=starts[n]))
     return found
 
 

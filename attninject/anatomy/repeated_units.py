@@ -43,7 +43,7 @@ def resolution(record: Record, value: int, module: object = None) -> tuple[int, 
     if not record.input_values:
         return None
     shape, given = record.shape(value), record.shape(record.input_values[0])
-    channels = channels_of(module) or (shape[1] if shape in record.convolved else None)
+    channels = channels_of(module) or record.channels(shape)
     layout = measure(shape, *frame(shape, given), channels) if len(shape) > 2 else None
     if layout is None or shape[1:-1] == (1,):
         return None

@@ -130,6 +130,20 @@ class Record:
         made = (op for op in self.calls[0].ops() if op.name.split(".")[1] in ("convolution", "_convolution"))
         return frozenset(self.shape(o) for op in made for o in op.outs)
 
+    @functools.cached_property
+    def projected(self) -> frozenset[tuple[int, ...]]:
+        """Shapes (batch, positions, channels) that linear layers and layer norms gave, whose input is one such."""
+        if not self.input_values or len(self.shape(self.input_values[0])) != 3:
+            return frozenset()
+        made = (c for c in self.calls if isinstance(c.module, (nn.Linear, nn.LayerNorm)))
+        return frozenset(s for c in made for o in c.outs if len(s := self.shape(o)) == 3)
+
+    def channels(self, shape: tuple[int, ...]) -> int | None:
+        """Channels of a value of a shape that a convolution gave, or a layer on sequences; None: of none such."""
+        if shape in self.convolved:
+            return shape[1]
+        return shape[-1] if shape in self.projected else None
+
 
 def map_tensors(tree: Any, fn: Callable[[Tensor], Any]) -> Any:
     """Apply `fn` to every tensor in nested tuples, lists and dicts; other things stay as they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -42,17 +43,21 @@ def _build(site: Site, location: Location, fallback: Tensor, devices: set[torch.
 
     Of several `devices` that the model is on, the tensor's; it may have moved from the one where it was planned.
     """
-    given: Any = {"init": site.init, "dims": site.layout.dims, **site.args}
-    if site.second is not None:
-        given["other_channels"] = site.second.channels
-    if location.old is None:
-        block = registry.create_block(site.block, site.channels, **given)
-    else:
-        forward = base_class(location.old).forward
-        block = registry.create_replacement(site.block, location.old, site.channels, forward=forward, **given)
     like = location.like(fallback)
     dtype = location.dtype or like.dtype
     device = location.device if location.device in devices else like.device
+    given: Any = {"init": site.init, "dims": site.layout.dims, **site.args}
+    if site.second is not None:
+        given["other_channels"] = site.second.channels
+    undrawn = torch.get_default_device().type == "meta" != device.type  # there no numbers could be moved from
+    with torch.device("cpu") if undrawn else contextlib.nullcontext():
+        if location.old is None:
+            block = registry.create_block(site.block, site.channels, **given)
+        else:
+            forward = base_class(location.old).forward
+            block = registry.create_replacement(
+                site.block, location.old, site.channels, forward=forward, **given
+            )
     if any(t.device != device or t.dtype != dtype for t in (*block.parameters(), *block.buffers())):
         block.to(device=device, dtype=dtype)
     return block.train(location.carrier.training)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from attninject.anatomy.dataflow import Spot
 from attninject.blocks import registry
 from attninject.errors import LayoutError
 from attninject.layout import RANK, VECTOR, Layout
+from attninject.observe.record import Call
 from attninject.recipe.rules import Rule
 
 from .scene import Scene
@@ -24,6 +27,8 @@ def layout_for(rule: Rule, scene: Scene, spot: Spot, label: str) -> Layout:
     layout = scene.layout(spot)
     if rule.layout:
         layout = _overridden(layout, rule.layout, shape, f"{label}: layout {rule.layout}", name)
+    else:
+        _refuse_sequence_first(spot, f"{label}: {name}")
     if layout is None:
         raise LayoutError(f"{label}: the axes of {name}, {tuple(shape)}, {_unknown(scene, spot)}")
     spec = registry.resolve(rule.block)
@@ -75,6 +80,24 @@ def layout_of_second(rule: Rule, scene: Scene, spot: Spot, here: Layout, label: 
     return layout if spec.spatial or layout.kind not in ("NLC", "NCL") else Layout(layout.kind, layout.prefix)
 
 
+def _refuse_sequence_first(spot: Spot, where: str) -> None:
+    """Refuse what torch's attention works on with positions before the batch, which a block would mix.
+
+    Raises:
+        LayoutError: it is that; the message says what to build otherwise.
+    """
+    around: Any = spot.event if isinstance(spot.event, Call) else spot.owner
+    while around is not None:
+        whole = isinstance(around.module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        attention = around.module.self_attn if whole else around.module
+        if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
+            raise LayoutError(
+                f"{where} has its positions before the batch, as {type(around.module).__name__} there wants them, and "
+                "blocks want the batch first; build that with batch_first=True, or name a site outside"
+            )
+        around = around.parent
+
+
 def _overridden(measured: Layout | None, kind: str, shape: tuple[int, ...], asked: str, name: str) -> Layout:
     """The layout that a rule asks for; the measured one where it is of this kind and says more."""
     if (rank := RANK.get(kind, len(VECTOR))) != len(shape):
@@ -91,9 +114,9 @@ def _unknown(scene: Scene, spot: Spot) -> str:
     return f"{why}; {fix}"
 
 
-def in_packed_tokens(model: nn.Module) -> frozenset[int]:
-    """Ids of the modules in encoders of torch's that may hand nested tensors to their layers."""
+def packers(model: nn.Module) -> dict[int, nn.Module]:
+    """The encoders of torch's that may hand nested tensors to their layers, by the id of each module in these."""
     encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
     if not torch.backends.mha.get_fastpath_enabled():
-        return frozenset()
-    return frozenset(id(m) for encoder in encoders for layer in encoder.layers for m in layer.modules())
+        return {}
+    return {id(m): encoder for encoder in encoders for layer in encoder.layers for m in layer.modules()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
             return location
         raise CannotRewriteError(f"{path}: {why} ({reason})")
     operand = parameter(carrier, moved, path) if moved.position == "before" else 0
-    insertion = _insertion(moved, None, operand, copies)
+    insertion = replace(_insertion(moved, None, operand, copies), mask=_mask_of(carrier.module, operand))
     return Location(insertion, carrier.module, reason=reason, written=copies.written)
 
 
@@ -239,6 +240,15 @@ def at_call(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     return Location(
         _insertion(spot, None, operand, copies), call.module, reason=reason, written=copies.written
     )
+
+
+def _mask_of(carrier: nn.Module, operand: int | str) -> str:
+    """The parameter of an encoder layer of torch's that says which of its tokens (B, L, C) are padding; empty: none."""
+    if not isinstance(carrier, nn.TransformerEncoderLayer) or not carrier.self_attn.batch_first:
+        return ""
+    _, *names = inspect.signature(base_class(carrier).forward).parameters
+    mask = "src_key_padding_mask"
+    return mask if mask in names and operand in (0, names[0]) else ""
 
 
 def _in_root(scene: Scene, spot: Spot, path: str, reason: str) -> tuple[Location | None, str]:

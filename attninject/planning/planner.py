@@ -30,7 +30,7 @@ from attninject.wording import listed
 
 from . import meeting, pairing, replacing, serving
 from .cost import Cost, injected_parameters, macs_of, replacement_cost, site_cost
-from .layout_check import in_packed_tokens, layout_for
+from .layout_check import layout_for, packers
 from .locating import locate, parted, refuse_partly_matched, token_source
 from .matching import match
 from .meeting import Placed
@@ -108,7 +108,7 @@ class _Planner:
         with as_original(model):
             self.record, self.inputs = probe(model, example_inputs, partial=partial)
         self.scene = Scene(model, self.record, root, self.rerun, sharing)
-        self.names = Names()
+        self.names, self.packers = Names(), packers(model)
         self.taken: dict[int, str] = {}  # id of a module whose place is taken -> by which rule
         self.notes: list[str] = []
         if not self.record.hooks and (names := hooked(model)):
@@ -180,8 +180,7 @@ class _Planner:
             for (site, _), spot in zip(made, spots, strict=True)
             if site.layout.prefix and self.scene.unread(spot.value)
         ]
-        packing = in_packed_tokens(self.scene.model)
-        packed = [site.name for site, at in made if id(at.carrier) in packing]
+        packed = [site.name for site, at in made if id(at.carrier) in self.packers and not at.insertion.mask]
         self.notes += _noted(rule, made, idle, packed, label)
         return made
 
@@ -280,6 +279,7 @@ class _Planner:
         return replace(
             location, insertion=insertion, device=value.device, time=spot.time, source=source,
             dtype=None if location.old or value.dtype == like.dtype else value.dtype,
+            packer=self.packers.get(id(location.carrier)) if at.mask else None,
         )  # fmt: skip
 
 

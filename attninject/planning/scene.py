@@ -250,6 +250,8 @@ class Scene:
         shape = self.record.shape(spot.value)
         given = self.record.shape(self.record.input_values[0])
         channels = self._declared_channels(spot)
+        if channels is None and shape in self.record.projected:
+            channels = self.record.channels(shape)
         batch, size = frame(shape, given)
         quick = measure(shape, batch, size, channels)
         convolved = channels_first(shape) if shape in self.record.convolved else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +112,10 @@ def _shipped(name: str) -> Recipe:
         hint = did_you_mean(name, names) or f"; the shipped recipes are {', '.join(names)}"
         raise RecipeError([Fault(f"no shipped recipe {quoted(name)}{hint}")])
     path = str(folder / f"{name}.yaml")
-    return parse_recipe(read_file(path), path)
+    return _parsed(read_file(path), path)
+
+
+_parsed = functools.lru_cache(parse_recipe)  # a recipe is immutable, so that one serves all plans
 
 
 def _looks_like_path(text: str) -> bool:

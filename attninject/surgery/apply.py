@@ -19,7 +19,7 @@ from attninject.observe.walking import named_modules_in
 
 from .generated_class import generate, set_class, settled
 from .injected_state import OWN, Contents, Injected, Insertion, base_class, injected_in, insertions
-from .layout_adapters import EXTENT, Extent
+from .layout_adapters import EXTENT, LENGTH, Extent
 from .location import Location
 from .own_forward import own_signature, refuse_wrapped
 
@@ -37,8 +37,9 @@ def apply(blocks: Sequence[Placed]) -> Iterator[None]:
     with _all_or_nothing([module for module, _ in prepared]):
         for location, block in (placed for group in groups for placed in group):
             _attach(location.carrier, location.insertion, block)
-            if location.source is not None:
-                block.__dict__[EXTENT] = location.source.__dict__.setdefault(EXTENT, Extent())
+            for name, source in ((EXTENT, location.source), (LENGTH, location.packer)):
+                if source is not None:
+                    block.__dict__[name] = source.__dict__.setdefault(EXTENT, Extent())
         for module, cls in prepared:
             set_class(module, cls)
         yield
@@ -59,7 +60,9 @@ def _by_carrier(blocks: Sequence[Placed]) -> list[list[Placed]]:
 
 def _prepared(groups: list[list[Placed]]) -> list[tuple[nn.Module, type]]:
     """Each module that changes, with its generated class: the carriers, then the layers to be watched."""
-    sources = {id(s): s for group in groups for at, _ in group if (s := at.source) is not None}
+    sources = {
+        id(s): s for group in groups for at, _ in group for s in (at.source, at.packer) if s is not None
+    }
     prepared: list[tuple[nn.Module, type]] = []
     for group in groups:
         carrier = group[0][0].carrier
@@ -86,7 +89,8 @@ def revert(model: nn.Module, names: Sequence[str]) -> None:
         if name in wanted:
             gone.setdefault(id(carrier), []).append(insertion)
         else:
-            in_use.add(id(getattr(carrier, insertion.name).__dict__.get(EXTENT)))
+            block = getattr(carrier, insertion.name)
+            in_use |= {id(block.__dict__.get(name)) for name in (EXTENT, LENGTH)}
     prepared = []
     for module in model.modules():
         known = injected_in(module)

@@ -13,7 +13,15 @@ from torch import fx, nn
 
 from .graph_edit import edit_graph, layout_arguments, second_arguments, with_item
 from .injected_state import OWN, Insertion
-from .layout_adapters import note_extent, passed_by, run_block, run_pair, run_replacement
+from .layout_adapters import (
+    before_packing,
+    note_extent,
+    passed_by,
+    run_block,
+    run_masked,
+    run_pair,
+    run_replacement,
+)
 from .local_graph import DECISION_NAMES, MISSING, PRESENT, AttributeRead, LocalGraph
 from .scripting import ENTRY, kept
 
@@ -43,11 +51,13 @@ class ForwardWriter:
             "_remake": remake,
             "torch": torch,
             "run_block": run_block,
+            "run_masked": run_masked,
             "run_pair": run_pair,
             "run_replacement": run_replacement,
             "passed_by": passed_by,
             "with_item": with_item,
             "note_extent": note_extent,
+            "before_packing": before_packing,
         }
         self._globals: dict[str, Any] = getattr(base.forward, "__globals__", {})
         self.parameters = list(own.parameters.values()) if own else _parameters(base.forward)
@@ -61,6 +71,9 @@ class ForwardWriter:
         ]
         if self.local:
             lines += self._guards(self.local)
+        packs = issubclass(self.base, nn.TransformerEncoder)
+        if self.watched and packs:
+            lines.append(f"    {(src := self.parameters[0].name)} = before_packing(self, {src})")
         around = [i for i in self.edit if i.target is None]
         for insertion in around:
             if insertion.second is not None:
@@ -74,7 +87,7 @@ class ForwardWriter:
         text, calls = self._inner()
         calls = [c.replace("return ", "_out = ", 1) for c in calls] if self.around_result else calls
         lines += self._replaced(around, calls)
-        if self.watched:
+        if self.watched and not packs:
             lines.append("    note_extent(self, _out)")
         lines += ["    " + _after(i) for i in around if i.position == "after"]
         if self.around_result:
@@ -234,6 +247,8 @@ def _call(insertion: Insertion, value: str) -> str:
     tail = "".join(f", {a!r}" for a in layout_arguments(insertion.layout))
     given = f"{value}.clone()" if insertion.copy_given else value
     call = f"run_block(self.{insertion.name}, {given}{tail})"
+    if insertion.mask:
+        call = f"run_masked(self.{insertion.name}, {given}, {insertion.mask}{tail})"
     if insertion.second is not None:
         here, there = layout_arguments(insertion.layout), second_arguments(insertion.second)
         call = f"run_pair(self.{insertion.name}, {given}, {kept(insertion)}, {here!r}, {there!r})"

@@ -64,6 +64,7 @@ class Insertion:
             norm further out has none. None: it parts no such pair.
         alone: `replace`: what the module itself would give is not asked for, so that its own forward does not run.
         second: what a block of two inputs is given besides.
+        mask: parameter of the carrier's forward that says which tokens are padding, see `run_masked`; empty: none.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Insertion:
     splits: tuple[str, str] | None = field(default=None, repr=False)
     alone: bool = field(default=False, repr=False)
     second: Second | None = field(default=None, repr=False)
+    mask: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Injected:
         base: the carrier's original class.
         edit: all its insertions, in the order in which they apply.
         local: the graph of the original forward; None where nothing stands in it, or where it has yet to be traced.
-        watched: it writes the size of its result into an `Extent`.
+        watched: it writes the size of its result (an encoder of torch's: that of its input) into an `Extent`.
         arguments: how the forward was called, where its graph has yet to be traced.
     """
 

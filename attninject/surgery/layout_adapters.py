@@ -43,6 +43,45 @@ def run_block(
     return _adapted(block, (x,), (), kind, prefix, grid)
 
 
+def run_masked(block: nn.Module, x: Any, mask: Any, *layout: Any) -> Any:
+    """Call a block on tokens of which some are padding; the generated forwards of torch's encoder layers call this.
+
+    The block is given zeros in the place of padding, and the padding passes it by. So it computes the same
+    whether the encoder keeps the padding, as while training, or leaves it out of a nested tensor, as in eval mode
+    without gradients.
+
+    Args:
+        block: takes and gives (B, C, …).
+        x: (B, L, C), or a nested tensor of B samples of at most L tokens.
+        mask: (B, L), not zero where a token is padding; None: nowhere, or x is nested.
+        layout: of x: `kind`, `prefix` and `grid` of `run_block`.
+
+    Returns:
+        What x is, of the same shape; x itself while the block is disabled.
+    """
+    if passed_by(block):
+        return x
+    if not x.is_nested:
+        return shown(run_block(block, hidden(x, mask), *layout), x, mask)
+    samples = x.unbind()
+    extent = block.__dict__.get(LENGTH)
+    length = max(map(len, samples)) if extent is None or not extent.positions else extent.positions[0]
+    padded = torch.nested.to_padded_tensor(x, 0.0, (len(samples), length, samples[0].shape[1]))
+    made = run_block(block, padded, *layout)
+    return torch.nested.as_nested_tensor([y[: len(s)] for y, s in zip(made, samples, strict=True)])
+
+
+def hidden(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, C) tokens with zeros where they are padding."""
+    assert not x.is_nested, "a nested tensor: build nn.TransformerEncoder with enable_nested_tensor=False"
+    return x if mask is None else x.masked_fill((mask != 0).unsqueeze(-1), 0.0)
+
+
+def shown(y: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """What a block made of tokens, and x itself where they are padding."""
+    return y if mask is None else torch.where((mask != 0).unsqueeze(-1), x, y)
+
+
 def run_replacement(
     block: Any,
     x: Any,
@@ -235,6 +274,9 @@ def fit_grid(count: int, grid: tuple[int, ...], seen: tuple[int, ...] | None = N
 
 
 EXTENT = "_attninject_extent"  # attribute of a block on tokens, and of the layer that makes their map
+LENGTH = (
+    "_attninject_length"  # attribute of a block: the extent of an encoder around it that may pack its tokens
+)
 
 
 class Extent:
@@ -256,6 +298,20 @@ def note_extent(layer: nn.Module, out: Any) -> None:
     extent = getattr(layer, EXTENT, None)
     if extent is not None and isinstance(out, Tensor) and not _side_effects_count():
         extent.positions = tuple(out.shape[2:])
+
+
+def before_packing(encoder: nn.Module, src: Tensor) -> Tensor:
+    """Write down how long the (B, L, C) are that an encoder of torch's is given, before it may pack them.
+
+    None of its layers takes packed tokens that need gradients, so it packs none where its first layer does. Here
+    any part that does counts, by way of what is given back: a block in a frozen encoder trains in eval mode, too.
+    """
+    extent = getattr(encoder, EXTENT, None)
+    if extent is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return src
+    extent.positions = None if src.is_nested else tuple(src.shape[1:2])
+    trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
+    return src.detach().requires_grad_() if trains and not src.requires_grad else src
 
 
 def _side_effects_count() -> bool:

@@ -28,6 +28,7 @@ class Location:
         dtype: of the tensor there, where it is another than that of the module's own weights.
         time: orders the blocks of one carrier as the dataflow does.
         source: the layer that makes the map whose positions the tokens at the site are; None: not known.
+        packer: the encoder around the carrier that may pack the padded tokens at the site; None: there is none.
         old: the module whose place the block takes; None where it takes none.
     """
 
@@ -40,6 +41,7 @@ class Location:
     dtype: torch.dtype | None = None
     time: int = 0
     source: nn.Module | None = None
+    packer: nn.Module | None = None
     old: nn.Module | None = None
 
     def like(self, otherwise: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from attninject.layout import Layout
 
 from .graph_edit import edit_graph, layout_arguments, with_item
 from .injected_state import CONTAINERS, Insertion
-from .layout_adapters import run_block, run_pair
+from .layout_adapters import hidden, run_block, run_pair, shown
 from .local_graph import LocalGraph
 
 ENTRY = "_attninject_script"  # method of a generated class: the forward for TorchScript
@@ -66,7 +66,8 @@ def original(base: type[nn.Module]) -> Callable[..., Any]:
 def _written(
     base: type[nn.Module], edit: tuple[Insertion, ...], local: LocalGraph | None, own: bool
 ) -> Callable[..., Any]:
-    names = {**getattr(base.forward, "__globals__", {}), "as_map": as_map, "as_value": as_value}
+    ours = {"as_map": as_map, "as_value": as_value, "hidden": hidden, "shown": shown}
+    names = {**getattr(base.forward, "__globals__", {}), **ours}
     header = "(self, x)"
     try:
         header = _header(base, names)
@@ -228,12 +229,14 @@ def _call_as_child(graph: fx.Graph, node: fx.Node, values: tuple[Any, ...], layo
 def _call(insertion: Insertion, value: str) -> str:
     tail = _tail(insertion.layout)
     given = f"{value}.clone()" if insertion.copy_given else value
+    given = f"hidden({given}, {insertion.mask})" if insertion.mask else given
     values = f"as_map({given}{tail})" if tail else given
     if insertion.second is not None:
         there = _tail(insertion.second.layout)
         values += f", as_map({kept(insertion)}{there})" if there else f", {kept(insertion)}"
     block = f"self.{insertion.name}({values})"
     whole = f"as_value({block}, {value}{tail})" if tail else block
+    whole = f"shown({whole}, {value}, {insertion.mask})" if insertion.mask else whole
     return f"{whole}.clone()" if insertion.copy_result else whole
 
 
