@@ -14,7 +14,7 @@ from attninject.observe.record import Call, Op, Record
 from attninject.surgery.injected_state import base_class
 from attninject.surgery.local_graph import public_forwards
 
-from .dataflow import Flow, Spot, operand_of, output_key
+from .dataflow import Flow, Spot, kind, operand_of, output_key
 from .dilation import divided_by_dilation
 from .encoder import goes_on, going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
 from .loops import LoopRun
@@ -205,8 +205,12 @@ class PlaceMap:
             bits = sum(self.flow.bit(o) for op in ops_of(event) for o in op.outs if o in self.flow.number)
             same = bool(event.ins) and self.record.shape(event.ins[0]) == self.record.shape(event.outs[0])
             acts = same and bits & self.flow.active and not bits & self.flow.layered
-            if isinstance(event, Op) and not acts:
-                continue
+            if isinstance(event, Op):
+                odd = (
+                    last and not behind and self.record.shape(last.value) != self.record.shape(event.outs[0])
+                )
+                if not acts or odd or kind(event) == "div":  # a norm of the map (SSD's), or a step of one
+                    continue
             if now != at:
                 ends, heavy = ([*ends, last], behind) if last and heavy else (ends, heavy)
                 last, at = None, now

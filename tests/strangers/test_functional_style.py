@@ -61,6 +61,21 @@ class Critic(nn.Module):
         return x.mean((1, 2, 3))
 
 
+class Rescaled(Classic):
+    """Gives a map that is divided by its norm beside what goes on, as SSD does."""
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        return F.normalize(x), F.relu(self.conv2(F.max_pool2d(x, 2))).mean((2, 3))
+
+
+class Decides(nn.Module):
+    """Asks for values of what it is given."""
+
+    def forward(self, given):
+        return given[1] if bool((given[0] > 0).all()) else given[0].mean((2, 3))
+
+
 class Several(Classic):
     """A part of the forward has a name of its own, by which callers may pass the rest."""
 
@@ -131,6 +146,14 @@ class Denoiser(nn.Module):
 
     def forward(self, x):
         return x - self.tail(self.body(x))
+
+
+def test_a_norm_of_a_map_is_no_activation() -> None:
+    """Also where a run that stopped early does not tell what the net gives."""
+    model = nn.Sequential(Rescaled())
+    model.append(Decides())
+    plan = ai.plan(model, **se(place="stage_end"), example_inputs=torch.randn(2, 3, 16, 16))
+    assert [site.path for site in plan.sites] == ["0::relu", "0::relu_1"]
 
 
 @pytest.mark.parametrize(("net", "site"), [(Heads, "trunk.1"), (Denoiser, "body.1")])
