@@ -203,14 +203,9 @@ class PlaceMap:
             if not now or max(now) == 1:
                 continue
             bits = sum(self.flow.bit(o) for op in ops_of(event) for o in op.outs if o in self.flow.number)
-            same = bool(event.ins) and self.record.shape(event.ins[0]) == self.record.shape(event.outs[0])
-            acts = same and bits & self.flow.active and not bits & self.flow.layered
-            if isinstance(event, Op):
-                odd = (
-                    last and not behind and self.record.shape(last.value) != self.record.shape(event.outs[0])
-                )
-                if not acts or odd or kind(event) == "div":  # a norm of the map (SSD's), or a step of one
-                    continue
+            acts = self._bends(event, bits)
+            if isinstance(event, Op) and not (acts and self._is_next(event, last, behind)):
+                continue
             if now != at:
                 ends, heavy = ([*ends, last], behind) if last and heavy else (ends, heavy)
                 last, at = None, now
@@ -219,6 +214,17 @@ class PlaceMap:
             if acts and (last is None or self.is_shared(event.outs[0], last.value)):
                 last, behind = self._after_part(event), False
         return [self._summed(self.unshared(s)) for s in ([*ends, last] if last and heavy else ends)]
+
+    def _bends(self, event: Call | Op, made: int) -> bool:
+        """Whether a layer or an operation is an activation: `made`, its values, are bent, and the shape stays."""
+        same = bool(event.ins) and self.record.shape(event.ins[0]) == self.record.shape(event.outs[0])
+        return same and bool(made & self.flow.active) and not made & self.flow.layered
+
+    def _is_next(self, event: Op, last: Spot | None, behind: bool) -> bool:
+        """Whether an activation that is no module may stand for the last one: no norm of the map, nor a step of one."""
+        if kind(event) == "div":
+            return False  # SSD's, by the map's own length
+        return last is None or behind or self.record.shape(last.value) == self.record.shape(event.outs[0])
 
     def _parts(self, call: Call) -> Iterator[Call | Op]:
         """The layers within a call, and the operations around them that a block can stand behind, in order."""
