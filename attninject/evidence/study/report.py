@@ -230,12 +230,9 @@ def _ranking(by_kind: Mapping[tables.Kind, Sequence[Results]]) -> list[str]:
         rows = [*tables.ranking_rows(group, tables.taus), tables.ceiling_row(group)]
         partial = tables.ranking_rows(group, tables.partial_taus)
         parts.append(f"### {tables.named(kind)}\n\n" + tables.table(header, rows))
-        parts.append(
-            "Partial τ:\n\n" + tables.table(header, [row for row in partial if set(row[1:-2]) != {"–"}])
-        )
+        parts.append("Partial τ:\n\n" + tables.table(header, partial))
         explored = [one for one in ready if one.scored("rung") is not None]
         if explored:
-            header = ("method", *tasks, "mean", "p (Holm)")
             rows = tables.ranking_rows(group, tables.taus, EXPLORED)
             parts.append(EXPLORATORY + tables.table(header, rows))
         parts.append(

@@ -124,7 +124,7 @@ def ranking_rows(
     of: Callable[[Results, Sequence[str]], dict[str, float]],
     methods: Sequence[str] = METHODS,
 ) -> list[list[str]]:
-    """One row per method: what `of` gives per task, the mean over tasks with headroom, its t interval, Holm's p."""
+    """One row per method that a task has: what `of` gives, the mean over tasks with headroom, its interval, Holm's p."""
     by_task = [(one, of(one, methods)) for one in ranked(group)]
     means: list[Paired | None] = []
     for method in methods:
@@ -135,6 +135,7 @@ def ranking_rows(
     return [
         [methods[i], *(number(v[methods[i]]) for _, v in by_task), difference(means[i], 2), _p(adjusted[i])]
         for i in order
+        if not all(math.isnan(v[methods[i]]) for _, v in by_task)
     ]
 
 
@@ -209,7 +210,7 @@ def wins(one: Results, arm: str, other: str) -> str:
 
 
 def choosing_rows(group: Sequence[Results], other: str) -> list[list[str]]:
-    """One row per arm: difference per task with interval, a star where Holm's p over the arms is below 0.05, wins."""
+    """One row per arm that a task has: difference with interval, a star where Holm's p over arms is below 0.05, wins."""
     ready = complete(group)
     by_task: list[dict[str, tuple[Paired | None, float | None]]] = []
     names = CHOICES if other == "random" else ("random", *CHOICES)
@@ -221,13 +222,15 @@ def choosing_rows(group: Sequence[Results], other: str) -> list[list[str]]:
     for arm in names:
         cells = [t[arm] for t in by_task]
         means = [f.mean for f, _ in cells if f]
+        if not means:
+            continue
         above = sum(1 for f, _ in cells if f and f.interval and f.interval[0] > 0)
         below = sum(1 for f, _ in cells if f and f.interval and f.interval[1] < 0)
         stars = [
             f"{difference(f, 3)}{'*' if p is not None and p < 0.05 else ''} {wins(one, arm, other)}"
             for one, (f, p) in zip(ready, cells, strict=True)
         ]
-        rows.append([arm, *stars, number(float(np.mean(means)) if means else None, 3), f"{above} / {below}"])
+        rows.append([arm, *stars, number(float(np.mean(means)), 3), f"{above} / {below}"])
     return rows
 
 
