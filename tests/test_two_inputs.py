@@ -201,7 +201,11 @@ TRANSLATED = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning",
+    "ignore:`torch.jit:DeprecationWarning",
+    "ignore::torch.jit.TracerWarning",
+)
 @pytest.mark.parametrize("name", TRANSLATED)
 def test_compilers_take_both_values(name: str) -> None:
     """torch.compile makes one graph of it; export, jit.trace and TorchScript compute the same."""
@@ -215,7 +219,7 @@ def test_compilers_take_both_values(name: str) -> None:
         torch.testing.assert_close(other(*case.inputs), expected)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_tokens_in_both_places_are_scripted() -> None:
     """The adapters of both layouts are in the compiled text."""
     case = CASES["tokens with a text"]

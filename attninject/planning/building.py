@@ -49,7 +49,7 @@ def _build(site: Site, location: Location, fallback: Tensor, devices: set[torch.
     given: Any = {"init": site.init, "dims": site.layout.dims, **site.args}
     if site.second is not None:
         given["other_channels"] = site.second.channels
-    undrawn = torch.get_default_device().type == "meta" != device.type  # there no numbers could be moved from
+    undrawn = torch.empty(0).is_meta and device.type != "meta"  # there no numbers could be moved from
     with torch.device("cpu") if undrawn else contextlib.nullcontext():
         if location.old is None:
             block = registry.create_block(site.block, site.channels, **given)

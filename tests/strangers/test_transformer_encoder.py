@@ -108,7 +108,7 @@ def test_a_trained_block_computes_the_same_whether_tokens_are_packed_or_not(posi
         torch.testing.assert_close(model(noise, src_key_padding_mask=mask)[real], with_gradients[real])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_a_scripted_block_sees_no_padding_and_refuses_packed_tokens():
     """TorchScript has no way to say how long they were."""
     model, x = encoder(nested=True), tokens()
