@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +183,14 @@ class Flow:
         """The value and all that it depends on."""
         self.bit(value)
         return self.ancestors[self.number[value]]
+
+    def made_by(self, ops: Iterable[Op]) -> int:
+        """The values that operations made, as far as any are known."""
+        made = 0
+        for op in ops:
+            for value in op.outs:
+                made |= self.bit(value) if value in self.number else 0
+        return made
 
     def only(self, a: int, b: int) -> int:
         """What `a` depends on and `b` does not."""

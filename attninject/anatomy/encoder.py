@@ -7,19 +7,13 @@ one that has gone up, and nothing is a decoder.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 from attninject.observe.record import Call
 from attninject.surgery.injected_state import base_class
 
 from .dataflow import Flow, Spot, kind
-from .repeated_units import contains, resolution
-
-
-def positions(at: tuple[int, ...] | None) -> int:
-    """How many positions a resolution has; 0 for what is no map: a vector, or one that was pooled to one position."""
-    return math.prod(at) if at and max(at) > 1 else 0
+from .repeated_units import contains, positions, resolution
 
 
 def going_up(flow: Flow, values: Sequence[int], sizes: Sequence[int], whole: int) -> set[int] | None:

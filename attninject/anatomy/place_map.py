@@ -16,9 +16,9 @@ from attninject.surgery.local_graph import public_forwards
 
 from .dataflow import Flow, Spot, kind, operand_of, output_key
 from .dilation import divided_by_dilation
-from .encoder import goes_on, going_up, head, is_head, on_the_way_down, positions, towers, without_bridge
+from .encoder import goes_on, going_up, head, is_head, on_the_way_down, towers, without_bridge
 from .loops import LoopRun
-from .repeated_units import Units, contains, is_leaf, resolution
+from .repeated_units import Units, contains, is_leaf, positions, resolution
 from .residual_adds import ResidualAdd, branch_end, producer, residual_adds
 from .way_up import climb, layers_outside
 
@@ -202,14 +202,14 @@ class PlaceMap:
             now = resolution(self.record, event.outs[0], module) if event.outs else None
             if not now or max(now) == 1:
                 continue
-            bits = sum(self.flow.bit(o) for op in ops_of(event) for o in op.outs if o in self.flow.number)
-            acts = self._bends(event, bits)
+            made = self.flow.made_by(event.ops() if isinstance(event, Call) else (event,))
+            acts = self._bends(event, made)
             if isinstance(event, Op) and not (acts and self._is_next(event, last, behind)):
                 continue
             if now != at:
                 ends, heavy = ([*ends, last], behind) if last and heavy else (ends, heavy)
                 last, at = None, now
-            if bits & self.flow.weighted:
+            if made & self.flow.weighted:
                 heavy = behind = True
             if acts and (last is None or self.is_shared(event.outs[0], last.value)):
                 last, behind = self._after_part(event), False
@@ -389,11 +389,6 @@ class PlaceMap:
         users = [e for e in owner.events if call.outs[0] in e.ins and e is not call]
         ends = isinstance(owner.module, nn.Sequential) and owner.outs == call.outs
         return len(users) == 1 and isinstance(users[0], Call) if users else ends
-
-
-def ops_of(event: Call | Op) -> Iterable[Op]:
-    """The operations of a call, or the one."""
-    return event.ops() if isinstance(event, Call) else (event,)
 
 
 def after_call(call: Call, value: int) -> Spot:

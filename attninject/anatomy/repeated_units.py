@@ -55,6 +55,11 @@ def resolution(record: Record, value: int, module: object = None) -> tuple[int, 
     return at
 
 
+def positions(at: tuple[int, ...] | None) -> int:
+    """How many positions a resolution has; 0 for what is no map: a vector, or one that was pooled to one position."""
+    return math.prod(at) if at and max(at) > 1 else 0
+
+
 def contains(outer: Call, inner: Call) -> bool:
     """Whether the second call happened within the first; one that a run stopped in has no end."""
     return outer.start < inner.start and (outer.end < 0 or 0 <= inner.end < outer.end)
@@ -99,8 +104,7 @@ class Units:
         return {key: runs for key, runs in found.items() if runs}
 
     def _positions(self, value: int) -> int:
-        at = resolution(self.record, value)
-        return math.prod(at) if at and max(at) > 1 else 0
+        return positions(resolution(self.record, value))
 
     def _name(self, call: Call) -> str:
         name: str = self.names.get(id(call.module), "")

@@ -8,8 +8,7 @@ from typing import Protocol
 from attninject.observe.record import Call, Record
 
 from .dataflow import Flow, Spot
-from .encoder import positions
-from .repeated_units import contains, is_leaf, resolution
+from .repeated_units import contains, is_leaf, positions, resolution
 
 _ONE_STEP = 1.5  # maps whose extents differ by less belong to one step: a border was cut off or put on
 
@@ -60,8 +59,8 @@ def climb(net: Net, low: int) -> list[Spot]:
         spot = net.after(call)
         at = net.resolution(spot)
         wanted = flow.bit(spot.value) & read and flow.depends(spot.value, low)
-        does = sum(flow.bit(o) for op in call.ops() for o in op.outs if o in flow.number)
-        if positions(at) <= lowest or not wanted or not does & (flow.weighted | flow.active):
+        does = flow.made_by(call.ops()) & (flow.weighted | flow.active)
+        if positions(at) <= lowest or not wanted or not does:
             continue
         if id(call) in units or at not in ends or not _begins_a_step(net, call, ends[at]):
             ends[at] = spot

@@ -16,7 +16,7 @@ from attninject.errors import TooFewChannelsError
 from .base import Block, static_shape
 from .fused import attention, softmax_rows
 from .gate import at_least_float32
-from .precision import full_precision, product
+from .precision import MANY, full_precision, product
 
 
 def rows(t: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = Non
     return softmax_rows(bounded(q, scale), bounded(k, scale), scale, mask)
 
 
-def means(x: Tensor, weights: Tensor, many: int = 2**16) -> Tensor:
+def means(x: Tensor, weights: Tensor, many: int = MANY) -> Tensor:
     """Σ_n w_kn x_cn: x: (B, C, N), weights: (B, K, N) that sum to 1, float32 or wider → (B, C, K) in x's dtype.
 
     Weights are about 1 / N, and float16 has no numbers between the multiples of 2⁻²⁴: sums over many positions, which

@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+MANY = 2**16
+"""Positions from which on weights over them are kept in float32: float16 rounds numbers of about their inverse."""
+
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, free of autocast; in a scripted network, which has an autocast of its own, just the product."""

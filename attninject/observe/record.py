@@ -49,6 +49,11 @@ class Op:
     func: Any = None
     given: tuple[Any, dict[str, Any]] = ((), {})  # its arguments; a tensor or a `Ref` for each of `ins`
 
+    @property
+    def start(self) -> int:
+        """Its time, under the name that a call's beginning has."""
+        return self.time
+
 
 @dataclass(eq=False)
 class Call:

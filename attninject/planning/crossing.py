@@ -26,7 +26,11 @@ def said(scene: Scene, spot: Spot) -> str:
 
 def operand_with(call: Call, value: int) -> Any:
     """Which argument of a call a value is, by position or name; None: none."""
-    return next(iter(_keys({**dict(enumerate(call.args)), **call.kwargs}, value)), None)
+    return next(iter(_operands_with(call, value)), None)
+
+
+def _operands_with(call: Call, value: int) -> list[Any]:
+    return _keys({**dict(enumerate(call.args)), **call.kwargs}, value)
 
 
 def site_in(scene: Scene, owner: Call, spot: Spot, path: str) -> Spot:
@@ -42,13 +46,11 @@ def site_in(scene: Scene, owner: Call, spot: Spot, path: str) -> Spot:
     _check_once(scene, inside, owner, path)
     if spot.position == "after":
         keys = _keys(child.out, spot.value)
-        alone = not any(
-            spot.value in e.ins and _begin(e) > spot.time for level in inside for e in level.events
-        )
+        alone = not any(spot.value in e.ins and e.start > spot.time for level in inside for e in level.events)
         if len(keys) == 1 and alone:
             return Spot(child, "after", spot.value, keys[0])
     else:
-        given = _keys({**dict(enumerate(child.args)), **child.kwargs}, spot.value)
+        given = _operands_with(child, spot.value)
         readers = [e for level in inside for e in scene.users(level, spot.value) if spot.value in e.ins]
         if len(given) == 1 and len(readers) == len(inside):
             return Spot(child, "before", spot.value, operand=given[0])
@@ -144,8 +146,3 @@ def _keys(tree: Any, value: int) -> list[Any]:
         tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
     )
     return [key for key, item in items if isinstance(item, Ref) and item.value == value]
-
-
-def _begin(event: Any) -> int:
-    time: int = event.start if isinstance(event, Call) else event.time
-    return time

@@ -244,12 +244,8 @@ def _doubtful(scene: Scene, spot: Spot, storage: int, inside: bool, later: list[
         return scene.record.born[storage] < call.start and bool(later)
     values = scene.record.values
     events = call.parent.events if call.parent else []
-    readers = [e for e in events if _start(e) > call.end and any(values[i].storage == storage for i in e.ins)]
+    readers = [e for e in events if e.start > call.end and any(values[i].storage == storage for i in e.ins)]
     return len(readers) > 1
-
-
-def _start(event: Call | Op) -> int:
-    return event.start if isinstance(event, Call) else event.time
 
 
 def given_is_written(scene: Scene, module: nn.Module) -> bool:

@@ -186,14 +186,11 @@ def _insertion(spot: Spot, target: Target | None, operand: int | str, copies: Co
 def _at_module(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     call = spot.event
     assert isinstance(call, Call)
-    count = call.parent.runs[id(call.module)] if call.parent else 1
-    if count > 1:
+    if several := _several(call):
         location, reason = _in_root(scene, spot, path, reason)
         if location is not None:
             return location
-        raise CannotRewriteError(
-            f"{path}: it is called {count} times in one forward and its calls cannot be told apart ({reason})"
-        )
+        raise CannotRewriteError(f"{path}: {several} ({reason})")
     copies = inplace_hazards.at_module(scene, spot, path)
     moved = _carrier(scene, spot)
     carrier = moved.event
@@ -230,16 +227,18 @@ def at_call(scene: Scene, spot: Spot, path: str, reason: str) -> Location:
     assert isinstance(call, Call)
     copies = inplace_hazards.at_module(scene, spot, path)
     check_carrier(scene, call, spot, path)
-    runs = call.parent.runs[id(call.module)] if call.parent else 1
-    several = (
-        f"it is called {runs} times in one forward and its calls cannot be told apart" if runs > 1 else ""
-    )
-    if why := several or _serves_others(scene, spot, spot):
+    if why := _several(call) or _serves_others(scene, spot, spot):
         raise CannotRewriteError(f"{path}: {why} ({reason})")
     operand = parameter(call, spot, path) if spot.position == "before" else 0
     return Location(
         _insertion(spot, None, operand, copies), call.module, reason=reason, written=copies.written
     )
+
+
+def _several(call: Call) -> str:
+    """Why a module cannot carry the block of one of its calls; empty if its owner calls it once."""
+    runs = call.parent.runs[id(call.module)] if call.parent else 1
+    return f"it is called {runs} times in one forward and its calls cannot be told apart" if runs > 1 else ""
 
 
 def _mask_of(carrier: nn.Module, operand: int | str) -> str:

@@ -84,7 +84,7 @@ class Pattern:
             return None if left is None or right is None else left + right
         if not self.matches(name) or not self.text:
             return () if self.matches(name) else None
-        found = _machine(self.text, with_groups=True).groups(name + self._closing if name else name)
+        found = _with_groups(self.text).groups(name + self._closing if name else name)
         return tuple(part.strip(".") for part in found or ())
 
     def __str__(self) -> str:
@@ -125,6 +125,11 @@ def _machine(text: str, with_groups: bool = False) -> Machine:
         return _glob_machine(text, Machine(factor * 4 * MAX_GLOB_LENGTH, with_groups))
     except Refused as refused:
         raise PatternError(f"pattern {_short(text)}: {refused}") from None
+
+
+@lru_cache(maxsize=1024)
+def _with_groups(text: str) -> Machine:
+    return _machine(text, with_groups=True)
 
 
 def _root_only() -> Pattern:

@@ -32,18 +32,16 @@ _AUTOCAST_DTYPES = ("get_autocast_dtype", "get_autocast_gpu_dtype", "get_autocas
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _TENSORS = frozenset({"parameters", "named_parameters", "buffers", "named_buffers", "state_dict"})
 _ITERATION = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_HEAP_TYPE, _IMMUTABLE = (
+    1 << 9,
+    1 << 8,
+)  # flags of a class: Python code made it; its methods cannot be exchanged
 
 
 def depends_on(state: str) -> str:
     """Why there is no graph of a forward that asks for a state of the process and acts by it."""
     return f"its forward depends on {state}"
-
-
-_PLAIN = (bool, int, float, str, tuple, type(None))
-_HEAP_TYPE, _IMMUTABLE = (
-    1 << 9,
-    1 << 8,
-)  # flags of a class: made by Python code; its methods cannot be exchanged
 
 
 def _is_settings(value: Any) -> bool:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attninject.blocks.precision import MANY
+
 _aten: Any = torch.ops.aten
 _PIECE = 2**19
 """Elements of one piece on a CPU: a few of them together stay in a core's second-level cache."""
 _PIECES_ON_CUDA = 4
-_MANY = 2**16
 
 
 def flat(x: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def mix_channels(x: Tensor, v: Tensor) -> Tensor:
 
 def mix_positions(x: Tensor, w: Tensor) -> Tensor:
     """Σ_n w_n x_n: a map (B, C, N) and weights (B, N) → (B, C) in x's dtype; see `attend.means`."""
-    if x.dtype == torch.float16 and x.shape[2] >= _MANY:
+    if x.dtype == torch.float16 and x.shape[2] >= MANY:
         return torch.cat([mix_positions(x[p].float(), w[p]) for p in pieces(x)]).to(x.dtype)
     w = w.to(x.dtype)
     if by_rows(x):
